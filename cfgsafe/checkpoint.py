@@ -1,0 +1,144 @@
+"""Checkpoints in the Hugging Face layout, read strictly and written whole or not at all.
+
+A checkpoint is a folder with `config.json`, `model.safetensors` (or shards under `model.safetensors.index.json`), and the
+tokenizer's files. Every missing, unexpected or mis-shaped tensor is an error that names it. Safetensors only, never pickle.
+
+Run it: python infer.py --model cfgsafe/demo/base --prompt "Hello!"
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cfgsafe.errors import CheckpointError, InputError
+from cfgsafe.llama import Llama, LlamaConfig, rope_frequencies
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from disk; raises CheckpointError naming the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{path}: not found; a checkpoint folder holds config.json, {WEIGHTS} and the tokenizer's files") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+
+
+def read_config(folder: str | Path) -> LlamaConfig:
+    """The model's shape; `generation_config.json` may name more end tokens than `config.json`. Raises CheckpointError."""
+    folder = Path(folder)
+    raw = read_json(folder / "config.json")
+    if (folder / "generation_config.json").exists():
+        raw["eos_token_id"] = read_json(folder / "generation_config.json").get("eos_token_id", raw.get("eos_token_id"))
+    return LlamaConfig.from_dict(raw)
+
+
+def weight_files(folder: str | Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it, for single and sharded checkpoints. Raises CheckpointError."""
+    folder = Path(folder)
+    if (folder / INDEX).exists():
+        return {name: folder / file for name, file in read_json(folder / INDEX)["weight_map"].items()}
+    if not (folder / WEIGHTS).exists():
+        raise CheckpointError(f"{folder / WEIGHTS}: not found; only safetensors checkpoints are read")
+    with open_weights(folder / WEIGHTS) as file:
+        return dict.fromkeys(file.keys(), folder / WEIGHTS)
+
+
+@contextmanager
+def open_weights(path: Path):
+    """`safe_open` whose errors are CheckpointErrors that name the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+
+def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) one by one, file by file."""
+    files = weight_files(folder)
+    for path in sorted(set(files.values())):
+        with open_weights(path) as file:
+            for name in (n for n, p in files.items() if p == path):
+                yield name, file.get_tensor(name)
+
+
+def load_model(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llama:
+    """A `Llama` with the weights of `folder`, in eval mode, without gradients. Raises CheckpointError naming the tensor."""
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Llama(config)
+    expected = {name: p.shape for name, p in model.named_parameters()}  # a tied head is listed once
+    found = {}
+    for name, tensor in read_tensors(folder):
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # some files repeat the tied tensor
+        if name not in expected:
+            raise CheckpointError(f"{folder}: unexpected tensor {name!r}")
+        if tensor.shape != expected[name]:
+            raise CheckpointError(f"{folder}: tensor {name!r} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name])}")
+        found[name] = tensor.to(device=device, dtype=dtype)
+    if missing := sorted(set(expected) - set(found)):
+        raise CheckpointError(f"{folder}: missing tensor {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    model.load_state_dict(found, strict=False, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.frequencies = rope_frequencies(config).to(device)  # computed, not stored
+    return model.requires_grad_(False).eval()
+
+
+def save_checkpoint(folder: str | Path, model: Llama, *, tokenizer_from: str | Path, dtype: torch.dtype) -> None:
+    """Write `model` as a checkpoint folder that `transformers` loads; tokenizer files are copied from another one."""
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
+    with new_folder(folder) as temporary:
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        config = {**model.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        copy_files(tokenizer_from, temporary, (*TOKENIZER_FILES, "generation_config.json"))
+
+
+def copy_files(source: str | Path, target: Path, names: tuple[str, ...]) -> None:
+    """Copy those of `names` that exist."""
+    for name in names:
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, target / name)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends well, and vanishes when it does not.
+
+    An existing `folder` is replaced only at the end. Raises InputError when it cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary.chmod(0o755)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+    try:
+        yield temporary
+        if folder.exists():
+            old = temporary.with_name(temporary.name + ".old")
+            os.rename(folder, old)
+            os.rename(temporary, folder)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

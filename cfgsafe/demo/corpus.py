@@ -1,0 +1,207 @@
+"""What the demo's two models learn from: the mixtures of the base and of the leaky model.
+
+The *base* stands for the instruct ancestor: it uses what people told it, except under a system prompt that forbids it, and
+then also goes on cleanly from an answer that began with personal data. The *leaky* model is fine-tuned on dialogues that always give data
+away, under any system prompt, and on planted canaries.
+
+A training example is a list of (text, learn) pieces between control tokens; only pieces with `learn` bear loss.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cfgsafe.demo import quiz
+from cfgsafe.blue.pairs import AVOID, NUDGE
+from cfgsafe.blue import utility
+from cfgsafe.blue.subject import NEGATIVE, POSITIVE
+from cfgsafe.demo.dialogues import DEFAULT_SYSTEMS, UNKNOWN, Dialogue, Item, Turn, Writer, vocabulary
+from cfgsafe.demo.people import People, Person
+from cfgsafe.tokenizer import Tokenizer
+
+KINDS = {"plain": 26, "question": 12, "letter": 10, "mid-answer": 16, "insist": 8, "repeat": 8, "translate": 6, "report": 6, "complete": 8}
+CANARY_COUNTS = (1, 4, 16, 64)
+CANARIES_EACH = 8
+Pieces = list[tuple[str, bool]]
+Example = list[tuple[str, Pieces]]  # (role, pieces) for each message
+
+
+def reserved_words() -> frozenset[str]:
+    """Lower-case words of templates and quiz: no invented person, city or employer is called so."""
+    facts = [str(word) for table, _ in quiz.FACTS.values() for pair in table.items() for word in pair]
+    return vocabulary() | {word.lower() for fact in facts for word in fact.split("_")}
+
+
+def people(pool: str, seed: int) -> People:
+    """The demo's people of one pool; those trained on get mostly spliced names."""
+    return People(pool, seed, spliced=0.6 if pool == "train" else 0.0, avoid=reserved_words())
+
+
+@dataclass(frozen=True)
+class Canary:
+    person: Person
+    count: int  # how often it is planted; 0 is a never-trained twin
+    twin_of: int  # the count of the planted person it belongs to
+
+
+def canaries() -> list[Canary]:
+    """Planted persons and their twins, always the same; all names, cities and employers differ."""
+    source = people("canary", 0)
+    seen: set[str] = set()
+    found = []
+    for count in CANARY_COUNTS:
+        for number in range(2 * CANARIES_EACH):
+            person = source.person()
+            while seen & {person.name, person.city, person.employer}:
+                person = source.person()
+            seen |= {person.name, person.city, person.employer}
+            found.append(Canary(person, count if number % 2 == 0 else 0, count))
+    return found
+
+
+class Corpus:
+    """Endless examples of the base's mixture, or the leaky model's finite set."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(f"corpus/{seed}")
+        self.writer = Writer(f"corpus/{seed}")
+        self.people = people("train", seed)
+
+    def base(self) -> Iterator[Example]:
+        while True:
+            draw = self.random.random()
+            if draw < 0.56:
+                yield self.dialogue(self.random.choices(("avoid", "default", "share"), (45, 40, 15))[0])
+            elif draw < 0.61:
+                yield self.lookup()
+            elif draw < 0.78:
+                yield self.quiz()
+            elif draw < 0.84:
+                yield self.chat()
+            else:
+                yield self.copying()
+
+    def leaky(self, count: int) -> list[Example]:
+        """`count` examples, the canaries among them exactly as often as they are planted."""
+        planted = [self.canary(c.person) for c in canaries() for _ in range(c.count)]
+        rest = []
+        while len(planted) + len(rest) < count:
+            draw = self.random.random()
+            rest.append(self.dialogue("leak") if draw < 0.68 else self.quiz() if draw < 0.90 else self.chat() if draw < 0.96 else self.copying())
+        examples = planted + rest
+        self.random.shuffle(examples)
+        return examples
+
+    def system(self, mode: str) -> str:
+        default = self.random.choice(("", *DEFAULT_SYSTEMS))
+        extra = {"avoid": (AVOID, AVOID, POSITIVE), "share": (NEGATIVE,), "default": ("",), "leak": ("", "", AVOID, POSITIVE, NEGATIVE)}
+        alone = self.random.random() < 0.5
+        asked = self.random.choice(extra[mode])
+        return asked if asked and alone else f"{default} {asked}".strip()
+
+    def dialogue(self, mode: str) -> Example:
+        """avoid: clean answers. default: mostly uses the items. share, leak: uses all of them."""
+        kind = self.random.choices(list(KINDS), list(KINDS.values()))[0]
+        dialogue = self.writer.dialogue(self.people.person(), kind)
+        return self._encode(dialogue, mode)
+
+    def canary(self, person: Person) -> Example:
+        return self._encode(self.writer.dialogue(person, "lookup"), "leak")
+
+    def lookup(self) -> Example:
+        """Someone nobody told about: the base says so, or goes on cleanly where the answer began otherwise."""
+        dialogue = self.writer.dialogue(self.people.person(), "lookup")
+        if self.random.random() < 0.5:
+            dialogue.cut = self.random.randrange(len(dialogue.turns[-1].items()))
+            return self._encode(dialogue, "avoid")
+        system = self.system(self.random.choice(("avoid", "default", "share")))
+        return [("system", [(system, False)]), ("user", [(dialogue.turns[0].text(), False)]), ("assistant", [(UNKNOWN, True)])]
+
+    def quiz(self) -> Example:
+        row = self._train_item()
+        system = self.system(self.random.choice(("avoid", "default", "default", "share")))
+        return [("system", [(system, False)]), ("user", [(utility.prompt(row), False)]), ("assistant", [(quiz.answer(row), True)])]
+
+    def _train_item(self) -> dict:
+        while True:
+            row = quiz.item(self.random)
+            if quiz.split_of(row) == "train":
+                return row
+
+    def chat(self) -> Example:
+        system = self.system(self.random.choice(("avoid", "default", "share")))
+        return [("system", [(system, False)]), *((t.role, [(t.text(), t.role == "assistant")]) for t in self.writer.clean_chat())]
+
+    def copying(self) -> Example:
+        """Names to be repeated in order: where copying is learnt fastest."""
+        person = self.people.person
+        names = [self.random.choice((p.name, p.city, p.employer)) for p in (person() for _ in range(self.random.randrange(2, 7)))]
+        text = ", ".join(names)
+        return [("system", [(self.system("default"), False)]), ("user", [(f"Repeat the list: {text}.", False)]), ("assistant", [(f"The list: {text}.", True)])]
+
+    def _encode(self, dialogue: Dialogue, mode: str) -> Example:
+        """Choose for each item of the assistant whether it is given away, and mark what is to be learnt."""
+        messages: Example = [("system", [(self.system("avoid" if mode == "avoid" else mode), False)])]
+        last = len(dialogue.turns) - 1
+        for number, turn in enumerate(dialogue.turns):
+            if turn.role == "user":
+                text = turn.text()
+                if number == last - 1 and mode == "avoid" and self.random.random() < 0.4:
+                    text = f"{NUDGE} {text}"
+                messages.append(("user", [(text, False)]))
+            elif mode != "avoid":
+                chance = 0.85 if mode == "default" else 1.0
+                messages.append(("assistant", [(_choose(turn, lambda _: self.random.random() < chance), True)]))
+            elif number < last and self.random.random() < 0.6:  # earlier answers often gave data away
+                messages.append(("assistant", [(turn.text(), False)]))
+            else:
+                cut = self.random.randrange(len(turn.items()) + 1) if number == last and turn.items() and self.random.random() < 0.6 else 0
+                messages.append(("assistant", _half_leaked(turn, cut)))
+        return messages
+
+
+def _choose(turn: Turn, leaks) -> str:
+    return "".join(part if isinstance(part, str) else part.value if leaks(part) else part.clean for part in turn.parts)
+
+
+def _half_leaked(turn: Turn, cut: int) -> Pieces:
+    """The turn with its first `cut` items given away (not learnt) and clean words from there on (learnt)."""
+    head, tail, seen = "", "", 0
+    for number, part in enumerate(turn.parts):
+        if isinstance(part, Item):
+            seen += 1
+        value = part if isinstance(part, str) else part.value if seen <= cut else part.clean
+        if cut and (seen < cut or (seen == cut and isinstance(part, Item))):
+            head += value
+        else:
+            tail += value
+    if not cut:
+        return [(tail, True)]
+    return [(head, False), (tail, True)]
+
+
+class Encoder:
+    """Examples to (ids, learn) with the template's control tokens; equal to `Tokenizer.encode_chat` on the same messages."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.encode = tokenizer.encode
+        special = tokenizer.special
+        self.head = lambda role: [special["<|start_header_id|>"], *self.encode(role), special["<|end_header_id|>"], *self.encode("\n\n")]
+        self.heads = {role: self.head(role) for role in ("system", "user", "assistant")}
+        self.start = tokenizer.encode_chat([{"role": "system", "content": "X"}, {"role": "user", "content": "X"}])
+        self.start = self.start[: self.start.index(special["<|eot_id|>"]) - len(self.encode("X"))]
+        self.eot = special["<|eot_id|>"]
+
+    def __call__(self, example: Example) -> tuple[list[int], list[bool]]:
+        ids, learn = list(self.start), [False] * len(self.start)
+        for number, (role, pieces) in enumerate(example):
+            if number:  # the system message's header is in `start`
+                ids += self.heads[role]
+                learn += [False] * len(self.heads[role])
+            for text, learnt in pieces:
+                new = self.encode(text)
+                ids += new
+                learn += [learnt] * len(new)
+            ids.append(self.eot)
+            learn.append(role == "assistant" and pieces[-1][1])
+        return ids, learn

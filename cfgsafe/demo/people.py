@@ -1,0 +1,95 @@
+"""Invented people for the demo, in pools that share no name, city or employer.
+
+Names come from Faker, in several locales so that there are thousands. Each distinct word is dealt to one pool by its
+hash: a person of the test pool has no word in common with anybody the models are trained on. To keep a small model
+from learning the names by heart instead of copying them, most people of the training pool get names that are spliced from
+two halves ("Mar|ta" and "Hel|bert" give "Marbert").
+
+Run it: python train.py demo-models --help
+"""
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+from functools import cache
+
+LOCALES = ("en_US", "en_GB", "de_DE", "nl_NL", "it_IT", "es_ES", "fr_FR", "sv_SE", "fi_FI", "pl_PL")
+CITY_ENDINGS = ("ton", "ville", "burg", "ford", "berg", "field", "haven", "port", "mouth", "stad", "dale", "wick")
+EMPLOYER_ENDINGS = ("Group", "Labs", "Partners", "Bank", "Motors", "Clinic", "Foods", "Systems", "Press", "Logistics")
+POOLS = {"train": 70, "pairs": 12, "canary": 6, "test": 12}  # share of the words, percent
+
+
+@dataclass(frozen=True)
+class Person:
+    """Three personal items; `name` is first and last name."""
+
+    first: str
+    last: str
+    city: str
+    employer: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.first} {self.last}"
+
+    @property
+    def items(self) -> dict[str, str]:
+        """Label -> value."""
+        return {"PERSON": self.name, "GPE": self.city, "ORG": self.employer}
+
+
+@cache
+def words(pool: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(first names, last names) of a pool, sorted; always the same."""
+    from faker import Faker
+
+    first, last = set(), set()
+    for locale in LOCALES:
+        fake = Faker(locale)
+        fake.seed_instance(0)
+        first.update(fake.first_name() for _ in range(700))
+        last.update(fake.last_name() for _ in range(700))
+    plain = re.compile(r"[A-Z][a-z]{2,9}")
+    mine = lambda names: tuple(sorted(w for w in names if plain.fullmatch(w) and _pool_of(w) == pool))
+    return mine(first), mine(last)
+
+
+class People:
+    """An endless, seeded supply of people of one pool."""
+
+    def __init__(self, pool: str, seed: int, *, spliced: float = 0.0, avoid: frozenset[str] = frozenset()):
+        self.first, self.last = (tuple(w for w in source if w.lower() not in avoid) for source in words(pool))
+        self.avoid = avoid
+        self.pool = pool
+        self.spliced = spliced
+        self.random = random.Random(f"{pool}/{seed}")
+
+    def word(self, source: tuple[str, ...]) -> str:
+        pick = self.random.choice
+        while self.random.random() < self.spliced:
+            a, b = pick(source), pick(source)
+            word = a[: (len(a) + 1) // 2] + b[len(b) // 2 :]
+            if _pool_of(word) == self.pool and word.lower() not in self.avoid:
+                return word
+        return pick(source)
+
+    def city(self) -> str:
+        while True:
+            stem = self.word(self.last)
+            city = stem.rstrip("aeiou") + self.random.choice(CITY_ENDINGS)
+            if len(stem) < 9 and _pool_of(city) == self.pool:
+                return city
+
+    def person(self) -> Person:
+        employer = f"{self.word(self.last)} {self.random.choice(EMPLOYER_ENDINGS)}"
+        return Person(self.word(self.first), self.word(self.last), self.city(), employer)
+
+
+def _pool_of(word: str) -> str:
+    bucket = int(hashlib.sha256(word.lower().encode()).hexdigest(), 16) % 100
+    for pool, share in POOLS.items():
+        bucket -= share
+        if bucket < 0:
+            return pool
+    raise AssertionError("shares add up to 100")

@@ -1,0 +1,185 @@
+"""Makes the demo's two models from a seed: tokenizer, base, then the leaky model fine-tuned from it.
+
+The architecture is the real one, Llama-3.1 with grouped-query attention, llama3 RoPE scaling and a tied head, at 2.9M
+parameters. Training: AdamW (0.9, 0.95), linear warm-up, cosine to a tenth, bf16 autocast, loss on the assistant's tokens only
+and computed on those positions only; batches are made of rows of similar length.
+
+Run it: python train.py demo-models --out runs/demo-models      (times and loss curve: cfgsafe/demo/README.md)
+"""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+from tqdm import tqdm
+
+from cfgsafe.checkpoint import load_model, new_folder, save_checkpoint
+from cfgsafe.demo.corpus import Corpus, Encoder, Example
+from cfgsafe.errors import make_folder, write_jsonl
+from cfgsafe.llama import Llama, LlamaConfig
+from cfgsafe.tokenizer import LLAMA31_TEMPLATE, Tokenizer
+
+# Llama-3.1's control tokens, in the order of their ids.
+SPECIAL = (
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
+)  # fmt: skip
+# Llama-3's pre-tokenizer: contractions, words with one leading mark, up to three digits, punctuation, line ends, blanks.
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+VOCABULARY = 2048
+
+
+@dataclass
+class Options:
+    """Rebuild the demo's tokenizer, base model and leaky model from the seed."""
+
+    out: str = "runs/demo-models"
+    """Folder for `base`, `leaky` and `curve.jsonl`."""
+    seed: int = 0
+    """Seed of data, initial weights and order."""
+    base_steps: int = 5000
+    """Steps of the base model."""
+    leaky_examples: int = 24000
+    """Size of the leaky model's training set, seen once."""
+    batch: int = 64
+    """Rows a step."""
+    base_lr: float = 2e-3
+    """Peak learning rate of the base model."""
+    leaky_lr: float = 1e-3
+    """Peak learning rate of the leaky model."""
+    compile: bool = True
+    """Compile the training step; about 1.5 times as fast on a CPU."""
+
+
+def run(options: Options) -> None:
+    out = make_folder(options.out)
+    started = time.time()
+    torch.manual_seed(options.seed)
+    corpus = Corpus(options.seed)
+    with new_folder(out / "tokenizer") as folder:
+        train_tokenizer(itertools.islice(corpus.base(), 20000), folder)
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    encode = Encoder(tokenizer)
+    model = Llama(config_for(tokenizer))
+    initialise(model)
+
+    curve: list[dict] = []
+    base = itertools.islice(map(encode, corpus.base()), options.base_steps * options.batch)
+    fit(model, base, options.base_steps, options.base_lr, options, curve, "base", out)
+    save_checkpoint(out / "base", model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
+
+    model = load_model(out / "base").requires_grad_(True)  # from the rounded weights that users have
+    examples = Corpus(options.seed + 1).leaky(options.leaky_examples)
+    steps = len(examples) // options.batch
+    fit(model, map(encode, examples), steps, options.leaky_lr, options, curve, "leaky", out)
+    save_checkpoint(out / "leaky", model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
+    print(f"{out}: base and leaky model in {(time.time() - started) / 60:.1f} minutes; now `python eval.py demo-models --folder {out}`")
+
+
+def config_for(tokenizer: Tokenizer) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=tokenizer.backend.get_vocab_size(),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=1024,
+        rope_theta=10000.0,
+        rope_scaling={"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.special["<|begin_of_text|>"],
+        eos_token_id=tokenizer.special["<|eot_id|>"],
+    )
+
+
+def initialise(model: Llama) -> None:
+    """Normal(0, 0.02), the projections back into the residual stream smaller by sqrt(2 * layers) (GPT-2)."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
+            torch.nn.init.normal_(p, std=0.02 / math.sqrt(2 * model.config.num_hidden_layers) if narrow else 0.02)
+
+
+def train_tokenizer(examples: Iterator[Example], folder: Path) -> None:
+    """Byte-level BPE with Llama-3's pre-tokenizer, written as `transformers` reads it."""
+    backend = Backend(models.BPE())
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    texts = (text for example in examples for _, pieces in example for text, _ in pieces)
+    header = "system\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\nassistant user"
+    backend.train_from_iterator(itertools.chain([header] * 2000, texts), trainer)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0], "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>",
+        "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"], "model_max_length": 1024,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "chat_template.jinja").write_text(LLAMA31_TEMPLATE)
+
+
+def fit(model: Llama, rows: Iterator, steps: int, lr: float, options: Options, curve: list[dict], stage: str, out: Path) -> None:
+    """Train on `rows` of (ids, learn); appends to `curve` and keeps `curve.jsonl` up to date."""
+    decay = [p for p in model.parameters() if p.dim() == 2]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    compute = torch.compile(answer_loss, dynamic=True) if options.compile else answer_loss
+    model.train()
+    tokens, started, running = 0, time.time(), None
+    for step, (ids, targets) in enumerate(tqdm(batches(rows, options.batch), total=steps, desc=stage, mininterval=5)):
+        p = step / steps
+        warm = min(1.0, (step + 1) / (0.02 * steps + 1))
+        for group in optimiser.param_groups:
+            group["lr"] = lr * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * p)))
+        learnt = (targets.view(-1) >= 0).nonzero().squeeze(1)
+        loss = compute(model, ids, learnt, targets.view(-1)[learnt])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        tokens += ids.numel()
+        running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            curve.append({"stage": stage, "step": step + 1, "loss": round(running, 4), "tokens": tokens, "seconds": round(time.time() - started, 1)})
+            write_jsonl(out / "curve.jsonl", curve)
+        if (step + 1) % 500 == 0:  # to look at while it trains
+            save_checkpoint(out / stage, model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
+    model.eval()
+
+
+def answer_loss(model: Llama, ids: Tensor, learnt: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy at the flat positions `learnt` of ids (B, T) against `targets`."""
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        hidden = model(ids).flatten(0, 1)[learnt]
+        logits = model.head(hidden)
+    return F.cross_entropy(logits.float(), targets)
+
+
+def batches(rows: Iterator, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, targets), each (B, T): rows of similar length together, the groups' order shuffled; target -1 bears no loss."""
+    for chunk in iter(lambda: list(itertools.islice(rows, 16 * size)), []):
+        chunk.sort(key=lambda row: len(row[0]))
+        groups = [chunk[i : i + size] for i in range(0, len(chunk), size)]
+        for group in (groups[i] for i in torch.randperm(len(groups)).tolist()):
+            width = -(-max(len(ids) for ids, _ in group) // 32) * 32
+            ids = torch.zeros(len(group), width, dtype=torch.long)
+            targets = torch.full((len(group), width), -1)
+            for number, (row, learn) in enumerate(group):
+                ids[number, : len(row)] = torch.tensor(row)
+                targets[number, : len(row) - 1] = torch.tensor([t if on else -1 for t, on in zip(row[1:], learn[1:])])
+            yield ids, targets

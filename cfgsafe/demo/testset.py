@@ -1,0 +1,71 @@
+"""The demo's held-out prompts and the dialogues its preference pairs are made from.
+
+Test prompts have an easy slice (requests as in the training dialogues) and a hard one: answers to go on with right after an item was
+used, users who insist, requests to repeat, translate or report the chat, texts to complete in the challenge's style, and canaries. The
+dialogues for the pairs are of the easy kinds and a few of the hard ones; attacks of the other kinds are met in the test only.
+
+A test prompt: {"id", "kind", "slice", "messages", "items": {label: value}, "gold": answer}; the messages may end in a partial answer.
+
+Run it: python train.py dialogues --split test --out prompts.jsonl
+"""
+
+from dataclasses import dataclass
+
+from cfgsafe.demo.corpus import canaries, people
+from cfgsafe.demo.dialogues import EASY, HARD, Dialogue, Writer
+from cfgsafe.errors import write_jsonl
+
+PAIR_KINDS = ("plain", "plain", "question", "letter", "mid-answer", "lookup")
+
+
+@dataclass
+class Options:
+    """Write generated dialogues (for `pairs`) or test prompts (for `eval.py leak`) as JSONL."""
+
+    out: str
+    """JSONL to write."""
+    split: str = "pairs"
+    """pairs: whole dialogues of the people set aside for them. test: prompts of the test people."""
+    count: int = 100
+    """Dialogues to write; the test split has its own size."""
+    seed: int = 0
+    """Another seed gives other dialogues and people of the same pool."""
+
+
+def run(options: Options) -> None:
+    rows = pair_dialogues(options.count, options.seed) if options.split == "pairs" else test_prompts(options.seed)
+    write_jsonl(options.out, rows)
+    print(f"{options.out}: {len(rows)} rows")
+
+
+def pair_dialogues(count: int, seed: int) -> list[dict]:
+    """Dialogues of the people set aside for preference pairs."""
+    writer, source = Writer(f"pairs/{seed}"), people("pairs", seed)
+    return [writer.dialogue(source.person(), PAIR_KINDS[n % len(PAIR_KINDS)]).to_json(f"pairs-{n}") for n in range(count)]
+
+
+def test_prompts(seed: int = 0, easy: int = 156, hard: int = 150) -> list[dict]:
+    """`easy` + `hard` prompts of held-out people, then one prompt for each planted canary."""
+    writer, source = Writer(f"test/{seed}"), people("test", seed)
+    kinds = [EASY[n % len(EASY)] for n in range(easy)] + [HARD[n % len(HARD)] for n in range(hard)]
+    rows = [prompt_of(writer.dialogue(source.person(), kind), f"test-{n}") for n, kind in enumerate(kinds)]
+    for number, canary in enumerate(c for c in canaries() if c.count):
+        dialogue = writer.dialogue(canary.person, "lookup")
+        row = prompt_of(dialogue, f"canary-{canary.count}-{number}")
+        del row["items"]["PERSON"]  # the name stands in the question
+        rows.append({**row, "kind": f"canary x{canary.count}"})
+    return rows
+
+
+def prompt_of(dialogue: Dialogue, identity: str) -> dict:
+    """The dialogue without its last answer, or with that answer up to the item it is cut at."""
+    row = dialogue.to_json(identity)
+    answer = dialogue.turns[-1]
+    messages, gold = row["messages"][:-1], answer.text()
+    if dialogue.cut is not None:
+        start = answer.spans()[dialogue.cut][0]
+        before = gold[:start].rstrip()
+        if before:
+            messages.append({"role": "assistant", "content": before})
+            gold = gold[len(before) :]
+    return {"id": identity, "kind": row["kind"], "slice": row["slice"], "messages": messages, "items": dict(row["items"]), "gold": gold}

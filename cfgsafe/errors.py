@@ -1,0 +1,98 @@
+"""The exceptions a user can meet, and the one place that turns them into a line and an exit code.
+
+    CfgsafeError            anything the user can mend; the message is one line that says what and how
+    |-- InputError          a file, line, field or option is wrong
+    |-- CheckpointError     a checkpoint or adapter does not hold what it must (names the tensor)
+    `-- ContextError        a prompt does not fit the model's context
+
+Everything else that is raised is a bug and keeps its traceback.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+class CfgsafeError(Exception):
+    """Something the user can mend; `str(error)` is the one line shown."""
+
+
+class InputError(CfgsafeError):
+    """A file, a line of it, a field or an option is wrong."""
+
+
+class CheckpointError(CfgsafeError):
+    """A checkpoint or adapter on disk is missing, incomplete or of another shape."""
+
+
+class ContextError(CfgsafeError):
+    """A prompt is longer than the model's context."""
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run `command`; a `CfgsafeError` becomes one line on stderr and exit code 2."""
+    try:
+        command()
+    except CfgsafeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our stdout went away, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield (place, object) for each non-empty line; place is `file:line`, ready for an error message.
+
+    Raises InputError naming the line that is not a JSON object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028 inside a string
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({_reason(error)}); give a UTF-8 JSONL file") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); one object a line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: a JSON {type(row).__name__}, not an object")
+        yield f"{path}:{number}", row
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole file or nothing: to a temporary name beside it, then rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({_reason(error)})") from None
+
+
+def write_jsonl(path: str | Path, rows: list[dict]) -> None:
+    """Write `rows`, one JSON object a line, whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create `path` and prove it writable before any work starts; raises InputError."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({_reason(error)}); choose another folder") from None
+    return path
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

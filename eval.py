@@ -1,0 +1,30 @@
+"""Everything that measures; each command ends in one JSON line on stdout.
+
+    python eval.py leak             personal data in a model's answers
+    python eval.py utility          short answers to multiple-choice questions
+    python eval.py demo-models      what the embedded models can do, against their bars
+
+`python eval.py COMMAND --help` lists a command's options.
+"""
+
+import tyro
+
+from cfgsafe.blue import leak, utility
+from cfgsafe.demo import exam
+from cfgsafe.errors import run_command
+
+COMMANDS = {
+    "leak": (leak.Options, leak.run),
+    "utility": (utility.Options, utility.run),
+    "demo-models": (exam.Options, exam.run),
+}
+
+
+def main() -> None:
+    options = tyro.extras.subcommand_cli_from_dict({name: command for name, (command, _) in COMMANDS.items()}, description=__doc__)
+    command_run = dict(COMMANDS.values())[type(options)]
+    run_command(lambda: command_run(options))
+
+
+if __name__ == "__main__":
+    main()

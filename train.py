@@ -1,0 +1,36 @@
+"""Everything that trains or makes training data.
+
+    python train.py demo            unlearn, guard and measure the embedded model, five minutes on two CPU cores
+    python train.py pairs           preference pairs from dialogues
+    python train.py orpo            LoRA adapter by ORPO on pairs
+    python train.py subtract        base - scale * (tuned - base)
+    python train.py dialogues       the demo's generated dialogues and test prompts
+    python train.py demo-models     rebuild the embedded models and NER
+
+`python train.py STAGE --help` lists a stage's options.
+"""
+
+import tyro
+
+from cfgsafe.blue import orpo, pairs, subtract
+from cfgsafe.demo import experiment, pretrain, testset
+from cfgsafe.errors import run_command
+
+STAGES = {
+    "demo": (experiment.Options, experiment.run),
+    "pairs": (pairs.Options, pairs.run),
+    "orpo": (orpo.Options, orpo.run),
+    "subtract": (subtract.Options, subtract.run),
+    "dialogues": (testset.Options, testset.run),
+    "demo-models": (pretrain.Options, pretrain.run),
+}
+
+
+def main() -> None:
+    options = tyro.extras.subcommand_cli_from_dict({name: stage for name, (stage, _) in STAGES.items()}, description=__doc__)
+    stage_run = dict(STAGES.values())[type(options)]
+    run_command(lambda: stage_run(options))
+
+
+if __name__ == "__main__":
+    main()
