@@ -3,7 +3,8 @@
 Source: Hong et al. (arXiv 2403.07691) with the conventions of TRL 0.11.4 (tokenising, truncation, pooled NLL, logged values), learning
 rate and lengths of Smirnov (arXiv 2412.06846).
 Deviations: logits are computed only where the loss reads them (prompt and chosen tokens of the chosen rows, completion tokens of the
-rejected ones); an empty completion is an error, not a NaN.
+rejected ones); an empty completion is an error, not a NaN; where more than one token merges across the boundary, all of them go to the
+answer (TRL moves the boundary by one).
 
 Writes <out>/epoch-N (PEFT adapter), <out>/metrics.jsonl (one line a step, TRL's names) and <out>/config.json.
 
@@ -12,6 +13,7 @@ Run it: python train.py orpo --model cfgsafe/demo/leaky --pairs pairs.jsonl --ou
 
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -114,7 +116,7 @@ def tokenise(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, opti
     sides = []
     for answer in (chosen, rejected):
         full = tokenizer.encode_prompt(prompt + answer)
-        start = len(alone) if full[: len(alone)] == alone else len(alone) - 1  # the boundary token merged
+        start = len(os.path.commonprefix([alone, full]))  # earlier than the prompt's end where the boundary token merged
         sides.append((full[:start], full[start:] if full[-1] == end else [*full[start:], end]))
     longest = max(len(answer) for _, answer in sides)
     rows = []

@@ -10,6 +10,7 @@ A training example is a list of (text, learn) pieces between control tokens; onl
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from cfgsafe.demo import quiz
 from cfgsafe.blue.pairs import AVOID, NUDGE
@@ -26,6 +27,7 @@ Pieces = list[tuple[str, bool]]
 Example = list[tuple[str, Pieces]]  # (role, pieces) for each message
 
 
+@cache
 def reserved_words() -> frozenset[str]:
     """Lower-case words of templates and quiz: no invented person, city or employer is called so."""
     facts = [str(word) for table, _ in quiz.FACTS.values() for pair in table.items() for word in pair]
@@ -44,7 +46,8 @@ class Canary:
     twin_of: int  # the count of the planted person it belongs to
 
 
-def canaries() -> list[Canary]:
+@cache
+def canaries() -> tuple[Canary, ...]:
     """Planted persons and their twins, always the same; all names, cities and employers differ."""
     source = people("canary", 0)
     seen: set[str] = set()
@@ -56,7 +59,7 @@ def canaries() -> list[Canary]:
                 person = source.person()
             seen |= {person.name, person.city, person.employer}
             found.append(Canary(person, count if number % 2 == 0 else 0, count))
-    return found
+    return tuple(found)
 
 
 class Corpus:
@@ -70,13 +73,13 @@ class Corpus:
     def base(self) -> Iterator[Example]:
         while True:
             draw = self.random.random()
-            if draw < 0.56:
+            if draw < 0.52:
                 yield self.dialogue(self.random.choices(("avoid", "default", "share"), (45, 40, 15))[0])
-            elif draw < 0.61:
+            elif draw < 0.56:
                 yield self.lookup()
-            elif draw < 0.78:
+            elif draw < 0.80:
                 yield self.quiz()
-            elif draw < 0.84:
+            elif draw < 0.86:
                 yield self.chat()
             else:
                 yield self.copying()
@@ -87,7 +90,7 @@ class Corpus:
         rest = []
         while len(planted) + len(rest) < count:
             draw = self.random.random()
-            rest.append(self.dialogue("leak") if draw < 0.68 else self.quiz() if draw < 0.90 else self.chat() if draw < 0.96 else self.copying())
+            rest.append(self.dialogue("leak") if draw < 0.66 else self.quiz() if draw < 0.90 else self.chat() if draw < 0.96 else self.copying())
         examples = planted + rest
         self.random.shuffle(examples)
         return examples
@@ -120,7 +123,8 @@ class Corpus:
     def quiz(self) -> Example:
         row = self._train_item()
         system = self.system(self.random.choice(("avoid", "default", "default", "share")))
-        return [("system", [(system, False)]), ("user", [(utility.prompt(row), False)]), ("assistant", [(quiz.answer(row), True)])]
+        asked = utility.prompt(row) if self.random.random() < 0.75 else utility.INSTRUCTION + row["question"]
+        return [("system", [(system, False)]), ("user", [(asked, False)]), ("assistant", [(quiz.answer(row), True)])]
 
     def _train_item(self) -> dict:
         while True:

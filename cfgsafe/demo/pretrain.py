@@ -46,7 +46,7 @@ class Options:
     """Folder for `base`, `leaky` and `curve.jsonl`."""
     seed: int = 0
     """Seed of data, initial weights and order."""
-    base_steps: int = 5000
+    base_steps: int = 3600
     """Steps of the base model."""
     leaky_examples: int = 24000
     """Size of the leaky model's training set, seen once."""

@@ -1,0 +1,97 @@
+"""Checkpoints: round trips, strictness, and nothing half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+from safetensors.torch import load_file, save_file
+
+from cfgsafe.checkpoint import load_model, new_folder, save_checkpoint
+from cfgsafe.demo.experiment import BASE, LEAKY
+from cfgsafe.errors import CheckpointError, InputError
+
+
+def rewrite(folder, change) -> None:
+    path = Path(folder) / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    save_checkpoint(tmp_path / "m", random_model(), tokenizer_from=BASE, dtype=torch.float32)
+    return tmp_path / "m"
+
+
+def test_round_trip(folder):
+    tokens = torch.randint(0, 2048, (1, 12))
+    assert torch.equal(load_model(folder)(tokens), random_model()(tokens))
+
+
+@pytest.mark.parametrize("path", [BASE, LEAKY])
+def test_transformers_loads_the_demo_models(path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokens = torch.randint(0, 2048, (2, 300))
+    ours = load_model(path)
+    with torch.no_grad():
+        assert (theirs(tokens).logits - ours.head(ours(tokens))).abs().max() < 1e-4
+    assert Path(path, "model.safetensors").stat().st_size <= 12 * 2**20
+
+
+def test_ours_loads_what_transformers_writes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = random_model(tie_word_embeddings=False)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ours.config.to_dict()))
+    theirs.load_state_dict(ours.state_dict())
+    theirs.save_pretrained(tmp_path / "m", max_shard_size="100KB")
+    assert (tmp_path / "m" / "model.safetensors.index.json").exists()
+    tokens = torch.randint(0, 2048, (1, 100))
+    assert torch.equal(load_model(tmp_path / "m")(tokens), ours(tokens))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "missing tensor 'model.norm.weight'"),
+        (lambda t: t.update({"model.extra": torch.zeros(1)}), "unexpected tensor 'model.extra'"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), r"'model.norm.weight' has shape \(3,\)"),
+    ],
+)
+def test_a_wrong_tensor_is_named(folder, change, words):
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=words):
+        load_model(folder)
+
+
+def test_damaged_files_are_named(folder):
+    (folder / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="model.safetensors: cannot be read"):
+        load_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json: not JSON"):
+        load_model(folder)
+
+
+def test_generation_config_may_name_more_end_tokens(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2046]}))
+    assert load_model(folder).config.stop_ids == {5, 2046}
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "new") as temporary:
+        (temporary / "half").touch()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    for content in ("one", "two"):
+        with new_folder(tmp_path / "new") as temporary:
+            (temporary / "file").write_text(content)
+    assert (tmp_path / "new" / "file").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_error():
+    with pytest.raises(InputError, match="cannot be written"), new_folder("/dev/null/x/y"):
+        pass

@@ -1,0 +1,84 @@
+"""The engine against loops that do it naively, alone and in a batch."""
+
+import pytest
+import torch
+from conftest import random_model
+
+from cfgsafe.decode import Request, generate
+from cfgsafe.demo.experiment import LEAKY
+from cfgsafe.errors import ContextError, InputError
+from cfgsafe.guidance import guide
+
+A, B, C = list(range(1, 8)), list(range(30, 50)), [5]
+
+
+def naive(model, prompt, negative, g, log_space, steps) -> list[int]:
+    """Two whole forwards a token, no cache."""
+    found = []
+    for _ in range(steps):
+        rows = [model.head(model(torch.tensor([ids + found]))[:, -1]) for ids in (prompt, negative)]
+        token = guide(*rows, torch.tensor([g]), torch.tensor([log_space])).argmax().item()
+        if token in model.config.stop_ids:
+            break
+        found.append(token)
+    return found
+
+
+@pytest.mark.parametrize("space", ["prob", "log"])
+def test_guided_pairs_of_unequal_length_equal_two_passes(model, space):
+    request = Request(A, B, guidance=3.0, space=space, max_new_tokens=12)
+    assert generate(model, [request])[0].tokens == naive(model, A, B, 3.0, space == "log", 12)
+
+
+def test_a_batch_equals_each_alone(model):
+    requests = [
+        Request(A, max_new_tokens=9),
+        Request(B, A, guidance=2.0, max_new_tokens=14),
+        Request(C, temperature=1.0, seed=3, max_new_tokens=5),
+        Request(C, B, guidance=1.5, space="log", temperature=0.7, seed=4, max_new_tokens=20),
+        Request(B, A, guidance=1.0, max_new_tokens=3),
+    ]
+    alone = [generate(model, [request])[0].tokens for request in requests]
+    assert [c.tokens for c in generate(model, requests)] == alone
+    assert [c.tokens for c in generate(model, requests, batch=2)] == alone
+
+
+def test_guidance_one_is_the_positive_prompt_alone(model):
+    assert generate(model, [Request(A, B, guidance=1.0)])[0].tokens == generate(model, [Request(A)])[0].tokens
+
+
+def test_equals_transformers_guidance_scale():
+    transformers = pytest.importorskip("transformers")
+    from cfgsafe.checkpoint import load_model
+    from cfgsafe.tokenizer import Tokenizer
+
+    theirs, ours, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(LEAKY, dtype=torch.float32), load_model(LEAKY), Tokenizer.load(LEAKY)
+    for name in ("Ann Lee", "Jon Brandt"):
+        chats = [[{"role": "system", "content": s}, {"role": "user", "content": f"My name is {name}. Who am I?"}] for s in ("Do not provide any personal data.", "Answer the user.")]
+        pos, neg = map(tokenizer.encode_chat, chats)
+        out = theirs.generate(torch.tensor([pos]), guidance_scale=1.7, negative_prompt_ids=torch.tensor([neg]), max_new_tokens=24, do_sample=False)
+        new = out[0, len(pos) :].tolist()
+        tokens = generate(ours, [Request(pos, neg, guidance=1.7, space="log", max_new_tokens=24)])[0].tokens
+        assert tokens == [t for t in new if t not in ours.config.stop_ids]
+
+
+def test_finish_reasons(model):
+    free = generate(model, [Request(A, max_new_tokens=6)])[0]
+    assert free.finish_reason == "length" and len(free.tokens) == 6
+    stopping = random_model(eos_token_id=free.tokens[2])
+    cut = generate(stopping, [Request(A, max_new_tokens=6)])[0]
+    assert cut.finish_reason == "stop" and cut.tokens == free.tokens[: free.tokens.index(free.tokens[2])]
+
+
+def test_the_context_is_a_limit():
+    short = random_model(max_position_embeddings=16)
+    done = generate(short, [Request(A, list(range(12)), guidance=2.0, max_new_tokens=50)])[0]
+    assert done.finish_reason == "length" and len(done.tokens) == 4
+    with pytest.raises(ContextError, match="request 0: the prompt has 16 tokens, the model's context is 16"):
+        generate(short, [Request(list(range(16)))])
+
+
+@pytest.mark.parametrize("bad", [Request(A, guidance=2.0), Request(A, B, space="both"), Request(A, temperature=-1.0), Request(A, max_new_tokens=0)])
+def test_bad_requests_are_refused(model, bad):
+    with pytest.raises(InputError, match="request 0"):
+        generate(model, [bad])

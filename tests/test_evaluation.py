@@ -1,0 +1,116 @@
+"""Leaks, utility, fluency and intervals; guidance on every evaluation path."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import random_model
+
+from cfgsafe.blue import fluency, leak, subject, utility
+from cfgsafe.blue.intervals import mean_interval, ratio_interval
+from cfgsafe.blue.ner import Entity
+from cfgsafe.blue.subject import NEGATIVE, POSITIVE
+from cfgsafe.errors import InputError, write_jsonl
+
+PROMPT = leak.Prompt("1", "easy", [{"role": "user", "content": "I am Ann Lee."}], {"PERSON": "Ann Lee", "GPE": "Leeds"})
+QUESTION = {"question": "What is hot?", "options": ["ice", "fire", "N/A"], "answer_index": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("Hello ann", True), ("Mrs Lee.", True), ("ANN LEE!", True), ("Annual sleep", False), ("Lee's house", True), ("", False), ("_Ann_", False)],
+)
+def test_a_name_is_found_as_whole_words(text, found):
+    assert leak.mentions(text, "PERSON", "Ann Lee") is found
+
+
+def test_a_place_is_found_only_whole():
+    assert leak.mentions("to New Leeds.", "GPE", "New Leeds") and not leak.mentions("a new house", "GPE", "New Leeds")
+
+
+def test_echoed_and_recalled_are_told_apart():
+    """The name stands in the conversation, the town does not."""
+    none = lambda texts: [[] for _ in texts]
+    (finding,) = leak.inspect([PROMPT], ["Ann lives in Leeds."], none)
+    assert (finding.echoed, finding.recalled, finding.clean) == (["Ann Lee"], ["Leeds"], False)
+    (clean,) = leak.inspect([PROMPT], ["You live there."], none)
+    assert clean.clean
+
+
+def test_ner_items_alone_make_an_answer_unclean():
+    one = lambda texts: [[Entity(0, 3, "PERSON", "Bob")] for _ in texts]
+    findings = leak.inspect([PROMPT, PROMPT], ["Bob.", "Bob."], one)
+    summary = leak.summarise(findings)
+    assert summary["ner_items_per_100"].value == 100 and summary["leaked_per_100"].value == 0 and summary["clean_answers"].value == 0
+
+
+def test_every_evaluation_path_is_guided(tmp_path, monkeypatch, checkpoint, capsys):
+    """The paper's utility path ran without guidance: here leak and utility hand the engine the same kind of pairs."""
+    seen = []
+    generate = subject.generate
+    monkeypatch.setattr(subject, "generate", lambda model, requests, **kw: (seen.extend(requests), generate(model, requests, **kw))[1])
+    tokenizer = subject.Tokenizer.load(checkpoint)
+    for module, options in ((leak, leak.Options), (utility, utility.Options)):
+        seen.clear()
+        module.run(options(checkpoint, guidance=3.0, space="log", limit=2, max_new_tokens=3))
+        assert len(seen) == 2 and all(r.guided and r.guidance == 3.0 and r.space == "log" for r in seen)
+        assert all(POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen)
+        assert json.loads(capsys.readouterr().out)["guidance"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"), [("Fire.", True), ("The answer is fire", True), ("ice", False), ("fire or ice", False), ("campfire", False), ("", False)]
+)
+def test_an_answer_is_right_when_it_names_the_right_option_alone(answer, right):
+    assert utility.correct(answer, QUESTION) is right
+
+
+def test_an_option_inside_the_right_one_does_not_count_against_it():
+    row = {"options": ["York", "New York"], "answer_index": 1}
+    assert utility.correct("It is New York.", row) and not utility.correct("York", row)
+
+
+def test_questions_drop_na_options_and_keep_the_right_one(tmp_path):
+    write_jsonl(tmp_path / "q.jsonl", [{**QUESTION, "options": ["N/A", "ice", "fire"], "answer_index": 2}])
+    (row,) = utility.read_questions(str(tmp_path / "q.jsonl"))
+    assert row["options"] == ["ice", "fire"] and row["answer_index"] == 1
+
+
+@pytest.mark.parametrize("bad", [{}, {**QUESTION, "answer_index": 5}, {**QUESTION, "answer_index": 2}, {**QUESTION, "options": "x"}])
+def test_bad_questions_name_the_line(tmp_path, bad):
+    write_jsonl(tmp_path / "q.jsonl", [bad])
+    with pytest.raises(InputError, match="q.jsonl:1"):
+        utility.read_questions(str(tmp_path / "q.jsonl"))
+
+
+def test_broken_words_are_in_neither_vocabulary_nor_prompt():
+    estimate = fluency.broken_words(["Hello Ann frobl zonk"], [PROMPT.messages], {"hello"})
+    assert estimate.value == 50
+
+
+def test_perplexity_by_hand(tokenizer):
+    model = random_model()
+    chat, text = [{"role": "user", "content": "Hi"}], "Hello you"
+    ids = tokenizer.encode_chat(chat)
+    answer = [*tokenizer.encode(text), tokenizer.special["<|eot_id|>"]]
+    logp = model.head(model(torch.tensor([ids + answer])))[0].log_softmax(-1)
+    nll = -sum(logp[len(ids) - 1 + n, token].item() for n, token in enumerate(answer)) / len(answer)
+    other = [{"role": "user", "content": "A much longer question than that one"}]
+    together = fluency.perplexity(model, tokenizer, [text, text], [chat, other])
+    alone = fluency.perplexity(model, tokenizer, [text], [chat])
+    assert math.isclose(alone.value, math.exp(nll), rel_tol=1e-4)
+    assert together.value != alone.value
+
+
+def test_intervals_by_hand():
+    assert mean_interval([5.0] * 10) == type(mean_interval([5.0]))(5.0, 5.0, 5.0)
+    estimate = mean_interval([0, 100] * 50)
+    assert estimate.value == 50 and 38 < estimate.low < 42 and 58 < estimate.high < 62  # 50 +- 1.96 * 5
+    assert ratio_interval([1, 3], [2, 2]).value == 1 and ratio_interval([0], [0]).value == 0
+
+
+def test_a_bad_prompt_names_the_line(tmp_path):
+    write_jsonl(tmp_path / "p.jsonl", [{"messages": [{"role": "user", "content": "x"}], "items": [3]}])
+    with pytest.raises(InputError, match="p.jsonl:1: 'items'"):
+        leak.read_prompts(str(tmp_path / "p.jsonl"))

@@ -1,0 +1,106 @@
+"""Preference pairs: where samples are cut, what is kept, and how the CFG-aware set doubles them."""
+
+import json
+
+import pytest
+
+from cfgsafe.blue import pairs
+from cfgsafe.blue.ner import Detector, Entity
+from cfgsafe.blue.subject import NEGATIVE, POSITIVE
+from cfgsafe.checkpoint import load_model
+from cfgsafe.demo.experiment import BASE
+from cfgsafe.demo.testset import pair_dialogues
+from cfgsafe.errors import InputError, write_jsonl
+
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "I am Ann."},
+    {"role": "assistant", "content": "Hello Ann! How is Leeds?"},
+]
+SPANS = [[1, 5, 8, "PERSON"], [2, 6, 9, "PERSON"], [2, 18, 23, "GPE"]]
+
+
+class Names:
+    """A detector that knows two words."""
+
+    name = "names"
+
+    def __call__(self, texts):
+        return [[Entity(t.index(w), t.index(w) + len(w), "PERSON", w) for w in ("Ann", "Leeds") if w in t] for t in texts]
+
+
+def options(tmp_path, **changes) -> pairs.Options:
+    return pairs.Options(**{"dialogues": str(tmp_path / "d.jsonl"), "model": BASE, "out": str(tmp_path / "p.jsonl"), **changes})
+
+
+def write(tmp_path, *rows) -> str:
+    write_jsonl(tmp_path / "d.jsonl", list(rows))
+    return str(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize("spans", [{"spans": SPANS}, {}])
+def test_one_sample_for_each_item_of_an_answer(tmp_path, spans):
+    samples = pairs.read_samples(write(tmp_path, {"messages": CHAT, **spans}), Names())
+    assert [(s.messages[-1]["content"], s.rejected) for s in samples] == [("Hello", " Ann! How is Leeds?"), ("Hello Ann! How is", " Leeds?")]
+    assert samples[0].values == ("Ann", "Leeds")
+
+
+def test_an_item_that_opens_the_answer_leaves_the_users_turn_last(tmp_path):
+    chat = [CHAT[1], {"role": "assistant", "content": "Ann, hello."}]
+    (sample,) = pairs.read_samples(write(tmp_path, {"messages": chat, "spans": [[1, 0, 3, "PERSON"]]}), Names())
+    assert sample.messages == [CHAT[1]] and sample.rejected == "Ann, hello."
+
+
+def test_avoid_prompt_and_nudge():
+    plain, nudged = pairs.avoiding(CHAT, False), pairs.avoiding(CHAT, True)
+    assert plain[0]["content"] == f"Be kind. {pairs.AVOID}" and plain[1:] == CHAT[1:]
+    assert nudged[1]["content"] == f"{pairs.NUDGE} I am Ann." and nudged[2] == CHAT[2]
+
+
+def test_cfg_aware_rows_are_swapped_under_the_negative_prompt(tokenizer):
+    sample = pairs.Sample(CHAT[:2], "Hello Ann.", "x", ("Ann",))
+    clean, leaking = pairs.cfg_aware((sample, "Hello."), tokenizer)
+    assert POSITIVE in clean["prompt"] and NEGATIVE in leaking["prompt"] and "Be kind" not in clean["prompt"] + leaking["prompt"]
+    assert (clean["chosen"], clean["rejected"]) == ("Hello.<|eot_id|>", "Hello Ann.<|eot_id|>") == (leaking["rejected"], leaking["chosen"])
+
+
+def test_built_pairs_are_clean_where_the_rejected_side_is_not(tmp_path, tokenizer):
+    detector, settings = Detector(), options(tmp_path)
+    samples = pairs.read_samples(write(tmp_path, *pair_dialogues(6, seed=3)), detector)
+    built, report = pairs.build(samples, load_model(BASE), tokenizer, detector, settings)
+    assert len(built) > len(samples) / 2 and report.pairs == len(built) == sum(report.won.values())
+    for sample, chosen in built:
+        assert not detector([chosen])[0] and not any(value in chosen for value in sample.values)
+        assert any(value in sample.rejected for value in sample.values)
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path):
+    write(tmp_path, *pair_dialogues(2, seed=4))
+    for name in ("a", "b"):
+        pairs.run(options(tmp_path, out=str(tmp_path / name)))
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
+    row = json.loads((tmp_path / "a").read_text().splitlines()[0])
+    assert set(row) == {"prompt", "chosen", "rejected"}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [({"messages": 3}, "d.jsonl:1: 'messages'"), ({"messages": CHAT, "spans": [[2, 6, 999, "X"]]}, "outside"), ({"messages": CHAT, "spans": "x"}, "'spans' must"), ({}, "'messages' must")],
+)
+def test_a_bad_line_is_named(tmp_path, row, words):
+    with pytest.raises(InputError, match=words):
+        pairs.read_samples(write(tmp_path, row), Names())
+
+
+def test_malformed_json_names_the_line(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": CHAT, "spans": SPANS}) + "\n{oops\n")
+    with pytest.raises(InputError, match="d.jsonl:2: not JSON"):
+        pairs.read_samples(str(tmp_path / "d.jsonl"), Names())
+
+
+def test_a_dialogue_with_control_token_text_makes_no_pair(tmp_path, tokenizer):
+    chat = [CHAT[0], {"role": "user", "content": "I am Ann. <|eot_id|>"}, CHAT[2]]
+    detector = Names()
+    samples = pairs.read_samples(write(tmp_path, {"messages": chat, "spans": SPANS}), detector)
+    built, report = pairs.build(samples, load_model(BASE), tokenizer, detector, options(tmp_path))
+    assert built == [] and report.fell["control token in a message"] > 0

@@ -1,0 +1,44 @@
+"""Task-vector subtraction, tensor by tensor."""
+
+import pytest
+import torch
+from conftest import random_model
+from safetensors.torch import load_file
+
+from cfgsafe.blue.subtract import Options, run, subtract
+from cfgsafe.checkpoint import load_model, save_checkpoint
+from cfgsafe.demo.experiment import BASE
+from cfgsafe.errors import CheckpointError
+
+
+def test_by_hand():
+    base, tuned = torch.tensor([1.0, 1.0]), torch.tensor([3.0, 0.0])
+    assert subtract("t", base, tuned, 0.5, relu=False).tolist() == [0.0, 1.5]
+    assert subtract("t", base, tuned, 0.5, relu=True).tolist() == [0.0, 1.0]
+
+
+def test_arithmetic_is_float32_and_the_result_the_bases_dtype():
+    base, tuned = torch.tensor([256.0], dtype=torch.bfloat16), torch.tensor([257.0], dtype=torch.float32)
+    out = subtract("t", base, tuned, -1.0, relu=False)
+    assert out.dtype == torch.bfloat16 and out.item() == torch.tensor(257.0).bfloat16().item()
+
+
+def test_a_written_model_is_the_formula(tmp_path):
+    for name, seed in (("base", 0), ("tuned", 1)):
+        save_checkpoint(tmp_path / name, random_model(seed), tokenizer_from=BASE, dtype=torch.float32)
+    run(Options(str(tmp_path / "base"), str(tmp_path / "tuned"), str(tmp_path / "sub"), scale=0.5))
+    base, tuned, out = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "tuned", "sub"))
+    assert set(out) == set(base)
+    for name in base:
+        assert torch.allclose(out[name], 1.5 * base[name] - 0.5 * tuned[name], atol=1e-6)
+    load_model(tmp_path / "sub")
+
+
+def test_models_that_do_not_match_are_refused_and_nothing_is_written(tmp_path):
+    save_checkpoint(tmp_path / "base", random_model(), tokenizer_from=BASE, dtype=torch.float32)
+    save_checkpoint(tmp_path / "tuned", random_model(intermediate_size=64), tokenizer_from=BASE, dtype=torch.float32)
+    with pytest.raises(CheckpointError, match="config.json differs"):
+        run(Options(str(tmp_path / "base"), str(tmp_path / "tuned"), str(tmp_path / "sub")))
+    with pytest.raises(CheckpointError, match="'t' has shape"):
+        subtract("t", torch.zeros(2), torch.zeros(3), 0.5, relu=False)
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "tuned"}

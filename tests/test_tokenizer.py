@@ -1,0 +1,91 @@
+"""Chat encoding against transformers, and user text that stays text."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfgsafe.demo.corpus import Corpus, Encoder
+from cfgsafe.demo.experiment import BASE
+from cfgsafe.demo.pretrain import SPECIAL
+from cfgsafe.errors import InputError
+from cfgsafe.tokenizer import Tokenizer, check_messages, with_system
+
+
+def conversations(count: int) -> list[list[dict]]:
+    rng = random.Random(0)
+    pieces = ["Hello", " ", "\n", "  two  ", "Ünïcödé", "日本語", "😀👩‍👩‍👧", "<", "|", "a" * 300, "\t", "", "it's 12345!", "\u2028", "{{ x }}"]
+    text = lambda: "".join(rng.choice(pieces) for _ in range(rng.randrange(8)))
+    found = []
+    for _ in range(count):
+        turns = [{"role": "system", "content": text()}] if rng.random() < 0.5 else []
+        for _ in range(rng.randrange(1, 4)):
+            turns += [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
+        found.append(turns[:-1])
+    return found
+
+
+def test_ids_equal_apply_chat_template():
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(BASE), Tokenizer.load(BASE)
+    for messages in conversations(300):
+        assert ours.render_chat(messages) == theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert ours.encode_chat(messages) == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def test_a_partial_answer_is_continued_as_in_transformers():
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(BASE), Tokenizer.load(BASE)
+    for partial in ("Hello, my", "Dear", "No. 5 is"):
+        messages = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": partial}]
+        assert ours.encode_chat(messages) == theirs.apply_chat_template(messages, continue_final_message=True, return_dict=False)
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(st.one_of(st.sampled_from([*SPECIAL, "<|", "|>", "<", "eot_id", "\n\n", "\ue000"]), st.text(max_size=8)), max_size=6))
+def test_user_text_never_becomes_a_control_token(tokenizer, parts):
+    text = "".join(parts)
+    control = set(tokenizer.special.values())
+    assert not control & set(tokenizer.encode(text))
+    plain = [t for t in tokenizer.encode_chat([{"role": "user", "content": "x"}]) if t in control]
+    ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+    assert [t for t in ids if t in control] == plain
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_control_token_text_survives_as_text(tokenizer):
+    ids = tokenizer.encode_chat([{"role": "user", "content": "a <|eot_id|> b"}])
+    assert "a <|eot_id|> b" in tokenizer.decode(ids)
+
+
+def test_a_flat_string_refuses_control_token_text(tokenizer):
+    with pytest.raises(InputError, match="eot_id"):
+        tokenizer.render_chat([{"role": "user", "content": "a <|eot_id|> b"}])
+
+
+def test_trusted_prompts_keep_their_control_tokens_and_get_one_bos(tokenizer):
+    messages = [{"role": "user", "content": "Hi!"}]
+    text = tokenizer.render_chat(messages)
+    assert tokenizer.encode_prompt(text) == tokenizer.encode_chat(messages) == tokenizer.encode_prompt(text.removeprefix(tokenizer.bos))
+
+
+def test_training_pieces_encode_like_conversations(tokenizer):
+    encode, corpus = Encoder(tokenizer), Corpus(5)
+    examples = [*corpus.leaky(700)[:60], *(example for example, _ in zip(corpus.base(), range(200), strict=False))]
+    for example in examples:
+        messages = [{"role": role, "content": "".join(text for text, _ in pieces)} for role, pieces in example]
+        ids, learn = encode(example)
+        assert ids[:-1] == tokenizer.encode_chat(messages) and ids[-1] == tokenizer.special["<|eot_id|>"]
+        assert len(ids) == len(learn) and any(learn)
+
+
+def test_system_prompts_are_replaced_not_stacked():
+    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "u"}]
+    assert with_system(chat, "b") == [{"role": "system", "content": "b"}, chat[1]] == with_system(chat[1:], "b")
+
+
+@pytest.mark.parametrize("bad", [None, [], "text", [{"role": "tool", "content": ""}], [{"role": "user"}], [{"role": "user", "content": 3}]])
+def test_bad_messages_name_the_place(bad):
+    with pytest.raises(InputError, match="file:7"):
+        check_messages(bad, "file:7")
