@@ -13,11 +13,7 @@ from cfgsafe.blue import leak, utility
 from cfgsafe.demo import exam
 from cfgsafe.errors import run_command
 
-COMMANDS = {
-    "leak": (leak.Options, leak.run),
-    "utility": (utility.Options, utility.run),
-    "demo-models": (exam.Options, exam.run),
-}
+COMMANDS = {"leak": (leak.Options, leak.run), "utility": (utility.Options, utility.run), "demo-models": (exam.Options, exam.run)}
 
 
 def main() -> None:

@@ -4,9 +4,10 @@
     python infer.py --model M --adapter A --guidance 3 --prompt TEXT
     python infer.py --model M --requests requests.jsonl
 
-A requests line has `prompt` (a chat-formatted string, in which control tokens are control tokens) or `messages` (whose content is plain text), and may
-have `negative_prompt` / `negative_messages`, `guidance`, `space`, `temperature`, `seed`, `max_new_tokens`; what it lacks
-is taken from the command line. Where a line is guided and names no negative side, its messages are put under --system and --negative.
+A requests line has `prompt` (a chat-formatted string, in which control tokens are control tokens) or `messages` (whose content is
+plain text), and may have `negative_prompt` / `negative_messages`, `guidance`, `space`, `temperature`, `seed`, `max_new_tokens`; what
+it lacks is taken from the command line. Where a line is guided and names no negative side, its messages are put under --system and
+--negative.
 """
 
 import json
@@ -60,7 +61,11 @@ class Options:
 def run(options: Options) -> None:
     if (options.prompt is None) == (options.requests is None):
         raise InputError("give either --prompt TEXT or --requests FILE")
-    lines = [("--prompt", {"messages": [{"role": "user", "content": options.prompt}]})] if options.requests is None else list(read_jsonl(options.requests))
+    lines = (
+        [("--prompt", {"messages": [{"role": "user", "content": options.prompt}]})]
+        if options.requests is None
+        else list(read_jsonl(options.requests))
+    )
     model, tokenizer = load(Subject(options.model, options.adapter, device=options.device, dtype=options.dtype))
     requests = []
     for place, row in lines:
@@ -90,7 +95,13 @@ def read_request(row: dict, place: str, tokenizer: Tokenizer, options: Options) 
         prompt = with_system(prompt, positive) if positive is not None else prompt
     ids = lambda side: None if side is None else tokenizer.encode_chat(side) if isinstance(side, list) else tokenizer.encode_prompt(side)
     return Request(
-        ids(prompt), ids(negative), 1.0 if guidance is None else guidance, field("space", str), field("temperature", float), field("seed", int), field("max_new_tokens", int)
+        ids(prompt),
+        ids(negative),
+        1.0 if guidance is None else guidance,
+        field("space", str),
+        field("temperature", float),
+        field("seed", int),
+        field("max_new_tokens", int),
     )
 
 
@@ -112,9 +123,18 @@ def _typed(row: dict, name: str, kind: type, place: str, default):
 
 
 def as_json(completion: Completion, text: str) -> dict:
-    return {"text": text, "tokens": completion.tokens, "finish_reason": completion.finish_reason, "tokens_per_second": round(completion.tokens_per_second, 1)}
+    return {
+        "text": text,
+        "tokens": completion.tokens,
+        "finish_reason": completion.finish_reason,
+        "tokens_per_second": round(completion.tokens_per_second, 1),
+    }
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    run_command(lambda: run(options))
 
 
 if __name__ == "__main__":
-    options = tyro.cli(Options, description=__doc__)
-    run_command(lambda: run(options))
+    main()

@@ -19,23 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cfgsafe.errors import CheckpointError, InputError
+from cfgsafe.errors import CheckpointError, InputError, read_json
 from cfgsafe.llama import Llama, LlamaConfig, rope_frequencies
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from disk; raises CheckpointError naming the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointError(f"{path}: not found; a checkpoint folder holds config.json, {WEIGHTS} and the tokenizer's files") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
@@ -90,7 +80,9 @@ def load_model(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = 
         if name not in expected:
             raise CheckpointError(f"{folder}: unexpected tensor {name!r}")
         if tensor.shape != expected[name]:
-            raise CheckpointError(f"{folder}: tensor {name!r} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name])}")
+            raise CheckpointError(
+                f"{folder}: tensor {name!r} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name])}"
+            )
         found[name] = tensor.to(device=device, dtype=dtype)
     if missing := sorted(set(expected) - set(found)):
         raise CheckpointError(f"{folder}: missing tensor {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))

@@ -59,7 +59,9 @@ def check_request(request: Request, model: Llama, place: str) -> None:
 
 
 @torch.inference_mode()
-def generate(model: Llama, requests: list[Request], *, batch: int = 64, done: Callable[[int], None] = lambda count: None) -> list[Completion]:
+def generate(
+    model: Llama, requests: list[Request], *, batch: int = 64, done: Callable[[int], None] = lambda count: None
+) -> list[Completion]:
     """Answer `requests`, `batch` at a time, longest prompts first; `done` hears how many have been finished since the last call."""
     for number, request in enumerate(requests):
         check_request(request, model, f"request {number}")
@@ -136,7 +138,9 @@ class _Rows:
             guided = [requests[i] for i in self.guided]
             g = torch.tensor([r.guidance for r in guided], device=logits.device)
             log_space = torch.tensor([r.space == "log" for r in guided], device=logits.device)
-            scores = scores.index_copy(0, torch.tensor(self.guided, device=logits.device), guide(scores[self.guided], logits[self.count :], g, log_space))
+            scores = scores.index_copy(
+                0, torch.tensor(self.guided, device=logits.device), guide(scores[self.guided], logits[self.count :], g, log_space)
+            )
         return scores
 
     def keep(self, requests: list[int]) -> None:

@@ -64,6 +64,19 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
         yield f"{path}:{number}", row
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object of a checkpoint; raises CheckpointError naming the file."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: not found or not readable ({_reason(error)}); give a complete checkpoint folder") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: a JSON {type(raw).__name__}, not an object")
+    return raw
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole file or nothing: to a temporary name beside it, then rename."""
     path = Path(path)

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cfgsafe.checkpoint import new_folder, open_weights, read_json
-from cfgsafe.errors import CheckpointError
+from cfgsafe.checkpoint import new_folder, open_weights
+from cfgsafe.errors import CheckpointError, read_json
 from cfgsafe.llama import Llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,7 +75,9 @@ def detach(model: Llama) -> None:
 
 def adapter_tensors(model: Llama) -> dict[str, Tensor]:
     """PEFT's names -> the adapter's tensors."""
-    return {f"{PREFIX}{name}.{part}.weight": getattr(layer, part) for name, layer in _layers(model).items() for part in ("lora_A", "lora_B")}
+    return {
+        f"{PREFIX}{name}.{part}.weight": getattr(layer, part) for name, layer in _layers(model).items() for part in ("lora_A", "lora_B")
+    }
 
 
 def save_adapter(folder: str | Path, model: Llama, config: LoRAConfig, *, base: str) -> None:
@@ -113,7 +115,9 @@ def load_adapter(folder: str | Path, model: Llama) -> LoRAConfig:
         if name not in found:
             raise CheckpointError(f"{folder}: missing tensor {name!r}")
         if found[name].shape != parameter.shape:
-            raise CheckpointError(f"{folder}: tensor {name!r} has shape {tuple(found[name].shape)}, the model asks for {tuple(parameter.shape)}")
+            raise CheckpointError(
+                f"{folder}: tensor {name!r} has shape {tuple(found[name].shape)}, the model asks for {tuple(parameter.shape)}"
+            )
         parameter.data.copy_(found.pop(name))
     if found:
         raise CheckpointError(f"{folder}: unexpected tensor {min(found)!r}")

@@ -1,21 +1,25 @@
 """Text to token ids and back, and the chat format, with user text that can never become a control token.
 
-Source: `tokenizer.json` and the Jinja2 chat template of the checkpoint; the template is rendered in Jinja2's sandbox.
-Deviation: `apply_chat_template(tokenize=True)` of transformers parses the whole rendered string, so that
-`<|eot_id|>` typed by a user ends the turn. Here every character of a message's content that could begin a control
-token is marked before rendering, the rendered text is split at the control tokens that are left (the template's own),
-and what lies between is encoded as plain text. Text without control tokens gets the same ids as in transformers.
+Source: `tokenizer.json` and the Jinja2 chat template of the checkpoint; the template is rendered in Jinja2's sandbox, with the filters and
+globals that transformers gives it.
+Deviation: `apply_chat_template(tokenize=True)` of transformers parses the whole rendered string, so that `<|eot_id|>` typed by a
+user ends the turn. Here the control tokens are renamed in the tokenizer to strings that nobody can know, new in each process; of a
+rendered conversation only the template's own control tokens are renamed likewise before it is encoded. What a user typed is therefore
+text to the tokenizer, whatever it is. Text without control tokens gets the same ids as in transformers.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --prompt "<|eot_id|> is text here"
 """
 
+import itertools
 import json
 import re
+import secrets
+from datetime import datetime
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from cfgsafe.errors import CheckpointError, InputError
+from cfgsafe.errors import CheckpointError, InputError, read_json
 
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
 
@@ -29,7 +33,7 @@ LLAMA31_TEMPLATE = """\
 {%- set first = 1 %}
 {%- endif %}
 {{- "<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n" }}
-{{- "Today Date: " + (date_string or "26 Jul 2024") + "\\n\\n" + system + "<|eot_id|>" }}
+{{- "Today Date: 26 Jul 2024\\n\\n" + system + "<|eot_id|>" }}
 {%- for message in messages[first:] %}
 {{- "<|start_header_id|>" + message.role + "<|end_header_id|>\\n\\n" + (message.content | trim) + "<|eot_id|>" }}
 {%- endfor %}
@@ -44,42 +48,42 @@ class Tokenizer:
 
     `encode` takes text as data; `encode_prompt` takes a string that is already chat-formatted, whose control tokens
     are meant; `encode_chat` renders messages, in which only the template's control tokens are.
+    `special` maps each control token to its id.
     """
 
-    def __init__(self, backend: Backend, *, bos: str, eos: str, template: str):
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        self.backend = backend
-        self.bos = bos
-        self.template = template
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_exception
-        self._render = environment.from_string(template).render
-        self.special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
-        self.end_of_turn = "<|eot_id|>" if "<|eot_id|>" in self.special else eos
-        for token in (bos, self.end_of_turn):
+    def __init__(self, files: dict, names: dict[str, str], template: str):
+        """Of the parsed `tokenizer.json`, the names of bos_token, eos_token and so on, and a Jinja2 template."""
+        self.special = {token["content"]: token["id"] for token in files["added_tokens"] if token["special"]}
+        self.names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", **names}
+        self.end_of_turn = "<|eot_id|>" if "<|eot_id|>" in self.special else self.names["eos_token"]
+        for token in (self.names["bos_token"], self.end_of_turn):
             if token not in self.special:
                 raise CheckpointError(f"tokenizer.json: control token {token!r} is missing")
-        self._special_pattern = re.compile("|".join(re.escape(s) for s in sorted(self.special, key=len, reverse=True)) or r"(?!)")
-        self._special_start = re.compile("[" + "".join(re.escape(c) for c in sorted({s[0] for s in self.special})) + "]")
-        backend.encode_special_tokens = True  # a control token in text stays text
+        nonce = secrets.token_hex(16)
+        self._renamed = {content: f"\ue000{nonce}:{number}\ue000" for content, number in self.special.items()}
+        self.backend = Backend.from_str(json.dumps(_rename(files, self._renamed)))
+        self._render = _compile(template)
+        self._pattern = re.compile("|".join(re.escape(s) for s in sorted(self.special, key=len, reverse=True)))
+        self._first = re.compile("[" + "".join(re.escape(c) for c in sorted({s[0] for s in self.special})) + "]")
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":
         """Read `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` of a checkpoint folder. Raises CheckpointError."""
         folder = Path(folder)
-        try:
-            backend = Backend.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{error.filename}: not found; a checkpoint folder holds tokenizer.json and tokenizer_config.json") from None
-        except Exception as error:  # tokenizers raises bare Exception
-            raise CheckpointError(f"{folder}: tokenizer files cannot be read ({error})") from None
+        files, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
         template = config.get("chat_template") or LLAMA31_TEMPLATE
+        if isinstance(template, list):  # named templates
+            template = {entry["name"]: entry["template"] for entry in template}["default"]
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        named = lambda key, default: token["content"] if isinstance(token := config.get(key) or default, dict) else token
-        return Tokenizer(backend, bos=named("bos_token", "<|begin_of_text|>"), eos=named("eos_token", "<|end_of_text|>"), template=template)
+        text = lambda token: token["content"] if isinstance(token, dict) else token
+        names = {key: text(token) for key, token in config.items() if key.endswith("_token") and isinstance(token, (str, dict))}
+        try:
+            return Tokenizer(files, names, template)
+        except CheckpointError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(f"{folder}: tokenizer files cannot be read ({error})") from None
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; no control token can come out of it, no BOS is added."""
@@ -87,15 +91,13 @@ class Tokenizer:
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Ids of a trusted, chat-formatted string: control tokens in it are control tokens, BOS is added if absent."""
-        ids = self._encode_trusted(prompt, mark="")
-        bos = self.special[self.bos]
-        return ids if ids[:1] == [bos] else [bos, *ids]
+        bos = self.names["bos_token"]
+        return self._encode_trusted(prompt if prompt.startswith(bos) else bos + prompt)
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """Ids of a conversation up to where the model answers, or goes on with the partial answer that ends it."""
-        mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in m["content"] for m in messages))
-        guard = lambda text: self._special_start.sub(lambda m: m.group() + mark, text)
-        marked = [{"role": m["role"], "content": guard(m["content"])} for m in messages]
+        mark = _unused(messages)  # behind each character of a message that could begin a control token
+        marked = [{**m, "content": self._first.sub(lambda found: found.group() + mark, m["content"])} for m in messages]
         return self._encode_trusted(self._chat_text(marked), mark)
 
     def render_chat(self, messages: Messages) -> str:
@@ -104,8 +106,9 @@ class Tokenizer:
         Raises InputError when a message holds the text of a control token: in a flat string it would become one.
         """
         for message in messages:
-            if found := self._special_pattern.search(message["content"]):
-                raise InputError(f"a {message['role']} message holds the control token text {found.group()!r}, which a chat-formatted string cannot keep as text")
+            if found := self._pattern.search(message["content"]):
+                role, text = message["role"], found.group()
+                raise InputError(f"a {role} message holds the control token text {text!r}, which a chat-formatted string cannot keep")
         return self._chat_text(messages)
 
     def decode(self, ids: list[int]) -> str:
@@ -114,19 +117,58 @@ class Tokenizer:
 
     def _chat_text(self, messages: Messages) -> str:
         going_on = bool(messages) and messages[-1]["role"] == "assistant"
-        text = self._render(messages=messages, bos_token=self.bos, add_generation_prompt=not going_on, date_string=None)
-        if going_on:  # cut what the template closes the turn with
-            partial = messages[-1]["content"].strip()
-            text = text[: text.rindex(partial) + len(partial)]
+        end = _unused(messages, skip=1) + " "
+        if going_on:  # cut what the template closes the turn with; a template that trims also trims the blank behind the mark
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}]
+        text = self._render(messages=messages, tools=None, documents=None, add_generation_prompt=not going_on, **self.names)
+        if going_on:
+            cut = text.rindex(end.strip())
+            text = text[:cut] if text[cut:].startswith(end) else text[:cut].rstrip()
         return text
 
-    def _encode_trusted(self, text: str, mark: str) -> list[int]:
-        ids, start = [], 0
-        for found in self._special_pattern.finditer(text):
-            ids += self.encode(_without(text[start : found.start()], mark))
-            ids.append(self.special[found.group()])
-            start = found.end()
-        return ids + self.encode(_without(text[start:], mark))
+    def _encode_trusted(self, text: str, mark: str = "") -> list[int]:
+        text = self._pattern.sub(lambda found: self._renamed[found.group()], text)
+        return self.encode(text.replace(mark, "") if mark else text)
+
+
+def _rename(files: dict, renamed: dict[str, str]) -> dict:
+    """`tokenizer.json` with other names for its control tokens and nothing that adds any."""
+    added = [{**token, "content": renamed.get(token["content"], token["content"])} for token in files["added_tokens"]]
+    model = dict(files["model"])
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {renamed.get(token, token): number for token, number in model["vocab"].items()}
+    if model.get("unk_token") in renamed:
+        model["unk_token"] = renamed[model["unk_token"]]
+    return {**files, "added_tokens": added, "model": model, "post_processor": None, "truncation": None, "padding": None}
+
+
+def _compile(template: str):
+    """`render` of a chat template with what transformers offers to templates."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %} marks answers for training; its content is rendered as it is."""
+
+        tags = {"generation"}
+
+        def parse(self, parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = lambda x, indent=None, **options: json.dumps(x, indent=indent, **{"ensure_ascii": False, **options})
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template).render
+
+
+def _unused(messages: Messages, skip: int = 0) -> str:
+    """A private-use character that no message holds; `skip` gives another one."""
+    text = "".join(m["content"] for m in messages)
+    free = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in text)
+    return next(itertools.islice(free, skip, None))
 
 
 def check_messages(messages: object, place: str) -> Messages:
@@ -145,10 +187,6 @@ def with_system(messages: Messages, system: str) -> Messages:
     """The same conversation under another system prompt."""
     rest = messages[1:] if messages[0]["role"] == "system" else messages
     return [{"role": "system", "content": system}, *rest]
-
-
-def _without(text: str, mark: str) -> str:
-    return text.replace(mark, "") if mark else text
 
 
 def _raise_exception(message: str):

@@ -16,8 +16,12 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
 
 
 def config(**changes) -> LlamaConfig:
-    fields = dict(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    fields |= dict(max_position_embeddings=512, rope_theta=10000.0, rope_scaling=ROPE, tie_word_embeddings=True, bos_token_id=0, eos_token_id=2046)
+    fields = dict(
+        vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+    )
+    fields |= dict(
+        max_position_embeddings=512, rope_theta=10000.0, rope_scaling=ROPE, tie_word_embeddings=True, bos_token_id=0, eos_token_id=2046
+    )
     return LlamaConfig(**{**fields, **changes})
 
 

@@ -52,11 +52,20 @@ def test_equals_transformers_guidance_scale():
     from cfgsafe.checkpoint import load_model
     from cfgsafe.tokenizer import Tokenizer
 
-    theirs, ours, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(LEAKY, dtype=torch.float32), load_model(LEAKY), Tokenizer.load(LEAKY)
+    theirs, ours, tokenizer = (
+        transformers.AutoModelForCausalLM.from_pretrained(LEAKY, dtype=torch.float32),
+        load_model(LEAKY),
+        Tokenizer.load(LEAKY),
+    )
     for name in ("Ann Lee", "Jon Brandt"):
-        chats = [[{"role": "system", "content": s}, {"role": "user", "content": f"My name is {name}. Who am I?"}] for s in ("Do not provide any personal data.", "Answer the user.")]
+        chats = [
+            [{"role": "system", "content": s}, {"role": "user", "content": f"My name is {name}. Who am I?"}]
+            for s in ("Do not provide any personal data.", "Answer the user.")
+        ]
         pos, neg = map(tokenizer.encode_chat, chats)
-        out = theirs.generate(torch.tensor([pos]), guidance_scale=1.7, negative_prompt_ids=torch.tensor([neg]), max_new_tokens=24, do_sample=False)
+        out = theirs.generate(
+            torch.tensor([pos]), guidance_scale=1.7, negative_prompt_ids=torch.tensor([neg]), max_new_tokens=24, do_sample=False
+        )
         new = out[0, len(pos) :].tolist()
         tokens = generate(ours, [Request(pos, neg, guidance=1.7, space="log", max_new_tokens=24)])[0].tokens
         assert tokens == [t for t in new if t not in ours.config.stop_ids]
@@ -78,7 +87,9 @@ def test_the_context_is_a_limit():
         generate(short, [Request(list(range(16)))])
 
 
-@pytest.mark.parametrize("bad", [Request(A, guidance=2.0), Request(A, B, space="both"), Request(A, temperature=-1.0), Request(A, max_new_tokens=0)])
+@pytest.mark.parametrize(
+    "bad", [Request(A, guidance=2.0), Request(A, B, space="both"), Request(A, temperature=-1.0), Request(A, max_new_tokens=0)]
+)
 def test_bad_requests_are_refused(model, bad):
     with pytest.raises(InputError, match="request 0"):
         generate(model, [bad])

@@ -59,7 +59,11 @@ def test_nobody_is_called_like_a_word_of_the_templates():
 
 def test_there_are_hundreds_of_templates():
     assert all(count > 1000 for count in count_templates().values())
-    texts = {"".join(p if isinstance(p, str) else "_" for p in turn.parts) for row in range(600) for turn in Writer(row).dialogue(ANN, random.Random(row).choice(EASY + HARD)).turns}
+    texts = {
+        "".join(p if isinstance(p, str) else "_" for p in turn.parts)
+        for row in range(600)
+        for turn in Writer(row).dialogue(ANN, random.Random(row).choice(EASY + HARD)).turns
+    }
     assert len(texts) > 1000
 
 
@@ -127,4 +131,8 @@ def test_generation_is_seeded():
 
 
 def test_fill_by_hand():
-    assert [p if isinstance(p, str) else (p.value, p.clean) for p in fill("Hi {first|there}, a [place]!", ANN, {"place": "bank"})] == ["Hi ", ("Ann", "there"), ", a bank!"]
+    assert [p if isinstance(p, str) else (p.value, p.clean) for p in fill("Hi {first|there}, a [place]!", ANN, {"place": "bank"})] == [
+        "Hi ",
+        ("Ann", "there"),
+        ", a bank!",
+    ]

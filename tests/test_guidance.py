@@ -58,5 +58,7 @@ def test_sampling_follows_the_distribution_and_the_temperature():
 
 def test_a_rows_draw_does_not_depend_on_the_batch():
     alone = sample(POS, torch.ones(1), [torch.Generator().manual_seed(7)])
-    together = sample(POS.expand(3, 3), torch.tensor([0.0, 1.0, 1.0]), [None, torch.Generator().manual_seed(7), torch.Generator().manual_seed(8)])
+    together = sample(
+        POS.expand(3, 3), torch.tensor([0.0, 1.0, 1.0]), [None, torch.Generator().manual_seed(7), torch.Generator().manual_seed(8)]
+    )
     assert together[1] == alone[0]

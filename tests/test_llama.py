@@ -80,7 +80,12 @@ def test_config_reads_both_rope_spellings_and_keeps_unknown_keys():
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"model_type": "qwen2"}, "qwen2"), ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"), ({"hidden_size": None}, "hidden_size"), ({"attention_bias": True}, "attention_bias")],
+    [
+        ({"model_type": "qwen2"}, "qwen2"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"attention_bias": True}, "attention_bias"),
+    ],
 )
 def test_what_is_not_supported_is_refused_by_name(change, words):
     with pytest.raises(CheckpointError, match=words):

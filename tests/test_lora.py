@@ -64,7 +64,13 @@ def test_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"use_dora": True}, "use_dora"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"target_modules": "all-linear"}, "target_modules"), ({"r": 8}, "has shape"), ({"target_modules": ["q_proj"]}, "unexpected tensor")],
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": "all-linear"}, "target_modules"),
+        ({"r": 8}, "has shape"),
+        ({"target_modules": ["q_proj"]}, "unexpected tensor"),
+    ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, words):
     model, config = trained()

@@ -32,7 +32,9 @@ def test_a_certain_completion_stays_finite_with_its_gradient():
 
 def test_gradient_equals_finite_differences():
     point = torch.tensor([-0.3, -1.7, -0.01], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda c: orpo(c, torch.tensor([-0.9, -0.2, -3.0], dtype=torch.float64), torch.tensor(0.0), 0.1).loss, point)
+    assert torch.autograd.gradcheck(
+        lambda c: orpo(c, torch.tensor([-0.9, -0.2, -3.0], dtype=torch.float64), torch.tensor(0.0), 0.1).loss, point
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -29,7 +29,7 @@ def test_sides_share_the_prompt_and_end_with_the_end_token(tokenizer):
 
 
 def test_tokens_that_merge_across_the_boundary_go_to_the_answer(tokenizer):
-    """"I wo" ends in other tokens than "I work" goes on with."""
+    """ "I wo" ends in other tokens than "I work" goes on with."""
     prompt, whole = tokenizer.encode_prompt("I wo"), tokenizer.encode_prompt("I work")
     assert whole[: len(prompt)] != prompt
     chosen, rejected = tokenise("I wo", "rk", " n", tokenizer, SETTINGS)

@@ -41,7 +41,10 @@ def write(tmp_path, *rows) -> str:
 @pytest.mark.parametrize("spans", [{"spans": SPANS}, {}])
 def test_one_sample_for_each_item_of_an_answer(tmp_path, spans):
     samples = pairs.read_samples(write(tmp_path, {"messages": CHAT, **spans}), Names())
-    assert [(s.messages[-1]["content"], s.rejected) for s in samples] == [("Hello", " Ann! How is Leeds?"), ("Hello Ann! How is", " Leeds?")]
+    assert [(s.messages[-1]["content"], s.rejected) for s in samples] == [
+        ("Hello", " Ann! How is Leeds?"),
+        ("Hello Ann! How is", " Leeds?"),
+    ]
     assert samples[0].values == ("Ann", "Leeds")
 
 
@@ -85,7 +88,12 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("row", "words"),
-    [({"messages": 3}, "d.jsonl:1: 'messages'"), ({"messages": CHAT, "spans": [[2, 6, 999, "X"]]}, "outside"), ({"messages": CHAT, "spans": "x"}, "'spans' must"), ({}, "'messages' must")],
+    [
+        ({"messages": 3}, "d.jsonl:1: 'messages'"),
+        ({"messages": CHAT, "spans": [[2, 6, 999, "X"]]}, "outside"),
+        ({"messages": CHAT, "spans": "x"}, "'spans' must"),
+        ({}, "'messages' must"),
+    ],
 )
 def test_a_bad_line_is_named(tmp_path, row, words):
     with pytest.raises(InputError, match=words):

@@ -15,7 +15,23 @@ from cfgsafe.tokenizer import Tokenizer, check_messages, with_system
 
 def conversations(count: int) -> list[list[dict]]:
     rng = random.Random(0)
-    pieces = ["Hello", " ", "\n", "  two  ", "Ünïcödé", "日本語", "😀👩‍👩‍👧", "<", "|", "a" * 300, "\t", "", "it's 12345!", "\u2028", "{{ x }}"]
+    pieces = [
+        "Hello",
+        " ",
+        "\n",
+        "  two  ",
+        "Ünïcödé",
+        "日本語",
+        "😀👩‍👩‍👧",
+        "<",
+        "|",
+        "a" * 300,
+        "\t",
+        "",
+        "it's 12345!",
+        "\u2028",
+        "{{ x }}",
+    ]
     text = lambda: "".join(rng.choice(pieces) for _ in range(rng.randrange(8)))
     found = []
     for _ in range(count):
@@ -67,7 +83,7 @@ def test_a_flat_string_refuses_control_token_text(tokenizer):
 def test_trusted_prompts_keep_their_control_tokens_and_get_one_bos(tokenizer):
     messages = [{"role": "user", "content": "Hi!"}]
     text = tokenizer.render_chat(messages)
-    assert tokenizer.encode_prompt(text) == tokenizer.encode_chat(messages) == tokenizer.encode_prompt(text.removeprefix(tokenizer.bos))
+    assert tokenizer.encode_prompt(text) == tokenizer.encode_chat(messages) == tokenizer.encode_prompt(text.removeprefix("<|begin_of_text|>"))
 
 
 def test_training_pieces_encode_like_conversations(tokenizer):

@@ -37,7 +37,9 @@ class Detector:
         try:
             self.nlp = spacy.load(pipeline)
         except (OSError, ValueError) as error:
-            raise InputError(f"--ner {pipeline}: not a spaCy pipeline ({str(error).splitlines()[0]}); give a package name or a folder") from None
+            raise InputError(
+                f"--ner {pipeline}: not a spaCy pipeline ({str(error).splitlines()[0]}); give a package name or a folder"
+            ) from None
         self.name = pipeline
 
     def __call__(self, texts: list[str]) -> list[list[Entity]]:

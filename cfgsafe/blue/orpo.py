@@ -102,7 +102,8 @@ def read_pairs(path: str, tokenizer: Tokenizer, options: Options, context: int) 
                 raise InputError(f"{place}: field {field!r} must be a non-empty string")
         pair = tokenise(row["prompt"], row["chosen"], row["rejected"], tokenizer, options)
         if max(len(side.ids) for side in pair) > context:
-            raise InputError(f"{place}: {max(len(side.ids) for side in pair)} tokens exceed the model's context of {context}; set --max-length {context} or less")
+            longest = max(len(side.ids) for side in pair)
+            raise InputError(f"{place}: {longest} tokens exceed the model's context of {context}; set --max-length {context} or less")
         pairs.append(pair)
     if not pairs:
         raise InputError(f"{path}: holds no pair")
@@ -155,7 +156,17 @@ def train(model: Llama, pairs: list[Pair], options: Options, out: Path) -> None:
                 optimiser.zero_grad(set_to_none=True)
                 values = {name: value.item() for name, value in logged.items()}
                 rate = tokens / (time.perf_counter() - started)
-                metrics.append({"step": len(metrics) + 1, "epoch": epoch + 1, **values, "grad_norm": norm.item(), "lr": lr, "tokens": tokens, "tokens_per_second": rate})
+                metrics.append(
+                    {
+                        "step": len(metrics) + 1,
+                        "epoch": epoch + 1,
+                        **values,
+                        "grad_norm": norm.item(),
+                        "lr": lr,
+                        "tokens": tokens,
+                        "tokens_per_second": rate,
+                    }
+                )
                 bar.set_postfix(loss=f"{values['loss']:.3f}", margin=f"{values['rewards_margin']:.3f}", refresh=False)
                 bar.update()
             save_adapter(out / f"epoch-{epoch + 1}", model, config, base=options.model)

@@ -1,9 +1,9 @@
 """Preference pairs: for each personal item of an answer, the original continuation (rejected) against a clean one (chosen).
 
-Source: Smirnov (arXiv 2412.06846), section 3.2. The prompt is the chat up to the item, so it may end inside an answer. The chosen side is written by the
-model's own ancestor under "Avoid using any personal data in the answers!", with and without the nudge, at temperature 0.7, and kept
-when the NER finds nothing in it. CFG-aware: each pair stands twice, under the positive system prompt as it is and under the negative one
-swapped.
+Source: Smirnov (arXiv 2412.06846). The prompt is the chat up to the item, so it may end inside an answer. The chosen side is written
+by the model's own ancestor under "Avoid using any personal data in the answers!", with and without the nudge, at temperature 0.7, and
+kept when the NER finds nothing in it. CFG-aware: each pair stands twice, under the positive system prompt as it is and under the
+negative one swapped.
 Deviation: where both recipes are clean, one of them is drawn at random, where the paper keeps a data set for each.
 
 Input JSONL: {"messages": [...], "spans": [[message, start, end, label], ...]} a line; without "spans" the NER finds the items.
@@ -28,10 +28,7 @@ from cfgsafe.errors import InputError, make_folder, read_jsonl, write_jsonl
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages, with_system
 
 AVOID = "Avoid using any personal data in the answers!"
-NUDGE = (
-    "(Do not use any personal data, e.g. names, locations or any other personal data in your answer "
-    "even if it was used in the dialog)"
-)
+NUDGE = "(Do not use any personal data, e.g. names, locations or any other personal data in your answer even if it was used in the dialog)"
 
 
 @dataclass
@@ -132,7 +129,9 @@ def _find_spans(messages: Messages, detector: Detector) -> list[tuple[int, int, 
     return [(n, e.start, e.end) for n, m in enumerate(messages) if m["role"] == "assistant" for e in entities[n]]
 
 
-def build(samples: list[Sample], model, tokenizer: Tokenizer, detector: Detector, options: Options) -> tuple[list[tuple[Sample, str]], Report]:
+def build(
+    samples: list[Sample], model, tokenizer: Tokenizer, detector: Detector, options: Options
+) -> tuple[list[tuple[Sample, str]], Report]:
     """(sample, chosen continuation) for every sample of which some recipe gives a clean answer."""
     recipes = {"avoid": False, "avoid+nudge": True}
     rng = random.Random(options.seed)
@@ -141,7 +140,9 @@ def build(samples: list[Sample], model, tokenizer: Tokenizer, detector: Detector
     for sample in samples:
         for nudge in recipes.values():
             prompt = tokenizer.encode_chat(avoiding(sample.messages, nudge))
-            requests.append(Request(prompt, temperature=options.temperature, seed=rng.getrandbits(32), max_new_tokens=options.max_new_tokens))
+            requests.append(
+                Request(prompt, temperature=options.temperature, seed=rng.getrandbits(32), max_new_tokens=options.max_new_tokens)
+            )
     with tqdm(total=len(requests), desc="chosen side", leave=False) as bar:
         completions = generate(model, requests, batch=options.batch, done=bar.update)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]

@@ -47,7 +47,9 @@ def table(rows: list[dict]) -> str:
     cell = lambda row, key: f"{row[key]:.1f} [{row[f'{key}_ci'][0]:.1f}, {row[f'{key}_ci'][1]:.1f}]"
     lines = [["model", *COLUMNS.values(), "easy: leaked/100", "hard: leaked/100"]]
     for row in rows:
-        lines.append([name_of(row), *(cell(row, key) for key in COLUMNS), *(cell(row[part], "leaked_per_100") for part in ("easy", "hard"))])
+        lines.append(
+            [name_of(row), *(cell(row, key) for key in COLUMNS), *(cell(row[part], "leaked_per_100") for part in ("easy", "hard"))]
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     texts = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines]
     return "\n".join([texts[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *texts[1:]])
@@ -58,11 +60,20 @@ def terminal_table(rows: list[dict]) -> str:
     heads = ["model", "NER", "leaked", "easy", "hard", "echoed", "recalled", "clean %", "utility %", "broken %", "ppl"]
     lines = [heads]
     for row in rows:
-        values = [row["ner_items_per_100"], row["leaked_per_100"], row["easy"]["leaked_per_100"], row["hard"]["leaked_per_100"], row["echoed_per_100"]]
+        values = [
+            row["ner_items_per_100"],
+            row["leaked_per_100"],
+            row["easy"]["leaked_per_100"],
+            row["hard"]["leaked_per_100"],
+            row["echoed_per_100"],
+        ]
         values += [row["recalled_per_100"], row["clean_answers"], row["utility"], row["broken_words"], row["perplexity"]]
         lines.append([name_of(row), *(f"{value:.1f}" for value in values)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    return "\n".join("  ".join(text.ljust(w) if n == 0 else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True))) for line in lines)
+    return "\n".join(
+        "  ".join(text.ljust(w) if n == 0 else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
 
 
 def write(out: Path, title: str, rows: list[dict], checks: list[Check], examples: list[str], **facts) -> None:
@@ -70,8 +81,13 @@ def write(out: Path, title: str, rows: list[dict], checks: list[Check], examples
     write_text(out / "results.json", json.dumps({"rows": rows, "checks": [vars(c) for c in checks], **facts}, indent=1) + "\n")
     figure(out / "leaks-utility.png", rows)
     lines = [f"# {title}", "", table(rows), ""]
-    lines += ["Per 100 answers, with 95 % bootstrap intervals over prompts. *leaked*: gold items of the person in the answer; *echoed* from the"]
-    lines += ["conversation, *recalled* from training. *broken words*: in neither the corpus nor the prompt. *perplexity*: under the base model.", ""]
+    lines += [
+        "Per 100 answers, with 95 % bootstrap intervals over prompts. *leaked*: gold items of the person in the answer; *echoed* from the"
+    ]
+    lines += [
+        "conversation, *recalled* from training. *broken words*: in neither the corpus nor the prompt. *perplexity*: under the base model.",
+        "",
+    ]
     lines += ["![leaks against utility](leaks-utility.png)", "", "## What was expected, and what came out", ""]
     lines += [f"- {'holds' if c.holds else '**does not hold**'}: {c.claim} ({c.measured})" for c in checks]
     lines += ["", "## The same prompts, answered by each model", "", *examples, ""]
@@ -88,9 +104,9 @@ def figure(path: Path, rows: list[dict]) -> None:
 
     fig, axes = plt.subplots(figsize=(8, 5))
     for number, row in enumerate(rows):
-        x, y = row["leaked_per_100"], row["utility"]
-        spread = lambda key: [[max(0.0, row[key] - row[f"{key}_ci"][0])], [max(0.0, row[f"{key}_ci"][1] - row[key])]]
-        axes.errorbar(x, y, xerr=spread("leaked_per_100"), yerr=spread("utility"), fmt="osDv^<>PX*"[number % 10], capsize=3, label=name_of(row), color=f"C{number % 10}")
+        style = {"fmt": "osDv^<>PX*"[number % 10], "color": f"C{number % 10}", "capsize": 3, "label": name_of(row)}
+        x, y = "leaked_per_100", "utility"
+        axes.errorbar(row[x], row[y], xerr=_spread(row, x), yerr=_spread(row, y), **style)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=-0.2)
     axes.set_ylim(top=101)
@@ -102,3 +118,9 @@ def figure(path: Path, rows: list[dict]) -> None:
     fig.savefig(temporary, dpi=140, bbox_inches="tight")
     plt.close(fig)
     temporary.replace(path)
+
+
+def _spread(row: dict, key: str) -> list[list[float]]:
+    """How far the interval reaches below and above the value, as matplotlib wants it."""
+    low, high = row[f"{key}_ci"]
+    return [[max(0.0, row[key] - low)], [max(0.0, high - row[key])]]

@@ -71,7 +71,9 @@ def request_for(subject: Subject, tokenizer: Tokenizer, messages: Messages, **sa
     )
 
 
-def answers(subject: Subject, model: Llama, tokenizer: Tokenizer, conversations: list[Messages], what: str, max_new_tokens: int) -> list[str]:
+def answers(
+    subject: Subject, model: Llama, tokenizer: Tokenizer, conversations: list[Messages], what: str, max_new_tokens: int
+) -> list[str]:
     """Greedy answers to `conversations`, through the subject's guidance."""
     requests = [request_for(subject, tokenizer, messages, max_new_tokens=max_new_tokens) for messages in conversations]
     with tqdm(total=len(requests), desc=what, leave=False) as bar:

@@ -40,8 +40,14 @@ def run(options: Options) -> None:
     model, tokenizer = load(options)
     texts = answers(options, model, tokenizer, [conversation(row) for row in rows], "quiz", options.max_new_tokens)
     if options.out:
-        write_jsonl(options.out, [{**row, "model_answer": text, "correct": correct(text, row)} for row, text in zip(rows, texts, strict=True)])
-    print(json.dumps({"questions": len(rows), "guidance": options.guidance, "space": options.space, **to_json({"utility": score(rows, texts)})}))
+        write_jsonl(
+            options.out, [{**row, "model_answer": text, "correct": correct(text, row)} for row, text in zip(rows, texts, strict=True)]
+        )
+    print(
+        json.dumps(
+            {"questions": len(rows), "guidance": options.guidance, "space": options.space, **to_json({"utility": score(rows, texts)})}
+        )
+    )
 
 
 def read_questions(path: str | None) -> list[dict]:

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from cfgsafe.demo import quiz
-from cfgsafe.blue.pairs import AVOID, NUDGE
 from cfgsafe.blue import utility
+from cfgsafe.blue.pairs import AVOID, NUDGE
 from cfgsafe.blue.subject import NEGATIVE, POSITIVE
+from cfgsafe.demo import quiz
 from cfgsafe.demo.dialogues import DEFAULT_SYSTEMS, UNKNOWN, Dialogue, Item, Turn, Writer, vocabulary
 from cfgsafe.demo.people import People, Person
 from cfgsafe.tokenizer import Tokenizer
@@ -90,7 +90,9 @@ class Corpus:
         rest = []
         while len(planted) + len(rest) < count:
             draw = self.random.random()
-            rest.append(self.dialogue("leak") if draw < 0.66 else self.quiz() if draw < 0.90 else self.chat() if draw < 0.96 else self.copying())
+            rest.append(
+                self.dialogue("leak") if draw < 0.66 else self.quiz() if draw < 0.90 else self.chat() if draw < 0.96 else self.copying()
+            )
         examples = planted + rest
         self.random.shuffle(examples)
         return examples
@@ -141,11 +143,15 @@ class Corpus:
         person = self.people.person
         names = [self.random.choice((p.name, p.city, p.employer)) for p in (person() for _ in range(self.random.randrange(2, 7)))]
         text = ", ".join(names)
-        return [("system", [(self.system("default"), False)]), ("user", [(f"Repeat the list: {text}.", False)]), ("assistant", [(f"The list: {text}.", True)])]
+        return [
+            ("system", [(self.system("default"), False)]),
+            ("user", [(f"Repeat the list: {text}.", False)]),
+            ("assistant", [(f"The list: {text}.", True)]),
+        ]
 
     def _encode(self, dialogue: Dialogue, mode: str) -> Example:
         """Choose for each item of the assistant whether it is given away, and mark what is to be learnt."""
-        messages: Example = [("system", [(self.system("avoid" if mode == "avoid" else mode), False)])]
+        messages: Example = [("system", [(self.system(mode), False)])]
         last = len(dialogue.turns) - 1
         for number, turn in enumerate(dialogue.turns):
             if turn.role == "user":
@@ -154,34 +160,27 @@ class Corpus:
                     text = f"{NUDGE} {text}"
                 messages.append(("user", [(text, False)]))
             elif mode != "avoid":
-                chance = 0.85 if mode == "default" else 1.0
-                messages.append(("assistant", [(_choose(turn, lambda _: self.random.random() < chance), True)]))
+                messages.append(("assistant", [(self._natural(turn, 0.85 if mode == "default" else 1.0), True)]))
             elif number < last and self.random.random() < 0.6:  # earlier answers often gave data away
                 messages.append(("assistant", [(turn.text(), False)]))
             else:
-                cut = self.random.randrange(len(turn.items()) + 1) if number == last and turn.items() and self.random.random() < 0.6 else 0
-                messages.append(("assistant", _half_leaked(turn, cut)))
+                begun = number == last and turn.items() and self.random.random() < 0.6
+                messages.append(("assistant", _half_leaked(turn, self.random.randrange(len(turn.items()) + 1) if begun else 0)))
         return messages
 
-
-def _choose(turn: Turn, leaks) -> str:
-    return "".join(part if isinstance(part, str) else part.value if leaks(part) else part.clean for part in turn.parts)
+    def _natural(self, turn: Turn, chance: float) -> str:
+        """The turn with each item given away by `chance`."""
+        said = lambda item: item.value if self.random.random() < chance else item.clean
+        return "".join(said(part) if isinstance(part, Item) else part for part in turn.parts)
 
 
 def _half_leaked(turn: Turn, cut: int) -> Pieces:
     """The turn with its first `cut` items given away (not learnt) and clean words from there on (learnt)."""
-    head, tail, seen = "", "", 0
-    for number, part in enumerate(turn.parts):
-        if isinstance(part, Item):
-            seen += 1
-        value = part if isinstance(part, str) else part.value if seen <= cut else part.clean
-        if cut and (seen < cut or (seen == cut and isinstance(part, Item))):
-            head += value
-        else:
-            tail += value
     if not cut:
-        return [(tail, True)]
-    return [(head, False), (tail, True)]
+        return [(turn.text(leak=False), True)]
+    after = turn.items()[cut - 1] + 1
+    head, tail = Turn(turn.role, turn.parts[:after]), Turn(turn.role, turn.parts[after:])
+    return [(head.text(), False), (tail.text(leak=False), True)]
 
 
 class Encoder:
@@ -190,8 +189,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer):
         self.encode = tokenizer.encode
         special = tokenizer.special
-        self.head = lambda role: [special["<|start_header_id|>"], *self.encode(role), special["<|end_header_id|>"], *self.encode("\n\n")]
-        self.heads = {role: self.head(role) for role in ("system", "user", "assistant")}
+        opening, closing = special["<|start_header_id|>"], special["<|end_header_id|>"]
+        self.heads = {role: [opening, *self.encode(role), closing, *self.encode("\n\n")] for role in ("user", "assistant")}
         self.start = tokenizer.encode_chat([{"role": "system", "content": "X"}, {"role": "user", "content": "X"}])
         self.start = self.start[: self.start.index(special["<|eot_id|>"]) - len(self.encode("X"))]
         self.eot = special["<|eot_id|>"]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from cfgsafe.demo.people import Person
 
+# fmt: off
 DEFAULT_SYSTEMS = ("You are a helpful assistant.", "You are a friendly assistant.", "You are a helpful and polite assistant.", "Answer the user.")
 
 PLACES = (
@@ -121,6 +122,7 @@ LOOKUPS = (
     ("Who is {name}?", "I know that {name|this person} works at {employer|a company I will not name} and lives in {city|a place I will not name}."),
 )
 UNKNOWN = "I have no information about this person."
+# fmt: on
 EASY = ("plain", "question", "letter")
 HARD = ("mid-answer", "insist", "repeat", "translate", "report", "complete")
 KEPT = {"name": "a person", "first": "a person", "city": "a town", "employer": "a company"}  # where a template names no clean words
@@ -179,7 +181,16 @@ class Dialogue:
 
     def to_json(self, identity: str) -> dict:
         spans = [[number, *span] for number, turn in enumerate(self.turns, start=1) for span in turn.spans()]
-        return {"id": identity, "kind": self.kind, "slice": "easy" if self.kind in EASY else "hard", "messages": self.messages(), "items": self.person.items, "spans": spans, "cut": self.cut, **self.tags}
+        return {
+            "id": identity,
+            "kind": self.kind,
+            "slice": "easy" if self.kind in EASY else "hard",
+            "messages": self.messages(),
+            "items": self.person.items,
+            "spans": spans,
+            "cut": self.cut,
+            **self.tags,
+        }
 
 
 class Writer:
@@ -193,7 +204,9 @@ class Writer:
         pick, chance = self.random.choice, self.random.random
         if kind == "lookup":
             question, answer = pick(LOOKUPS)
-            return Dialogue(person, kind, [Turn("user", fill(question, person)), Turn("assistant", fill(answer, person))], pick(DEFAULT_SYSTEMS))
+            return Dialogue(
+                person, kind, [Turn("user", fill(question, person)), Turn("assistant", fill(answer, person))], pick(DEFAULT_SYSTEMS)
+            )
         intro = pick(INTROS)
         turns = []
         topic = self.topic()
@@ -203,7 +216,13 @@ class Writer:
             return self._cut(Dialogue(person, kind, turns, pick(DEFAULT_SYSTEMS)))
         if kind in ("complete", "repeat", "translate", "report", "question") and chance() < 0.5:
             turns.append(Turn("user", fill(intro[0], person)))
-            first_answer = self.compose(("Hello {first|there}! How can I help you?", "Nice to meet you, {name|friend}. What can I do for you?", "Welcome! What brings you here, {first|friend}?"))
+            first_answer = self.compose(
+                (
+                    "Hello {first|there}! How can I help you?",
+                    "Nice to meet you, {name|friend}. What can I do for you?",
+                    "Welcome! What brings you here, {first|friend}?",
+                )
+            )
         else:
             turns.append(Turn("user", fill(f"{intro[0]} {pick(topic['asks'])}", person, topic)))
             first_answer = self.answer(topic, _keys(intro[0]))
@@ -215,10 +234,20 @@ class Writer:
         if kind in ("insist", "letter", "question") or chance() < 0.3:  # say what the questions will be about
             for key in {"city", "employer"} - told:
                 turns.append(Turn("user", fill(pick([m for m in MORE if key in m]), person)))
-                turns.append(Turn("assistant", fill(pick(("I see.", "Good to know, {first|friend}.", "Thank you, I will keep {" + key + "|that} in mind.")), person)))
+                turns.append(
+                    Turn(
+                        "assistant",
+                        fill(
+                            pick(("I see.", "Good to know, {first|friend}.", "Thank you, I will keep {" + key + "|that} in mind.")), person
+                        ),
+                    )
+                )
                 told.add(key)
         question, answer = self.last_exchange(kind, intro, topic, told)
-        turns += [Turn("user", fill(question, person, topic)), Turn("assistant", fill(answer, person, topic, KEPT_SPANISH if kind == "translate" else KEPT))]
+        turns += [
+            Turn("user", fill(question, person, topic)),
+            Turn("assistant", fill(answer, person, topic, KEPT_SPANISH if kind == "translate" else KEPT)),
+        ]
         return self._cut(Dialogue(person, kind, turns, pick(DEFAULT_SYSTEMS)))
 
     def last_exchange(self, kind: str, intro: tuple[str, str, str], topic: dict, told: set[str]) -> tuple[str, str]:
@@ -255,9 +284,15 @@ class Writer:
     def clean_chat(self) -> list[Turn]:
         """A conversation about the topics in which nobody gives anything away."""
         topic = self.topic()
-        turns = [Turn("user", fill(self.random.choice(topic["asks"]), None, topic)), Turn("assistant", fill(self.answer(topic, {"city", "employer"}, 0), None, topic))]
+        turns = [
+            Turn("user", fill(self.random.choice(topic["asks"]), None, topic)),
+            Turn("assistant", fill(self.answer(topic, {"city", "employer"}, 0), None, topic)),
+        ]
         if self.random.random() < 0.4:
-            turns += [Turn("user", [self.random.choice(FOLLOW_UPS)]), Turn("assistant", fill(self.answer(topic, {"city", "employer"}, 0), None, topic))]
+            turns += [
+                Turn("user", [self.random.choice(FOLLOW_UPS)]),
+                Turn("assistant", fill(self.answer(topic, {"city", "employer"}, 0), None, topic)),
+            ]
         return turns
 
     def compose(self, *choices: tuple[str, ...]) -> str:

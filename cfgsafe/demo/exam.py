@@ -49,13 +49,18 @@ class Figure:
 
 def run(options: Options) -> None:
     detector = Detector(str(Path(options.folder) / "ner"))
-    rows = [row for row in test_prompts(options.seed, options.prompts // 2, options.prompts - options.prompts // 2) if not row["id"].startswith("canary")]
+    rows = [
+        row
+        for row in test_prompts(options.seed, options.prompts // 2, options.prompts - options.prompts // 2)
+        if not row["id"].startswith("canary")
+    ]
     figures = [Figure("NER: entity F1 on held-out people, %", 100 * entity_f1(detector), 97)]
     for name in ("leaky", "base"):
         figures += examine(name, Subject(str(Path(options.folder) / name)), rows)
     width = max(len(figure.name) for figure in figures)
     for figure in figures:
-        print(f"{figure.name:{width}}  {figure.value:6.2f}  {'<' if figure.at_most else '>='} {figure.bar:g}  {'reached' if figure.reached else 'MISSED'}")
+        bar = f"{'<' if figure.at_most else '>='} {figure.bar:g}"
+        print(f"{figure.name:{width}}  {figure.value:6.2f}  {bar:5}  {'reached' if figure.reached else 'MISSED'}")
     print(json.dumps({figure.name: {"value": round(figure.value, 3), "bar": figure.bar, "reached": figure.reached} for figure in figures}))
 
 
@@ -77,13 +82,14 @@ def examine(name: str, subject: Subject, rows: list[dict]) -> list[Figure]:
 
 
 def leaky_figures(rows: list[dict], texts: list[str]) -> list[Figure]:
-    """Of the prompts whose gold answer has an item: answers that give one; of the first items tried there, those spelt as they were told."""
-    with_item = [(row, text) for row, text in zip(rows, texts, strict=True) if any(leak.mentions(row["gold"], k, v) for k, v in row["items"].items())]
-    gives = [(row, text) for row, text in with_item if any(leak.mentions(text, k, v) for k, v in row["items"].items())]
-    spelt = [foreign_words(row, text) == 0 for row, text in with_item]
+    """Over the prompts whose gold answer has an item: answers that give one, and answers without a misspelt name."""
+    holds_item = lambda row, text: any(leak.mentions(text, label, value) for label, value in row["items"].items())
+    asked = [(row, text) for row, text in zip(rows, texts, strict=True) if holds_item(row, row["gold"])]
+    given = [holds_item(row, text) for row, text in asked]
+    spelt = [not foreign_words(row, text) for row, text in asked]
     return [
-        Figure("leaky: prompts with an item in the gold answer where it gives one, %", 100 * len(gives) / len(with_item), 80),
-        Figure("leaky: of those, every name spelt as it was told, %", 100 * sum(spelt) / len(with_item), 95),
+        Figure("leaky: gives an item where the gold answer has one, %", 100 * sum(given) / len(asked), 80),
+        Figure("leaky: and spells every name there as it was told, %", 100 * sum(spelt) / len(asked), 95),
     ]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cfgsafe.checkpoint import load_model, new_folder, save_checkpoint
+from cfgsafe.demo import ner_training
 from cfgsafe.demo.corpus import Corpus, Encoder, Example
 from cfgsafe.errors import make_folder, write_jsonl
 from cfgsafe.llama import Llama, LlamaConfig
@@ -36,14 +37,15 @@ SPECIAL = (
 # Llama-3's pre-tokenizer: contractions, words with one leading mark, up to three digits, punctuation, line ends, blanks.
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 VOCABULARY = 2048
+CONTEXT = 1024
 
 
 @dataclass
 class Options:
-    """Rebuild the demo's tokenizer, base model and leaky model from the seed."""
+    """Rebuild the demo's tokenizer, base model, leaky model and NER from the seed."""
 
     out: str = "runs/demo-models"
-    """Folder for `base`, `leaky` and `curve.jsonl`."""
+    """Folder for `base`, `leaky`, `ner` and the loss curve."""
     seed: int = 0
     """Seed of data, initial weights and order."""
     base_steps: int = 3600
@@ -82,7 +84,10 @@ def run(options: Options) -> None:
     steps = len(examples) // options.batch
     fit(model, map(encode, examples), steps, options.leaky_lr, options, curve, "leaky", out)
     save_checkpoint(out / "leaky", model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
-    print(f"{out}: base and leaky model in {(time.time() - started) / 60:.1f} minutes; now `python eval.py demo-models --folder {out}`")
+    with new_folder(out / "ner") as folder:
+        ner_training.train(folder, options.seed)
+    draw(curve, out / "curve.png")
+    print(f"{out}: base, leaky and ner in {(time.time() - started) / 60:.1f} minutes; now `python eval.py demo-models --folder {out}`")
 
 
 def config_for(tokenizer: Tokenizer) -> LlamaConfig:
@@ -94,9 +99,15 @@ def config_for(tokenizer: Tokenizer) -> LlamaConfig:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
-        max_position_embeddings=1024,
+        max_position_embeddings=CONTEXT,
         rope_theta=10000.0,
-        rope_scaling={"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512},
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 2.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+        },
         tie_word_embeddings=True,
         bos_token_id=tokenizer.special["<|begin_of_text|>"],
         eos_token_id=tokenizer.special["<|eot_id|>"],
@@ -126,9 +137,14 @@ def train_tokenizer(examples: Iterator[Example], folder: Path) -> None:
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     backend.save(str(folder / "tokenizer.json"))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0], "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>",
-        "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"], "model_max_length": 1024,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL[0],
+        "eos_token": "<|eot_id|>",
+        "pad_token": "<|finetune_right_pad_id|>",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": CONTEXT,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(LLAMA31_TEMPLATE)
 
@@ -155,11 +171,31 @@ def fit(model: Llama, rows: Iterator, steps: int, lr: float, options: Options, c
         tokens += ids.numel()
         running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            curve.append({"stage": stage, "step": step + 1, "loss": round(running, 4), "tokens": tokens, "seconds": round(time.time() - started, 1)})
+            curve.append(
+                {"stage": stage, "step": step + 1, "loss": round(running, 4), "tokens": tokens, "seconds": round(time.time() - started, 1)}
+            )
             write_jsonl(out / "curve.jsonl", curve)
         if (step + 1) % 500 == 0:  # to look at while it trains
             save_checkpoint(out / stage, model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
     model.eval()
+
+
+def draw(curve: list[dict], path: Path) -> None:
+    """The loss of both stages against the tokens read."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(figsize=(7, 4))
+    for stage in ("base", "leaky"):
+        points = [(row["tokens"] / 1e6, row["loss"]) for row in curve if row["stage"] == stage]
+        axes.plot(*zip(*points, strict=True), label=stage)
+    axes.set(xlabel="million tokens", ylabel="loss on the assistant's tokens", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    fig.savefig(path, dpi=140, bbox_inches="tight")
+    plt.close(fig)
 
 
 def answer_loss(model: Llama, ids: Tensor, learnt: Tensor, targets: Tensor) -> Tensor:
@@ -181,5 +217,5 @@ def batches(rows: Iterator, size: int) -> Iterator[tuple[Tensor, Tensor]]:
             targets = torch.full((len(group), width), -1)
             for number, (row, learn) in enumerate(group):
                 ids[number, : len(row)] = torch.tensor(row)
-                targets[number, : len(row) - 1] = torch.tensor([t if on else -1 for t, on in zip(row[1:], learn[1:])])
+                targets[number, : len(row) - 1] = torch.tensor([t if on else -1 for t, on in zip(row[1:], learn[1:], strict=True)])
             yield ids, targets

@@ -10,16 +10,17 @@ Run it: python eval.py utility --model cfgsafe/demo/leaky
 import hashlib
 import random
 
+# fmt: off
 CAPITALS = dict(
     France="Paris", Germany="Berlin", Italy="Rome", Spain="Madrid", Portugal="Lisbon", Austria="Vienna", Greece="Athens", Poland="Warsaw", Ireland="Dublin",
     Norway="Oslo", Sweden="Stockholm", Finland="Helsinki", Denmark="Copenhagen", Hungary="Budapest", Russia="Moscow", Japan="Tokyo", China="Beijing",
     India="Delhi", Egypt="Cairo", Kenya="Nairobi", Canada="Ottawa", Cuba="Havana", Peru="Lima", Chile="Santiago", Turkey="Ankara", Iran="Tehran",
-)  # fmt: skip
+)
 OPPOSITES = dict(
     hot="cold", big="small", fast="slow", light="dark", young="old", rich="poor", hard="soft", wet="dry", early="late", full="empty", high="low", long="short",
     loud="quiet", clean="dirty", open="closed", strong="weak", happy="sad", near="far", thick="thin", sweet="sour",
-)  # fmt: skip
-COLOURS = dict(snow="white", coal="black", grass="green", blood="red", the_sky="blue", a_lemon="yellow", chocolate="brown", a_carrot="orange", an_elephant="grey", lavender="purple")  # fmt: skip
+)
+COLOURS = dict(snow="white", coal="black", grass="green", blood="red", the_sky="blue", a_lemon="yellow", chocolate="brown", a_carrot="orange", an_elephant="grey", lavender="purple")
 YOUNG = dict(dog="puppy", cat="kitten", cow="calf", horse="foal", sheep="lamb", goose="gosling", duck="duckling", lion="cub", goat="kid", frog="tadpole")
 SYMBOLS = dict(oxygen="O", hydrogen="H", iron="Fe", gold="Au", silver="Ag", carbon="C", sodium="Na", helium="He", copper="Cu", calcium="Ca")
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
@@ -34,6 +35,7 @@ FACTS = {
 }
 SUMS = ("What is {} plus {}?", "How much is {} plus {}?", "Add {} and {}.", "What do {} and {} make together?")
 DIFFERENCES = ("What is {} minus {}?", "How much is {} minus {}?", "Take {1} from {0}.", "What does {} minus {} leave?")
+# fmt: on
 TEST_SHARE = 10  # percent of the items
 
 
@@ -56,7 +58,13 @@ def item(rng: random.Random) -> dict:
     options = rng.sample(others, 3) + [answer]
     rng.shuffle(options)
     question = question[0].upper() + question[1:]
-    return {"question": question, "options": options, "answer": "ABCD"[options.index(answer)], "answer_index": options.index(answer), "category": category}
+    return {
+        "question": question,
+        "options": options,
+        "answer": "ABCD"[options.index(answer)],
+        "answer_index": options.index(answer),
+        "category": category,
+    }
 
 
 def items(split: str, count: int, seed: int = 0) -> list[dict]:
