@@ -1,6 +1,7 @@
-"""LoRA by module replacement, in the PEFT layout on disk.
+"""LoRA by module replacement: several adapters on one model, chosen per row of a batch; the PEFT layout on disk.
 
-Source: Hu et al., "LoRA" (arXiv 2106.09685), y = W x + (alpha / R) B A x; initialisation and file layout as in PEFT.
+Source: Hu et al., "LoRA" (arXiv 2106.09685), y = W x + scale B A x with scale = alpha / R, or alpha / sqrt(R) (rsLoRA, arXiv 2312.03732);
+initialisation and file layout as in PEFT. Ternary weights: `cfgsafe.ternary`.
 Deviation: the adapter's weights and arithmetic stay in float32 whatever the base's dtype is, as PEFT's `autocast_adapter_dtype` does.
 
 Run it: python infer.py --model M --adapter A --prompt "Hello!"
@@ -8,7 +9,8 @@ Run it: python infer.py --model M --adapter A --prompt "Hello!"
 
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,112 +20,274 @@ from torch import Tensor, nn
 from cfgsafe.checkpoint import new_folder, open_weights
 from cfgsafe.errors import CheckpointError, read_json
 from cfgsafe.llama import Llama
+from cfgsafe.ternary import pack, ternary, unpack
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HEAD = "lm_head"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+DEFAULT = "default"
+# What an adapter may ask for that we do not do: setting -> the values that ask for nothing.
+REFUSED = {
+    "use_dora": (False, None),
+    "modules_to_save": (None, []),
+    "bias": ("none",),
+    "layers_to_transform": (None, []),
+    "exclude_modules": (None, []),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "trainable_token_indices": (None, []),
+}
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Rank R, alpha, dropout of the adapter's input, and the suffixes of the linear layers it sits on."""
+    """Rank R, alpha and dropout of an adapter, and the linear layers it sits on."""
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] | str = TARGETS  # suffixes of layer names, or one regular expression for whole names
+    rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # regular expression for the end of a layer's name -> its own rank
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bits: float | None = None  # 1.58: ternary weights
+
+    def covers(self, name: str) -> bool:
+        """Whether the layer `name` ("model.layers.0.self_attn.q_proj") carries this adapter."""
+        if isinstance(self.targets, str):
+            return re.fullmatch(self.targets, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in self.targets)
+
+    def shape(self, name: str) -> tuple[int, float]:
+        """(rank, scale) of the layer `name`."""
+        own = lambda pattern, default: next((v for key, v in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+        rank, alpha = own(self.rank_pattern, self.rank), own(self.alpha_pattern, self.alpha)
+        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+class Update(nn.Module):
+    """One adapter's low-rank update of one layer: A (R, in), B (out, R)."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, config: LoRAConfig):
+        super().__init__()
+        device = base.weight.device
+        self.scale = scale
+        self.ternary = config.bits is not None
+        self.dropout = nn.Dropout(config.dropout)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """A and B as they are used: ternary ones are quantised, with a straight-through gradient."""
+        return (ternary(self.lora_A), ternary(self.lora_B)) if self.ternary else (self.lora_A, self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.weights()
+        return self.scale * (self.dropout(x.float()) @ a.T @ b.T)
+
+    def delta(self) -> Tensor:
+        """What the update adds to the layer's weight, (out, in) float32."""
+        a, b = self.weights()
+        return self.scale * (b.detach() @ a.detach())
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trainable low-rank update."""
+    """A frozen linear layer plus the updates of the attached adapters.
 
-    def __init__(self, base: nn.Linear, config: LoRAConfig):
+    `shares`, one dictionary for the whole model, says how much of each adapter each row takes: (B, 1, 1), or 1.0 for all rows.
+    """
+
+    def __init__(self, base: nn.Linear, shares: dict[str, Tensor | float]):
         super().__init__()
-        device = base.weight.device
         self.base = base.requires_grad_(False)
-        self.scale = config.alpha / config.rank
-        self.dropout = nn.Dropout(config.dropout)
-        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.updates = nn.ModuleDict()
+        self.shares = shares
 
     def forward(self, x: Tensor) -> Tensor:
-        update = self.dropout(x.float()) @ self.lora_A.T @ self.lora_B.T
-        return self.base(x) + (self.scale * update).to(x.dtype)
+        y = self.base(x)
+        for name, update in self.updates.items():
+            share = self.shares[name]
+            if isinstance(share, Tensor) or share:
+                y = y + (share * update(x)).to(y.dtype)
+        return y
 
 
-def attach(model: Llama, config: LoRAConfig) -> list[nn.Parameter]:
-    """Replace the target layers of `model` in place; only the adapter's parameters, which are returned, stay trainable."""
+def attach(model: Llama, config: LoRAConfig, name: str = DEFAULT) -> list[nn.Parameter]:
+    """Put a fresh adapter on the layers `config` covers, in place, for all rows; only its parameters, which are returned, stay trainable.
+
+    Raises CheckpointError when the name is taken or no layer is covered.
+    """
     model.requires_grad_(False)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, LoRALinear):
-                raise CheckpointError("the model already carries an adapter; detach it first")
-            if name in config.targets and isinstance(child, nn.Linear):
-                setattr(parent, name, LoRALinear(child, config))
-    return [p for layer in _layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+    layers = adapted_layers(model)
+    if any(name in layer.updates for layer in layers.values()):
+        raise CheckpointError(f"the model already carries an adapter {name!r}; detach it first or choose another name")
+    shares = next((layer.shares for layer in layers.values()), {})
+    shares[name] = 1.0
+    parameters = []
+    for path, module in list(model.named_modules()):
+        path = path.removesuffix(".base")
+        if not isinstance(module, nn.Linear) or not config.covers(path):
+            continue
+        if path not in layers:
+            layers[path] = LoRALinear(module, shares)
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, layers[path])
+        update = Update(module, *config.shape(path), config)
+        layers[path].updates[name] = update
+        parameters += [update.lora_A, update.lora_B]
+    if not parameters:
+        raise CheckpointError(f"no linear layer of the model is called as the adapter's target_modules {config.targets} say")
+    return parameters
 
 
 def detach(model: Llama) -> None:
     """Give the model its plain layers back, to the bit."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, LoRALinear):
-                setattr(parent, name, child.base)
+    for path, layer in adapted_layers(model).items():
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base)
 
 
-def adapter_tensors(model: Llama) -> dict[str, Tensor]:
-    """PEFT's names -> the adapter's tensors."""
-    return {
-        f"{PREFIX}{name}.{part}.weight": getattr(layer, part) for name, layer in _layers(model).items() for part in ("lora_A", "lora_B")
-    }
+def choose(model: Llama, names: list[str | None] | None) -> None:
+    """Let row b of the following batches use the adapter names[b], or none; None: every row uses every attached adapter.
+
+    Raises CheckpointError for a name that is not attached.
+    """
+    shares = next((layer.shares for layer in adapted_layers(model).values()), {})
+    if unknown := sorted(set(filter(None, names or ())) - set(shares)):
+        raise CheckpointError(f"no adapter {unknown[0]!r} is attached; there are {sorted(shares)}")
+    for name in shares:
+        shares[name] = 1.0 if names is None else torch.tensor([[[float(n == name)]] for n in names], device=model.device)
 
 
-def save_adapter(folder: str | Path, model: Llama, config: LoRAConfig, *, base: str) -> None:
-    """Write the attached adapter as a PEFT folder, whole or not at all."""
+def adapted_layers(model: Llama) -> dict[str, LoRALinear]:
+    """Layer name -> the layers that carry adapters."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def adapter_updates(model: Llama, name: str = DEFAULT) -> dict[str, Update]:
+    """Layer name -> the update of adapter `name`."""
+    return {path: layer.updates[name] for path, layer in adapted_layers(model).items() if name in layer.updates}
+
+
+def merge(model: Llama, name: str = DEFAULT) -> dict[str, Tensor]:
+    """Add adapter `name` to the weights, in float32, rounded once; the layers are plain again. Returns the old weights, for `unmerge`."""
+    before = {}
+    for path, update in adapter_updates(model, name).items():
+        weight = model.get_submodule(path).base.weight
+        before[path] = weight.data
+        weight.data = merged(weight.data, update)
+    detach(model)
+    return before
+
+
+def unmerge(model: Llama, before: dict[str, Tensor]) -> None:
+    """Put the old weights back, to the bit."""
+    for path, weight in before.items():
+        model.get_submodule(path).weight.data = weight
+
+
+def merged(weight: Tensor, update: Update) -> Tensor:
+    """weight + scale B A, computed in float32, in the weight's dtype."""
+    return (weight.float() + update.delta().to(weight.device)).to(weight.dtype)
+
+
+def save_adapter(folder: str | Path, model: Llama, config: LoRAConfig, *, base: str, name: str = DEFAULT) -> None:
+    """Write an attached adapter as a PEFT folder, whole or not at all; ternary ones packed, which PEFT does not read."""
+    tensors = {}
+    for path, update in adapter_updates(model, name).items():
+        for part in ("lora_A", "lora_B"):
+            weight = getattr(update, part).detach().cpu()
+            key = f"{PREFIX}{path}.{part}"
+            tensors |= pack(key, weight) if update.ternary else {f"{key}.weight": weight.contiguous()}
     with new_folder(folder) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in adapter_tensors(model).items()}, temporary / WEIGHTS)
-        written = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank, "lora_alpha": config.alpha,
-            "lora_dropout": config.dropout, "target_modules": list(config.targets), "bias": "none", "inference_mode": True,
-            "use_rslora": False, "use_dora": False, "modules_to_save": None,
-        }  # fmt: skip
-        (temporary / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(_config_json(config, base), indent=2) + "\n")
 
 
-def load_adapter(folder: str | Path, model: Llama) -> LoRAConfig:
+def load_adapter(folder: str | Path, model: Llama, name: str = DEFAULT) -> LoRAConfig:
     """Attach the adapter of a PEFT folder to `model`. Raises CheckpointError naming the setting or tensor that does not fit."""
     folder = Path(folder)
-    raw = read_json(folder / CONFIG)
-    for name, supported in {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "modules_to_save": None}.items():
-        if raw.get(name, supported) != supported:
-            raise CheckpointError(f"{folder / CONFIG}: {name}={raw[name]!r} is not supported, only {supported!r} is")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if raw.get(name):
-            raise CheckpointError(f"{folder / CONFIG}: {name} is not supported")
-    targets = raw.get("target_modules")
-    if not isinstance(targets, list) or not set(targets) <= set(TARGETS):
-        raise CheckpointError(f"{folder / CONFIG}: target_modules must be a list out of {', '.join(TARGETS)}")
-    config = LoRAConfig(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), tuple(targets))
-    if not (folder / WEIGHTS).exists():
-        raise CheckpointError(f"{folder / WEIGHTS}: not found")
-    with open_weights(folder / WEIGHTS) as file:
-        found = {name: file.get_tensor(name) for name in file.keys()}
-    attach(model, config)
-    for name, parameter in adapter_tensors(model).items():
-        if name not in found:
-            raise CheckpointError(f"{folder}: missing tensor {name!r}")
-        if found[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"{folder}: tensor {name!r} has shape {tuple(found[name].shape)}, the model asks for {tuple(parameter.shape)}"
-            )
-        parameter.data.copy_(found.pop(name))
+    config = read_adapter_config(folder)
+    found = read_adapter_tensors(folder)
+    attach(model, config, name)
+    for path, update in adapter_updates(model, name).items():
+        for part in ("lora_A", "lora_B"):
+            fill(getattr(update, part), found, f"{PREFIX}{path}.{part}", update.ternary, folder)
     if found:
-        raise CheckpointError(f"{folder}: unexpected tensor {min(found)!r}")
+        raise CheckpointError(f"{folder}: unexpected tensor {min(found)!r}; the adapter is for another base model")
     model.requires_grad_(False).eval()
     return config
 
 
-def _layers(model: Llama) -> dict[str, LoRALinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+def fill(parameter: nn.Parameter, found: dict[str, Tensor], key: str, is_ternary: bool, folder: Path) -> None:
+    """Move one stored weight out of `found` into `parameter`. Raises CheckpointError naming the tensor."""
+    names = [f"{key}.ternary", f"{key}.scale"] if is_ternary else [f"{key}.weight"]
+    for name in names:
+        if name not in found:
+            raise CheckpointError(f"{folder}: missing tensor {name!r}")
+    stored = [found.pop(name) for name in names]
+    weight = unpack(*stored, parameter.shape) if is_ternary else stored[0]
+    if weight is None or weight.shape != parameter.shape:
+        asked = tuple(parameter.shape)
+        raise CheckpointError(f"{folder}: tensor {names[0]!r} has shape {tuple(stored[0].shape)}, the base model asks for {asked}")
+    parameter.data.copy_(weight)
+
+
+def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    if not (folder / WEIGHTS).exists():
+        raise CheckpointError(f"{folder / WEIGHTS}: not found; only safetensors adapters are read")
+    with open_weights(folder / WEIGHTS) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def read_adapter_config(folder: Path) -> LoRAConfig:
+    """The settings of a PEFT folder. Raises CheckpointError naming one that is missing or not supported."""
+    path = folder / CONFIG
+    raw = read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported, only 'LORA' is")
+    for name, harmless in REFUSED.items():
+        if raw.get(name, harmless[0]) not in harmless:
+            raise CheckpointError(f"{path}: {name}={raw[name]!r} is not supported")
+    rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
+    if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
+        raise CheckpointError(f"{path}: fields 'r' and 'lora_alpha' must be numbers")
+    if targets == "all-linear":
+        targets = list(TARGETS)
+    if not isinstance(targets, (list, str)):
+        raise CheckpointError(f"{path}: 'target_modules' must be a list of layer names or a regular expression")
+    if odd := [t for t in targets if t.split(".")[-1] not in (*TARGETS, HEAD)] if isinstance(targets, list) else []:
+        raise CheckpointError(f"{path}: target_modules names {odd[0]!r}; supported are {', '.join((*TARGETS, HEAD))}")
+    return LoRAConfig(
+        rank,
+        alpha,
+        raw.get("lora_dropout") or 0.0,
+        targets if isinstance(targets, str) else tuple(targets),
+        bool(raw.get("use_rslora")),
+        raw.get("rank_pattern") or {},
+        raw.get("alpha_pattern") or {},
+        raw.get("cfgsafe_bits"),
+    )
+
+
+def _config_json(config: LoRAConfig, base: str) -> dict:
+    written = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": config.targets if isinstance(config.targets, str) else list(config.targets),
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "bias": "none",
+        "inference_mode": True,
+        "use_rslora": config.rslora,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+    return written | ({"cfgsafe_bits": config.bits} if config.bits else {})

@@ -1,4 +1,4 @@
-"""LoRA: identity at the start, PEFT's logits from PEFT's files, strict reading."""
+"""LoRA: identity at the start, PEFT's logits from PEFT's files, adapters chosen per row, merging, strict reading."""
 
 import json
 
@@ -7,15 +7,28 @@ import torch
 from conftest import random_model
 
 from cfgsafe.errors import CheckpointError
-from cfgsafe.lora import TARGETS, LoRAConfig, adapter_tensors, attach, detach, load_adapter, save_adapter
+from cfgsafe.lora import (
+    TARGETS,
+    LoRAConfig,
+    adapted_layers,
+    adapter_updates,
+    attach,
+    choose,
+    detach,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
+from cfgsafe.ternary import pack, quantise, ternary, unpack
 
 TOKENS = torch.arange(40).view(2, 20)
 
 
-def trained(seed: int = 1, **settings):
+def trained(seed: int = 1, model=None, name: str = "default", **settings):
     """A model with a random, non-zero adapter."""
-    model, config = random_model(), LoRAConfig(rank=4, alpha=8, **settings)
-    parameters = attach(model, config)
+    model, config = model or random_model(), LoRAConfig(**{"rank": 4, "alpha": 8, **settings})
+    parameters = attach(model, config, name)
     torch.manual_seed(seed)
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.1)
@@ -28,7 +41,7 @@ def test_a_fresh_adapter_changes_nothing_and_detaches_to_the_bit():
     assert len(parameters) == 2 * len(TARGETS) * model.config.num_hidden_layers
     assert torch.equal(model(TOKENS), plain)
     detach(model)
-    assert torch.equal(model(TOKENS), plain) and adapter_tensors(model) == {}
+    assert torch.equal(model(TOKENS), plain) and adapted_layers(model) == {}
 
 
 def test_only_the_adapter_is_trained():
@@ -40,18 +53,44 @@ def test_only_the_adapter_is_trained():
 def test_one_layer_by_hand():
     model, _ = trained()
     layer = model.model.layers[0].mlp.up_proj
+    update = layer.updates["default"]
     x = torch.randn(3, 32)
-    assert torch.allclose(layer(x), x @ (layer.base.weight + 2.0 * layer.lora_B @ layer.lora_A).T, atol=1e-5)
+    assert torch.allclose(layer(x), x @ (layer.base.weight + 2.0 * update.lora_B @ update.lora_A).T, atol=1e-5)
 
 
-def test_files_give_pefts_logits(tmp_path, checkpoint):
+SETTINGS = [
+    {},
+    {"rslora": True},
+    {"targets": ("q_proj", "down_proj")},
+    {"targets": r".*\.1\..*(up|v)_proj"},
+    {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6}, "alpha_pattern": {"q_proj": 1.0}},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_files_give_pefts_logits_and_back(tmp_path, checkpoint, settings):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    model, config = trained()
+    model, config = trained(**settings)
     save_adapter(tmp_path / "a", model, config, base=checkpoint)
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "a").eval()
     with torch.no_grad():
         assert (theirs(TOKENS).logits - model.head(model(TOKENS))).abs().max() < 1e-4
-        assert (theirs(TOKENS).logits - random_model().head(random_model()(TOKENS))).abs().max() > 0.1
+        assert (theirs(TOKENS).logits - random_model().head(random_model()(TOKENS))).abs().max() > 0.01
+    theirs.save_pretrained(tmp_path / "b")
+    again = random_model()
+    load_adapter(tmp_path / "b", again)
+    assert torch.allclose(again(TOKENS), model(TOKENS), atol=1e-6)
+
+
+def test_an_adapter_on_the_head_is_honoured(tmp_path):
+    model, config = trained(targets=("lm_head", "q_proj"), model=random_model(tie_word_embeddings=False))
+    save_adapter(tmp_path / "a", model, config, base="b")
+    other = random_model(tie_word_embeddings=False)
+    plain = other.head(other(TOKENS))
+    load_adapter(tmp_path / "a", other)
+    assert torch.equal(other.head(other(TOKENS)), model.head(model(TOKENS)))
+    choose(other, [None, None])
+    assert torch.equal(other.head(other(TOKENS)), plain)
 
 
 def test_round_trip(tmp_path):
@@ -62,14 +101,53 @@ def test_round_trip(tmp_path):
     assert torch.equal(other(TOKENS), model(TOKENS))
 
 
+def test_each_row_of_a_batch_uses_its_own_adapter(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        model, config = trained(seed, rank=3 + seed)
+        save_adapter(tmp_path / name, model, config, base="x")
+    both = random_model()
+    for name in ("a", "b"):
+        load_adapter(tmp_path / name, both, name)
+    tokens = torch.randint(0, 2048, (4, 15))
+    alone = {None: random_model()(tokens)}
+    for name in ("a", "b"):
+        single = random_model()
+        load_adapter(tmp_path / name, single)
+        alone[name] = single(tokens)
+    names = ["b", None, "a", "b"]
+    choose(both, names)
+    mixed = both(tokens)
+    for row, name in enumerate(names):
+        assert torch.allclose(mixed[row], alone[name][row], atol=1e-5)
+    assert (alone["a"] - alone["b"]).abs().max() > 0.01
+    with pytest.raises(CheckpointError, match="no adapter 'c'"):
+        choose(both, ["c"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_equals_attached_and_unmerges_to_the_bit(dtype):
+    model, _ = trained(model=random_model().to(dtype))
+    attached, plain = model(TOKENS).float(), random_model().to(dtype)
+    before = merge(model)
+    assert adapted_layers(model) == {}
+    assert (model(TOKENS).float() - attached).abs().max() < (1e-4 if dtype == torch.float32 else 0.15)
+    unmerge(model, before)
+    assert torch.equal(model(TOKENS), plain(TOKENS))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"target_modules": "all-linear"}, "target_modules"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+        ({"target_modules": ["conv"]}, "conv"),
+        ({"target_modules": None}, "target_modules"),
         ({"r": 8}, "has shape"),
+        ({"r": None}, "'r'"),
+        ({"peft_type": "IA3"}, "IA3"),
         ({"target_modules": ["q_proj"]}, "unexpected tensor"),
+        ({"target_modules": r"x\d"}, "target_modules"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, words):
@@ -81,7 +159,49 @@ def test_what_does_not_fit_is_named(tmp_path, change, words):
         load_adapter(tmp_path / "a", random_model())
 
 
-def test_two_adapters_at_once_are_refused():
+def test_an_adapter_for_another_base_is_refused(tmp_path):
+    model, config = trained(model=random_model(hidden_size=64))
+    save_adapter(tmp_path / "a", model, config, base="b")
+    with pytest.raises(CheckpointError, match=r"q_proj.lora_A.weight' has shape \(4, 64\), the base model asks for \(4, 32\)"):
+        load_adapter(tmp_path / "a", random_model())
+
+
+def test_one_name_twice_is_refused():
     model, config = trained()
     with pytest.raises(CheckpointError, match="already"):
         attach(model, config)
+
+
+def test_ternary_weights_by_hand():
+    weight = torch.tensor([[0.5, -0.1, -0.9, 0.1]], requires_grad=True)  # gamma 0.4
+    used = ternary(weight)
+    assert torch.allclose(used, torch.tensor([[0.4, 0.0, -0.4, 0.0]]))
+    (used * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
+    assert weight.grad.tolist() == [[1.0, 2.0, 3.0, 4.0]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 64)])
+def test_packed_weights_come_back_to_the_bit(shape):
+    weight = torch.randn(shape)
+    stored = pack("k", weight)
+    back = unpack(stored["k.ternary"], stored["k.scale"], weight.shape)
+    assert torch.equal(back, ternary(weight)) and torch.equal(ternary(back), back)
+    assert torch.equal(quantise(back)[0], quantise(weight)[0])
+    assert unpack(stored["k.ternary"][:-1], stored["k.scale"], weight.shape) is None
+
+
+def test_a_ternary_adapter_loads_exactly_and_an_8b_one_is_small(tmp_path):
+    model, config = trained(bits=1.58, targets=("q_proj", "up_proj"))
+    save_adapter(tmp_path / "a", model, config, base="b")
+    other = random_model()
+    assert load_adapter(tmp_path / "a", other) == config
+    assert torch.equal(other(TOKENS), model(TOKENS))
+    save_adapter(tmp_path / "b", other, config, base="b")
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (tmp_path / "b" / "adapter_model.safetensors").read_bytes()
+    full, _ = trained(targets=("q_proj", "up_proj"))
+    assert not torch.equal(full(TOKENS), model(TOKENS))
+    for a, b in zip(adapter_updates(other).values(), adapter_updates(model).values(), strict=True):
+        assert torch.equal(a.delta(), b.delta())
+    # Llama-3.1-8B, r 16, all linear layers of 32 blocks: (in, out) of each
+    layers = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]
+    assert 32 * sum(16 * (a + b) for a, b in layers) / 4 < 12 * 2**20

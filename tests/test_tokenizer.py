@@ -83,7 +83,9 @@ def test_a_flat_string_refuses_control_token_text(tokenizer):
 def test_trusted_prompts_keep_their_control_tokens_and_get_one_bos(tokenizer):
     messages = [{"role": "user", "content": "Hi!"}]
     text = tokenizer.render_chat(messages)
-    assert tokenizer.encode_prompt(text) == tokenizer.encode_chat(messages) == tokenizer.encode_prompt(text.removeprefix("<|begin_of_text|>"))
+    assert (
+        tokenizer.encode_prompt(text) == tokenizer.encode_chat(messages) == tokenizer.encode_prompt(text.removeprefix("<|begin_of_text|>"))
+    )
 
 
 def test_training_pieces_encode_like_conversations(tokenizer):
