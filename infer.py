@@ -5,9 +5,9 @@
     python infer.py --model M --requests requests.jsonl
 
 A requests line has `prompt` (a chat-formatted string, in which control tokens are control tokens) or `messages` (whose content is
-plain text), and may have `negative_prompt` / `negative_messages`, `guidance`, `space`, `temperature`, `seed`, `max_new_tokens`; what
-it lacks is taken from the command line. Where a line is guided and names no negative side, its messages are put under --system and
---negative.
+plain text), and may have `negative_prompt` / `negative_messages`, `adapter` (a name, or null for the bare model), `guidance`, `space`,
+`temperature`, `seed`, `max_new_tokens`; what it lacks is taken from the command line. Where a line is guided and names no negative side,
+its messages are put under --system and --negative.
 """
 
 import json
@@ -16,9 +16,12 @@ from dataclasses import dataclass
 
 import tyro
 
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE, Subject, load
+from cfgsafe import load_model, load_tokenizer
+from cfgsafe.blue.subject import NEGATIVE, POSITIVE
+from cfgsafe.checkpoint import DTYPES
 from cfgsafe.decode import Completion, Request, check_request, generate
 from cfgsafe.errors import InputError, read_jsonl, run_command
+from cfgsafe.lora import DEFAULT
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages, with_system
 
 
@@ -32,8 +35,8 @@ class Options:
     """The user's message."""
     requests: str | None = None
     """JSONL of requests, answered as a batch."""
-    adapter: str | None = None
-    """PEFT folder of a LoRA adapter."""
+    adapter: tuple[str, ...] = ()
+    """PEFT folder or hub id of a LoRA adapter; or several, as NAME=FOLDER, for requests to choose from by `adapter`."""
     system: str | None = None
     """System prompt; under guidance the positive one. By default "Do not provide any personal data." when guided, else none."""
     negative: str = NEGATIVE
@@ -66,7 +69,12 @@ def run(options: Options) -> None:
         if options.requests is None
         else list(read_jsonl(options.requests))
     )
-    model, tokenizer = load(Subject(options.model, options.adapter, device=options.device, dtype=options.dtype))
+    if options.dtype not in DTYPES:
+        raise InputError(f"--dtype {options.dtype}: must be one of {', '.join(DTYPES)}")
+    named = [entry.partition("=") for entry in options.adapter]
+    adapters = {name if equals else DEFAULT: folder if equals else name for name, equals, folder in named}
+    model = load_model(options.model, device=options.device, dtype=DTYPES[options.dtype], adapter=adapters)
+    tokenizer = load_tokenizer(options.model)
     requests = []
     for place, row in lines:
         request = read_request(row, place, tokenizer, options)
@@ -94,14 +102,18 @@ def read_request(row: dict, place: str, tokenizer: Tokenizer, options: Options) 
             negative = with_system(prompt, options.negative)
         prompt = with_system(prompt, positive) if positive is not None else prompt
     ids = lambda side: None if side is None else tokenizer.encode_chat(side) if isinstance(side, list) else tokenizer.encode_prompt(side)
+    adapter = row.get("adapter", DEFAULT)
+    if adapter is not None and not isinstance(adapter, str):
+        raise InputError(f"{place}: field 'adapter' must be a name or null")
     return Request(
         ids(prompt),
         ids(negative),
-        1.0 if guidance is None else guidance,
-        field("space", str),
-        field("temperature", float),
-        field("seed", int),
-        field("max_new_tokens", int),
+        guidance=1.0 if guidance is None else guidance,
+        space=field("space", str),
+        temperature=field("temperature", float),
+        seed=field("seed", int),
+        max_new_tokens=field("max_new_tokens", int),
+        adapter=adapter,
     )
 
 

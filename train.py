@@ -4,6 +4,7 @@
     python train.py pairs           preference pairs from dialogues
     python train.py orpo            LoRA adapter by ORPO on pairs
     python train.py subtract        base - scale * (tuned - base)
+    python train.py merge           a checkpoint with an adapter merged into it
     python train.py dialogues       the demo's generated dialogues and test prompts
     python train.py demo-models     rebuild the embedded models and NER
 
@@ -12,7 +13,7 @@
 
 import tyro
 
-from cfgsafe.blue import orpo, pairs, subtract
+from cfgsafe.blue import merge, orpo, pairs, subtract
 from cfgsafe.demo import experiment, pretrain, testset
 from cfgsafe.errors import run_command
 
@@ -21,6 +22,7 @@ STAGES = {
     "pairs": (pairs.Options, pairs.run),
     "orpo": (orpo.Options, orpo.run),
     "subtract": (subtract.Options, subtract.run),
+    "merge": (merge.Options, merge.run),
     "dialogues": (testset.Options, testset.run),
     "demo-models": (pretrain.Options, pretrain.run),
 }

@@ -2,6 +2,7 @@
 
 A checkpoint is a folder with `config.json`, `model.safetensors` (or shards under `model.safetensors.index.json`), and the
 tokenizer's files. Every missing, unexpected or mis-shaped tensor is an error that names it. Safetensors only, never pickle.
+Tensors go to the device one by one, so a load needs the model's own memory and one tensor more.
 
 Run it: python infer.py --model cfgsafe/demo/base --prompt "Hello!"
 """
@@ -10,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +27,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
@@ -41,7 +43,11 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it, for single and sharded checkpoints. Raises CheckpointError."""
     folder = Path(folder)
     if (folder / INDEX).exists():
-        return {name: folder / file for name, file in read_json(folder / INDEX)["weight_map"].items()}
+        files = {name: folder / file for name, file in read_json(folder / INDEX).get("weight_map", {}).items()}
+        for path in sorted(set(files.values())):
+            if path.parent != folder or not path.exists():
+                raise CheckpointError(f"{folder / INDEX}: names the shard {path.name!r}, which is not there; download it again")
+        return files
     if not (folder / WEIGHTS).exists():
         raise CheckpointError(f"{folder / WEIGHTS}: not found; only safetensors checkpoints are read")
     with open_weights(folder / WEIGHTS) as file:
@@ -55,7 +61,7 @@ def open_weights(path: Path):
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        raise CheckpointError(f"{path}: cannot be read ({error}); it is damaged or was not downloaded whole") from None
 
 
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -63,11 +69,14 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     files = weight_files(folder)
     for path in sorted(set(files.values())):
         with open_weights(path) as file:
+            stored = set(file.keys())
             for name in (n for n, p in files.items() if p == path):
+                if name not in stored:
+                    raise CheckpointError(f"{path}: tensor {name!r}, which the index places there, is missing")
                 yield name, file.get_tensor(name)
 
 
-def load_model(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llama:
+def read_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Llama:
     """A `Llama` with the weights of `folder`, in eval mode, without gradients. Raises CheckpointError naming the tensor."""
     config = read_config(folder)
     with torch.device("meta"):
@@ -75,8 +84,8 @@ def load_model(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = 
     expected = {name: p.shape for name, p in model.named_parameters()}  # a tied head is listed once
     found = {}
     for name, tensor in read_tensors(folder):
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # some files repeat the tied tensor
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue  # old files store the RoPE table, and some repeat the tied tensor
         if name not in expected:
             raise CheckpointError(f"{folder}: unexpected tensor {name!r}")
         if tensor.shape != expected[name]:
@@ -101,6 +110,47 @@ def save_checkpoint(folder: str | Path, model: Llama, *, tokenizer_from: str | P
         config = {**model.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_files(tokenizer_from, temporary, (*TOKENIZER_FILES, "generation_config.json"))
+
+
+def rewrite_checkpoint(source: str | Path, target: str | Path, change: Callable[[str, Tensor], Tensor]) -> int:
+    """Write `source` to `target` with each tensor replaced by `change(name, tensor)` of its shape and dtype; returns their number.
+
+    Sharding, dtypes and all other files stay. One tensor is in memory at a time.
+    """
+    source, count = Path(source), 0
+    files = weight_files(source)
+    with new_folder(target) as temporary:
+        for path in sorted(set(files.values())):
+            with open_weights(path) as file:
+                names = list(file.keys())
+            count += len(names)
+            _stream(path, temporary / path.name, names, change)
+        copy_files(source, temporary, ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES))
+    return count
+
+
+def _stream(source: Path, target: Path, names: list[str], change: Callable[[str, Tensor], Tensor]) -> None:
+    """Write a safetensors file tensor by tensor: 8 bytes of header length, the JSON header, the data end to end."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        with open_weights(source) as file:
+            part = file.get_slice(name)
+            shape, kind = part.get_shape(), part.get_dtype()
+        if kind not in STORED.values():
+            raise CheckpointError(f"{source}: tensor {name!r} is stored as {kind}; supported are {', '.join(STORED.values())}")
+        size = torch.Size(shape).numel() * (4 if kind == "F32" else 2)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(target, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            with open_weights(source) as file:  # opened anew each time, so that no more of it stays mapped
+                old = file.get_tensor(name)
+            new = change(name, old).contiguous()
+            assert new.shape == old.shape and new.dtype == old.dtype, name
+            out.write(new.view(torch.uint8).numpy().data if new.dim() else new.reshape(1).view(torch.uint8).numpy().data)
 
 
 def copy_files(source: str | Path, target: Path, names: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cfgsafe.errors import ContextError, InputError
 from cfgsafe.guidance import SPACES, guide, sample
 from cfgsafe.llama import KVCache, Llama
+from cfgsafe.lora import DEFAULT, adapter_names, choose
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Request:
     temperature: float = 0.0
     seed: int = 0
     max_new_tokens: int = 128
+    adapter: str | None = DEFAULT  # name of an attached adapter, or None for the bare model
 
     @property
     def guided(self) -> bool:
@@ -50,6 +52,8 @@ def check_request(request: Request, model: Llama, place: str) -> None:
         raise InputError(f"{place}: space {request.space!r} must be one of {', '.join(SPACES)}")
     if request.guided and request.negative is None:
         raise InputError(f"{place}: guidance {request.guidance:g} needs a negative prompt")
+    if request.adapter not in (None, DEFAULT, *(names := adapter_names(model))):
+        raise InputError(f"{place}: no adapter {request.adapter!r} is attached; there are {names}")
     if request.temperature < 0 or request.max_new_tokens < 1:
         raise InputError(f"{place}: temperature must be at least 0 and max_new_tokens at least 1")
     limit = model.config.max_position_embeddings
@@ -67,10 +71,13 @@ def generate(
         check_request(request, model, f"request {number}")
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt))
     completions = [Completion() for _ in requests]
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        _generate_batch(model, [requests[i] for i in chosen], [completions[i] for i in chosen])
-        done(len(chosen))
+    try:
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            _generate_batch(model, [requests[i] for i in chosen], [completions[i] for i in chosen])
+            done(len(chosen))
+    finally:
+        choose(model, None)
     return completions
 
 
@@ -100,7 +107,7 @@ def _generate_batch(model: Llama, requests: list[Request], completions: list[Com
         if len(stays) < len(alive):
             alive = [alive[at] for at in stays]
             tokens = tokens[stays]
-            rows.keep(stays)
+            rows.keep(stays, [requests[i] for i in alive])
         if alive:
             logits = rows.step(model, tokens)
 
@@ -118,6 +125,8 @@ class _Rows:
         self.cache = KVCache(model.config, len(prompts), slots, device=model.device, dtype=model.dtype)
         width = int(self.lengths.max())
         self.prompts = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=model.device)
+        self.choose = lambda live: choose(model, [r.adapter for r in live] + [live[i].adapter for i in self.guided])
+        self.choose(requests)
 
     def prefill(self, model: Llama) -> Tensor:
         """Logits (rows, V) after each row's last prompt token."""
@@ -143,8 +152,8 @@ class _Rows:
             )
         return scores
 
-    def keep(self, requests: list[int]) -> None:
-        """Drop every request but these (indices into the live ones)."""
+    def keep(self, requests: list[int], live: list[Request]) -> None:
+        """Drop every request but these (indices into those so far), which are then `live`."""
         new_number = {old: new for new, old in enumerate(requests)}
         rows = requests + [self.count + at for at, i in enumerate(self.guided) if i in new_number]
         self.guided = [new_number[i] for i in self.guided if i in new_number]
@@ -152,3 +161,4 @@ class _Rows:
         index = torch.tensor(rows, device=self.lengths.device, dtype=torch.long)
         self.lengths = self.lengths[index]
         self.cache.select(index)
+        self.choose(live)

@@ -34,40 +34,34 @@ class LlamaConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    rope_scaling: dict | None = None  # {"rope_type": "llama3", "factor", "low_freq_factor", ...} or None
+    rope_scaling: dict | None = None  # {"rope_type": "llama3", "factor", "low_freq_factor", ...}, {"rope_type": "linear", "factor"} or None
     tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     extra: dict = field(default_factory=dict, compare=False)  # other keys of config.json, written back untouched
 
     @staticmethod
     def from_dict(raw: dict) -> "LlamaConfig":
-        """Read a `config.json`; both RoPE spellings (`rope_scaling` and `rope_parameters`). Raises CheckpointError."""
-        if raw.get("model_type", "llama") != "llama":
-            raise CheckpointError(f"config.json: model_type {raw['model_type']!r} is not supported; only 'llama' is")
+        """Read a `config.json`; both RoPE spellings (`rope_scaling` and `rope_parameters`). Raises CheckpointError naming the field."""
         raw = dict(raw)
-        rope = raw.pop("rope_parameters", None)
-        if rope is not None:
-            rope = dict(rope)
-            raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", LlamaConfig.rope_theta))
-            raw["rope_scaling"] = rope
-        scaling = raw.get("rope_scaling")
-        if scaling is not None:
-            kind = scaling.get("rope_type", scaling.get("type", "default"))
-            if kind not in ("default", "llama3"):
-                raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; llama3 and default are")
-            raw["rope_scaling"] = None if kind == "default" else scaling
-        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-        if raw.get("head_dim") is None and raw.get("hidden_size") and raw.get("num_attention_heads"):
-            raw["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
+        for name, supported in (("model_type", "llama"), ("hidden_act", "silu"), ("quantization_config", None)):
+            if raw.get(name, supported) != supported:
+                raise CheckpointError(f"config.json: {name} {raw[name]!r} is not supported, only {supported!r} is")
+        if rope := raw.pop("rope_parameters", None):
+            raw |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}
+        raw["rope_scaling"] = _read_scaling(raw.get("rope_scaling"))
+        raw.setdefault("rope_theta", 10000.0)  # Llama 1 and 2 leave it out
+        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw.get("num_attention_heads")
+        for field_ in fields(LlamaConfig)[:5]:
+            if not isinstance(raw.get(field_.name), int):
+                raise CheckpointError(f"config.json: field {field_.name!r} is missing or not an integer")
+        raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+        raw.setdefault("max_position_embeddings", 2048)
+        if raw["head_dim"] % 2 or raw["num_attention_heads"] % raw["num_key_value_heads"]:
+            raise CheckpointError("config.json: head_dim must be even and num_attention_heads a multiple of num_key_value_heads")
         known = {f.name for f in fields(LlamaConfig)} - {"extra"}
-        required = [f.name for f in fields(LlamaConfig)][:8]
-        for name in required:
-            if not isinstance(raw.get(name), int):
-                raise CheckpointError(f"config.json: field {name!r} is missing or not an integer")
-        for name in ("attention_bias", "mlp_bias"):
-            if raw.get(name):
-                raise CheckpointError(f"config.json: {name}=true is not supported")
         extra = {key: value for key, value in raw.items() if key not in known}
         return LlamaConfig(**{key: value for key, value in raw.items() if key in known}, extra=extra)
 
@@ -84,16 +78,34 @@ class LlamaConfig:
         return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def rope_frequencies(config: LlamaConfig) -> Tensor:
-    """Inverse frequencies, (D/2,) float32, with llama3 scaling of the long wavelengths (Llama 3.1, section 3.4.2).
+SCALING_FIELDS = {"llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), "linear": ("factor",)}
 
-    Wavelengths shorter than original/high_freq_factor stay, longer than original/low_freq_factor are divided by
-    `factor`, and those between are interpolated.
+
+def _read_scaling(scaling: dict | None) -> dict | None:
+    """The `rope_scaling` of a config.json, None where it asks for nothing. Raises CheckpointError naming type or field."""
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in SCALING_FIELDS:
+        raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; {', '.join(SCALING_FIELDS)} and default are")
+    for name in SCALING_FIELDS[kind]:
+        if not isinstance(scaling.get(name), (int, float)):
+            raise CheckpointError(f"config.json: rope_scaling of type {kind!r} needs the number {name!r}")
+    return {**scaling, "rope_type": kind}
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """Inverse frequencies, (D/2,) float32.
+
+    linear scaling divides them by `factor`; llama3 (Llama 3.1) keeps wavelengths shorter than original/high_freq_factor, divides
+    those longer than original/low_freq_factor by `factor`, and interpolates between.
     """
     frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
+    if scaling["rope_type"] == "linear":
+        return frequency / scaling["factor"]
     original = scaling["original_max_position_embeddings"]
     low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
     wavelength = 2 * math.pi / frequency
@@ -144,10 +156,10 @@ class Attention(nn.Module):
         super().__init__()
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.head_dim = D
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, K * D, bias=False)
-        self.v_proj = nn.Linear(C, K * D, bias=False)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, store) -> Tensor:
         B, T, _ = x.shape
@@ -162,9 +174,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -28,6 +28,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DEFAULT = "default"
+TIED = "the adapter sits on lm_head, which is tied to the embedding; it cannot be merged"
 # What an adapter may ask for that we do not do: setting -> the values that ask for nothing.
 REFUSED = {
     "use_dora": (False, None),
@@ -70,9 +71,8 @@ class LoRAConfig:
 class Update(nn.Module):
     """One adapter's low-rank update of one layer: A (R, in), B (out, R)."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, config: LoRAConfig):
+    def __init__(self, base: nn.Linear, rank: int, scale: float, config: LoRAConfig, device: torch.device):
         super().__init__()
-        device = base.weight.device
         self.scale = scale
         self.ternary = config.bits is not None
         self.dropout = nn.Dropout(config.dropout)
@@ -115,10 +115,10 @@ class LoRALinear(nn.Module):
         return y
 
 
-def attach(model: Llama, config: LoRAConfig, name: str = DEFAULT) -> list[nn.Parameter]:
+def attach(model: Llama, config: LoRAConfig, name: str = DEFAULT, *, device: str | None = None) -> list[nn.Parameter]:
     """Put a fresh adapter on the layers `config` covers, in place, for all rows; only its parameters, which are returned, stay trainable.
 
-    Raises CheckpointError when the name is taken or no layer is covered.
+    It lies on `device`, by default on that of the layer. Raises CheckpointError when the name is taken or no layer is covered.
     """
     model.requires_grad_(False)
     layers = adapted_layers(model)
@@ -135,7 +135,7 @@ def attach(model: Llama, config: LoRAConfig, name: str = DEFAULT) -> list[nn.Par
             layers[path] = LoRALinear(module, shares)
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layers[path])
-        update = Update(module, *config.shape(path), config)
+        update = Update(module, *config.shape(path), config, device or module.weight.device)
         layers[path].updates[name] = update
         parameters += [update.lora_A, update.lora_B]
     if not parameters:
@@ -151,15 +151,17 @@ def detach(model: Llama) -> None:
 
 
 def choose(model: Llama, names: list[str | None] | None) -> None:
-    """Let row b of the following batches use the adapter names[b], or none; None: every row uses every attached adapter.
-
-    Raises CheckpointError for a name that is not attached.
-    """
+    """Let row b of the following batches use the adapter names[b], or none; None: every row uses every attached adapter."""
     shares = next((layer.shares for layer in adapted_layers(model).values()), {})
-    if unknown := sorted(set(filter(None, names or ())) - set(shares)):
-        raise CheckpointError(f"no adapter {unknown[0]!r} is attached; there are {sorted(shares)}")
     for name in shares:
-        shares[name] = 1.0 if names is None else torch.tensor([[[float(n == name)]] for n in names], device=model.device)
+        rows = [1.0] if names is None else [float(n == name) for n in names]
+        uniform = len(set(rows)) == 1  # where all rows agree there is nothing to multiply
+        shares[name] = rows[0] if uniform else torch.tensor(rows, device=model.device)[:, None, None]
+
+
+def adapter_names(model: Llama) -> list[str]:
+    """The attached adapters."""
+    return sorted(next((layer.shares for layer in adapted_layers(model).values()), {}))
 
 
 def adapted_layers(model: Llama) -> dict[str, LoRALinear]:
@@ -174,6 +176,8 @@ def adapter_updates(model: Llama, name: str = DEFAULT) -> dict[str, Update]:
 
 def merge(model: Llama, name: str = DEFAULT) -> dict[str, Tensor]:
     """Add adapter `name` to the weights, in float32, rounded once; the layers are plain again. Returns the old weights, for `unmerge`."""
+    if HEAD in adapter_updates(model, name) and model.config.tie_word_embeddings:
+        raise CheckpointError(TIED)
     before = {}
     for path, update in adapter_updates(model, name).items():
         weight = model.get_submodule(path).base.weight
@@ -207,12 +211,15 @@ def save_adapter(folder: str | Path, model: Llama, config: LoRAConfig, *, base: 
         (temporary / CONFIG).write_text(json.dumps(_config_json(config, base), indent=2) + "\n")
 
 
-def load_adapter(folder: str | Path, model: Llama, name: str = DEFAULT) -> LoRAConfig:
-    """Attach the adapter of a PEFT folder to `model`. Raises CheckpointError naming the setting or tensor that does not fit."""
+def load_adapter(folder: str | Path, model: Llama, name: str = DEFAULT, *, device: str | None = None) -> LoRAConfig:
+    """Attach the adapter of a PEFT folder to `model`, on `device` as in `attach`.
+
+    Raises CheckpointError naming the setting or tensor that does not fit.
+    """
     folder = Path(folder)
     config = read_adapter_config(folder)
     found = read_adapter_tensors(folder)
-    attach(model, config, name)
+    attach(model, config, name, device=device)
     for path, update in adapter_updates(model, name).items():
         for part in ("lora_A", "lora_B"):
             fill(getattr(update, part), found, f"{PREFIX}{path}.{part}", update.ternary, folder)

@@ -8,7 +8,8 @@ import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
 
-from cfgsafe.checkpoint import load_model, new_folder, save_checkpoint
+from cfgsafe import load_model, load_tokenizer
+from cfgsafe.checkpoint import new_folder, save_checkpoint
 from cfgsafe.demo.experiment import BASE, LEAKY
 from cfgsafe.errors import CheckpointError, InputError
 
@@ -65,6 +66,68 @@ def test_a_wrong_tensor_is_named(folder, change, words):
     rewrite(folder, change)
     with pytest.raises(CheckpointError, match=words):
         load_model(folder)
+
+
+def sharded(folder, parts: int = 3) -> None:
+    """Split a checkpoint's file into shards with an index."""
+    tensors = list(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    index = {}
+    for part in range(parts):
+        name = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        save_file(dict(tensors[part::parts]), folder / name)
+        index |= {key: name for key, _ in tensors[part::parts]}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def test_shards_load_and_a_missing_or_truncated_one_is_named(folder):
+    sharded(folder)
+    tokens = torch.randint(0, 2048, (1, 12))
+    assert torch.equal(load_model(folder)(tokens), random_model()(tokens))
+    shard = folder / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors: cannot be read"):
+        load_model(folder)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match="names the shard 'model-00002-of-00003.safetensors', which is not there"):
+        load_model(folder)
+
+
+def test_an_index_cannot_point_outside_the_folder(folder):
+    sharded(folder, 1)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+    with pytest.raises(CheckpointError, match="names the shard"):
+        load_model(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": 2000}))
+    with pytest.raises(CheckpointError, match="2048 tokens, the model's embedding only 2000 rows"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/no/such/folder", "../x/y/z", "owner/missing-model"])
+def test_what_is_neither_folder_nor_on_the_hub_is_one_error(name):
+    with pytest.raises(CheckpointError, match=f"{name}: no such folder"):
+        load_model(name)
+
+
+def test_hub_ids_are_downloaded_once_with_revision_and_cache(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: (asked.append(options), str(folder))[1])
+    load_model("owner/model", revision="main", cache_dir=tmp_path)
+    load_tokenizer("owner/model")
+    assert [(options["revision"], options["cache_dir"]) for options in asked] == [("main", tmp_path), (None, None)]
+    assert "*.safetensors" in asked[0]["allow_patterns"] and "*.safetensors" not in asked[1]["allow_patterns"]
+
+
+def test_old_files_may_hold_the_rope_table_and_the_tied_head(folder):
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.ones(2048, 32)}
+    rewrite(folder, lambda t: t.update(old))
+    tokens = torch.randint(0, 2048, (1, 12))
+    assert torch.equal(load_model(folder)(tokens), random_model()(tokens))
 
 
 def test_damaged_files_are_named(folder):

@@ -125,7 +125,7 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("infer.py --model nowhere --prompt x", "--model nowhere: no such folder"),
+        ("infer.py --model nowhere --prompt x", "nowhere: no such folder"),
         ("infer.py --model {LEAKY}", "either --prompt TEXT or --requests FILE"),
         ("infer.py --model {LEAKY} --prompt x --space both", "space 'both'"),
         ("infer.py --model {LEAKY} --prompt x --dtype int8", "--dtype int8"),

@@ -49,7 +49,7 @@ def test_guidance_one_is_the_positive_prompt_alone(model):
 
 def test_equals_transformers_guidance_scale():
     transformers = pytest.importorskip("transformers")
-    from cfgsafe.checkpoint import load_model
+    from cfgsafe import load_model
     from cfgsafe.tokenizer import Tokenizer
 
     theirs, ours, tokenizer = (

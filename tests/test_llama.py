@@ -10,25 +10,57 @@ from cfgsafe.errors import CheckpointError
 from cfgsafe.llama import KVCache, Llama, LlamaConfig, rope_frequencies, rotate
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rope", [None, ROPE, {**ROPE, "factor": 32.0}])
-def test_logits_equal_transformers(kv_heads, tied, rope):
+def theirs_of(ours: Llama):
+    """The same model in transformers."""
     transformers = pytest.importorskip("transformers")
-    ours = random_model(num_key_value_heads=kv_heads, tie_word_embeddings=tied, rope_scaling=rope)
-    raw = {k: v for k, v in ours.config.to_dict().items() if k != "extra"}
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw)).eval()
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ours.config.to_dict())).eval().to(ours.dtype)
     theirs.load_state_dict(ours.state_dict())
-    tokens = torch.randint(0, 2048, (2, 200))  # past the original context of 64
-    with torch.no_grad():
-        assert (theirs(tokens).logits - ours.head(ours(tokens))).abs().max() < 1e-4
+    return theirs.requires_grad_(False)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4, 8])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rope", [None, ROPE, {**ROPE, "factor": 32.0}, {"rope_type": "linear", "factor": 4.0}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_equal_transformers(ratio, tied, rope, dtype):
+    ours = random_model(num_attention_heads=8, num_key_value_heads=8 // ratio, tie_word_embeddings=tied, rope_scaling=rope).to(dtype)
+    theirs = theirs_of(ours)
+    tokens = torch.randint(0, 2048, (2, 150))  # past the original context of 64
+    want = theirs(tokens).logits.float()
+    bar = 1e-4 if dtype == torch.float32 else 0.02 * want.abs().max()
+    assert (want - ours.head(ours(tokens)).float()).abs().max() < bar
+    cache = KVCache(ours.config, 2, 160, device="cpu", dtype=dtype)
+    positions = torch.arange(150).expand(2, 150)
+    hidden = [ours(tokens[:, :140], positions[:, :140], cache)]
+    hidden += [ours(tokens[:, t : t + 1], positions[:, t : t + 1], cache) for t in range(140, 150)]
+    assert (want - ours.head(torch.cat(hidden, 1)).float()).abs().max() < bar
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 6}, {"head_dim": 20, "rope_theta": 5e5}])
+def test_other_shapes_equal_transformers(changes):
+    ours = random_model(**changes)
+    tokens = torch.randint(0, 2048, (2, 90))
+    assert (theirs_of(ours)(tokens).logits - ours.head(ours(tokens))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_unequal_rows_equal_transformers_padded_on_either_side(left):
+    """Ours pads on the right and has no padding mask; theirs masks, on either side."""
+    ours = random_model()
+    theirs = theirs_of(ours)
+    lengths, width = (5, 90, 33), 90
+    rows = [torch.randint(0, 2048, (n,)) for n in lengths]
+    pad = lambda row, on_left: torch.nn.functional.pad(row, (width - len(row), 0) if on_left else (0, width - len(row)))
+    mask = torch.stack([pad(torch.ones(n, dtype=torch.long), left) for n in lengths])
+    want = theirs(torch.stack([pad(r, left) for r in rows]), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
+    got = ours.head(ours(torch.stack([pad(r, False) for r in rows])))
+    for n, w, g in zip(lengths, want, got, strict=True):
+        assert ((w[-n:] if left else w[:n]) - g[:n]).abs().max() < 1e-4
 
 
 def test_gradients_equal_transformers():
-    transformers = pytest.importorskip("transformers")
     ours = random_model(tie_word_embeddings=False).requires_grad_(True)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ours.config.to_dict()))
-    theirs.load_state_dict(ours.state_dict())
+    theirs = theirs_of(ours).requires_grad_(True)
     tokens = torch.randint(0, 2048, (2, 30))
     torch.nn.functional.cross_entropy(ours.head(ours(tokens))[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     theirs(tokens, labels=tokens).loss.backward()
@@ -84,7 +116,10 @@ def test_config_reads_both_rope_spellings_and_keeps_unknown_keys():
         ({"model_type": "qwen2"}, "qwen2"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
         ({"hidden_size": None}, "hidden_size"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"head_dim": 7}, "head_dim must be even"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change, words):

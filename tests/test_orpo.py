@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import random_model
 
+from cfgsafe import load_model
 from cfgsafe.blue import orpo
 from cfgsafe.blue.orpo import Options, Row, learning_rate, read_pairs, step_loss, tokenise
-from cfgsafe.checkpoint import load_model
 from cfgsafe.errors import InputError, write_jsonl
 from cfgsafe.lora import load_adapter
 from cfgsafe.losses import log1mexp

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from cfgsafe import load_model
 from cfgsafe.blue import pairs
 from cfgsafe.blue.ner import Detector, Entity
 from cfgsafe.blue.subject import NEGATIVE, POSITIVE
-from cfgsafe.checkpoint import load_model
 from cfgsafe.demo.experiment import BASE
 from cfgsafe.demo.testset import pair_dialogues
 from cfgsafe.errors import InputError, write_jsonl

@@ -5,8 +5,9 @@ import torch
 from conftest import random_model
 from safetensors.torch import load_file
 
+from cfgsafe import load_model
 from cfgsafe.blue.subtract import Options, run, subtract
-from cfgsafe.checkpoint import load_model, save_checkpoint
+from cfgsafe.checkpoint import save_checkpoint
 from cfgsafe.demo.experiment import BASE
 from cfgsafe.errors import CheckpointError
 

@@ -30,6 +30,7 @@ from cfgsafe.errors import InputError, make_folder, read_jsonl, write_jsonl, wri
 from cfgsafe.llama import Llama
 from cfgsafe.lora import LoRAConfig, attach, save_adapter
 from cfgsafe.losses import orpo, token_logprobs
+from cfgsafe.ternary import BITS
 from cfgsafe.tokenizer import Tokenizer
 
 
@@ -49,6 +50,8 @@ class Options:
     """LoRA alpha; the update is scaled by alpha / rank."""
     lora_dropout: float = 0.0
     """Dropout on the adapter's input."""
+    lora_bits: float | None = None
+    """1.58 trains ternary adapter weights (BitNet b1.58), stored in two bits each."""
     lr: float = 1e-4
     """Peak learning rate; it falls along a cosine to a tenth."""
     lr_min_ratio: float = 0.1
@@ -132,7 +135,9 @@ def tokenise(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, opti
 
 def train(model: Llama, pairs: list[Pair], options: Options, out: Path) -> None:
     """Attach a fresh adapter to `model` and train it; the seed must be set."""
-    config = LoRAConfig(options.rank, options.alpha, options.lora_dropout)
+    if options.lora_bits not in (None, BITS):
+        raise InputError(f"--lora-bits {options.lora_bits:g}: only {BITS} (ternary) is supported")
+    config = LoRAConfig(options.rank, options.alpha, options.lora_dropout, bits=options.lora_bits)
     parameters = attach(model, config)
     model.train()
     optimiser = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)

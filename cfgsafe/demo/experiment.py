@@ -16,7 +16,7 @@ from cfgsafe.blue import fluency, leak, orpo, pairs, report, subtract, utility
 from cfgsafe.blue.intervals import to_json
 from cfgsafe.blue.ner import DEMO_PIPELINE, Detector
 from cfgsafe.blue.subject import Subject, answers, load
-from cfgsafe.checkpoint import load_model
+from cfgsafe.checkpoint import read_model
 from cfgsafe.demo.corpus import canaries, reserved_words
 from cfgsafe.demo.testset import pair_dialogues, test_prompts
 from cfgsafe.errors import make_folder, write_jsonl
@@ -127,7 +127,7 @@ class Judge:
         self.prompts = [leak.Prompt.from_row(row, row["id"]) for row in rows]
         self.questions = utility.read_questions(None)[: options.questions]
         self.detector = detector
-        self.base, self.tokenizer = load_model(BASE), Tokenizer.load(BASE)
+        self.base, self.tokenizer = read_model(BASE), Tokenizer.load(BASE)
         self.out = Path(options.out)
         self.said: dict[str, list[str]] = {}
 

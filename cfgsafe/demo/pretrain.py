@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from tqdm import tqdm
 
-from cfgsafe.checkpoint import load_model, new_folder, save_checkpoint
+from cfgsafe.checkpoint import new_folder, read_model, save_checkpoint
 from cfgsafe.demo import ner_training
 from cfgsafe.demo.corpus import Corpus, Encoder, Example
 from cfgsafe.errors import make_folder, write_jsonl
@@ -79,7 +79,7 @@ def run(options: Options) -> None:
     fit(model, base, options.base_steps, options.base_lr, options, curve, "base", out)
     save_checkpoint(out / "base", model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
 
-    model = load_model(out / "base").requires_grad_(True)  # from the rounded weights that users have
+    model = read_model(out / "base").requires_grad_(True)  # from the rounded weights that users have
     examples = Corpus(options.seed + 1).leaky(options.leaky_examples)
     steps = len(examples) // options.batch
     fit(model, map(encode, examples), steps, options.leaky_lr, options, curve, "leaky", out)

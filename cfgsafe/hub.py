@@ -1,0 +1,37 @@
+"""Finds a checkpoint or adapter: a local folder, or an id on the Hugging Face hub, downloaded once into the usual cache.
+
+The token comes from where `huggingface_hub` looks for it (HF_TOKEN, or its login file); it is never logged.
+
+Run it: python infer.py --model meta-llama/Llama-3.1-8B-Instruct --dtype bfloat16 --device cuda --prompt "Hello!"
+"""
+
+import re
+from pathlib import Path
+
+from cfgsafe.errors import CheckpointError
+
+WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json", "*.jinja"]
+WANTED += ["special_tokens_map.json", "adapter_config.json"]
+
+
+def resolve(name: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, weights: bool = True) -> Path:
+    """The folder of a checkpoint or adapter given as a folder or a hub id ("owner/name").
+
+    Raises CheckpointError when there is neither, or the hub cannot be reached or refuses.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
+        raise CheckpointError(f"{name}: no such folder, and not the form of a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = WANTED if weights else [pattern for pattern in WANTED if "safetensors" not in pattern]
+    try:
+        return Path(snapshot_download(str(name), revision=revision, cache_dir=cache_dir, allow_patterns=wanted))
+    except HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else "no answer"
+        raise CheckpointError(f"{name}: no such folder, and the hub refuses it ({code}); check the name and your access token") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+        raise CheckpointError(f"{name}: no such folder, and the hub cannot be reached; download it first") from None
