@@ -65,15 +65,13 @@ def open_weights(path: Path):
 
 
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) one by one, file by file."""
-    files = weight_files(folder)
-    for path in sorted(set(files.values())):
-        with open_weights(path) as file:
-            stored = set(file.keys())
-            for name in (n for n, p in files.items() if p == path):
-                if name not in stored:
-                    raise CheckpointError(f"{path}: tensor {name!r}, which the index places there, is missing")
-                yield name, file.get_tensor(name)
+    """Yield (name, tensor) one by one."""
+    for name, path in weight_files(folder).items():
+        with open_weights(path) as file:  # opened anew each time, so that no more of it stays mapped
+            if name not in file.keys():
+                raise CheckpointError(f"{path}: tensor {name!r}, which the index places there, is missing")
+            tensor = file.get_tensor(name)
+        yield name, tensor
 
 
 def read_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Llama:
@@ -146,7 +144,7 @@ def _stream(source: Path, target: Path, names: list[str], change: Callable[[str,
     with open(target, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            with open_weights(source) as file:  # opened anew each time, so that no more of it stays mapped
+            with open_weights(source) as file:
                 old = file.get_tensor(name)
             new = change(name, old).contiguous()
             assert new.shape == old.shape and new.dtype == old.dtype, name

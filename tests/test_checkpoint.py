@@ -1,6 +1,8 @@
 """Checkpoints: round trips, strictness, and nothing half-written."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,25 @@ def test_hub_ids_are_downloaded_once_with_revision_and_cache(folder, tmp_path, m
     load_tokenizer("owner/model")
     assert [(options["revision"], options["cache_dir"]) for options in asked] == [("main", tmp_path), (None, None)]
     assert "*.safetensors" in asked[0]["allow_patterns"] and "*.safetensors" not in asked[1]["allow_patterns"]
+
+
+PEAK = """
+import resource, sys, torch, cfgsafe
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = cfgsafe.load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_load_needs_the_weights_own_memory_and_little_more(tmp_path, dtype):
+    """134 MB in bfloat16, twice that in float32; the largest tensor has 33.6 MB on disk."""
+    model = random_model(hidden_size=1024, intermediate_size=4096, num_hidden_layers=3, vocab_size=16384)
+    save_checkpoint(tmp_path / "m", model, tokenizer_from=BASE, dtype=torch.bfloat16)
+    size = (tmp_path / "m" / "model.safetensors").stat().st_size
+    sharded(tmp_path / "m", 4)
+    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "m"), dtype], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < size * (1 if dtype == "bfloat16" else 2) + 3 * 16384 * 1024 * 2
 
 
 def test_old_files_may_hold_the_rope_table_and_the_tied_head(folder):

@@ -8,6 +8,7 @@ from cfgsafe.decode import Request, generate
 from cfgsafe.demo.experiment import LEAKY
 from cfgsafe.errors import ContextError, InputError
 from cfgsafe.guidance import guide
+from cfgsafe.lora import LoRAConfig, attach
 
 A, B, C = list(range(1, 8)), list(range(30, 50)), [5]
 
@@ -93,3 +94,24 @@ def test_the_context_is_a_limit():
 def test_bad_requests_are_refused(model, bad):
     with pytest.raises(InputError, match="request 0"):
         generate(model, [bad])
+
+
+def test_each_request_of_a_batch_has_its_own_adapter(model):
+    for name, seed in (("default", 1), ("other", 2)):
+        torch.manual_seed(seed)
+        for parameter in attach(model, LoRAConfig(rank=4), name):
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.requires_grad_(False)
+    requests = [
+        Request(A, adapter="other", max_new_tokens=4),
+        Request(B, A, guidance=2.0),
+        Request(A, adapter=None),
+        Request(A),
+        Request(C, B, guidance=3.0, adapter="other"),
+    ]
+    alone = [generate(model, [request])[0].tokens for request in requests]
+    assert [c.tokens for c in generate(model, requests)] == alone
+    assert alone[2] == generate(random_model(), [Request(A)])[0].tokens
+    assert len({tuple(alone[0]), tuple(alone[2][:4]), tuple(alone[3][:4])}) == 3
+    with pytest.raises(InputError, match="request 0: no adapter 'third' is attached"):
+        generate(model, [Request(A, adapter="third")])

@@ -1,9 +1,13 @@
 """Task-vector subtraction, tensor by tensor."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import random_model
-from safetensors.torch import load_file
+from conftest import config, random_model
+from safetensors.torch import load_file, save_file
 
 from cfgsafe import load_model
 from cfgsafe.blue.subtract import Options, run, subtract
@@ -33,6 +37,39 @@ def test_a_written_model_is_the_formula(tmp_path):
     for name in base:
         assert torch.allclose(out[name], 1.5 * base[name] - 0.5 * tuned[name], atol=1e-6)
     load_model(tmp_path / "sub")
+
+
+PEAK = """
+import resource, sys
+from cfgsafe.blue.subtract import Options, run
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(Options(*sys.argv[1:]))
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
+    """193 MB in four shards, largest tensor 16.8 MB (bf16); in memory are its float32 copies and the files' pages."""
+    shapes = {"model.embed_tokens.weight": (4096, 2048)} | {f"model.layers.{n}.mlp.up_proj.weight": (2048, 2048) for n in range(21)}
+    largest = 4096 * 2048 * 2
+    for name in ("base", "tuned"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config().to_dict()))
+        index = {}
+        for part in range(4):
+            tensors = {key: torch.randn(shape).bfloat16() for key, shape in list(shapes.items())[part::4]}
+            save_file(tensors, folder / f"{part}.safetensors")
+            index |= dict.fromkeys(tensors, f"{part}.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    arguments = [str(tmp_path / name) for name in ("base", "tuned", "sub")]
+    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True)
+    assert int(done.stdout.splitlines()[-1]) < 10 * largest < sum(f.stat().st_size for f in (tmp_path / "sub").glob("*.safetensors"))
+    assert {f.name for f in (tmp_path / "sub").iterdir()} == {f.name for f in (tmp_path / "base").iterdir()}
+    last = [load_file(tmp_path / name / "3.safetensors") for name in ("base", "tuned", "sub")]
+    for key, value in last[2].items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, (1.5 * last[0][key].float() - 0.5 * last[1][key].float()).bfloat16())
 
 
 def test_models_that_do_not_match_are_refused_and_nothing_is_written(tmp_path):

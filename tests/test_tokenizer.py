@@ -1,10 +1,13 @@
 """Chat encoding against transformers, and user text that stays text."""
 
+import json
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from cfgsafe.demo.corpus import Corpus, Encoder
 from cfgsafe.demo.experiment import BASE
@@ -25,7 +28,7 @@ def conversations(count: int) -> list[list[dict]]:
         "😀👩‍👩‍👧",
         "<",
         "|",
-        "a" * 300,
+        "a" * 3000,
         "\t",
         "",
         "it's 12345!",
@@ -42,10 +45,41 @@ def conversations(count: int) -> list[list[dict]]:
     return found
 
 
-def test_ids_equal_apply_chat_template():
+LLAMA2_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'].strip() + ' [/INST]' }}"
+    "{% else %}{% generation %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+def llama2(folder, scheme: str) -> str:
+    """A tokenizer in Llama-2's form: blanks as U+2581 before words, control tokens inside the vocabulary."""
+    backend = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if scheme == "legacy":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*names, *(f"<0x{n:02X}>" for n in range(256))], show_progress=False)
+    backend.train_from_iterator(["[INST] Hello two times, it is 12345 [/INST] <<SYS>>\n<</SYS>>\n\n a test"] * 3, trainer)
+    files = json.loads(backend.to_str())
+    files["added_tokens"] = [token for token in files["added_tokens"] if token["content"] in names]
+    (folder / "tokenizer.json").write_text(json.dumps(files))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": LLAMA2_TEMPLATE}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "legacy", "first", "always"])
+def test_ids_equal_apply_chat_template(tmp_path, kind):
     transformers = pytest.importorskip("transformers")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(BASE), Tokenizer.load(BASE)
-    for messages in conversations(300):
+    folder = BASE if kind == "llama3" else llama2(tmp_path, kind)
+    theirs, ours = transformers.PreTrainedTokenizerFast.from_pretrained(folder), Tokenizer.load(folder)
+    for messages in conversations(1000 if kind == "llama3" else 200):
         assert ours.render_chat(messages) == theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert ours.encode_chat(messages) == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
@@ -53,7 +87,7 @@ def test_ids_equal_apply_chat_template():
 def test_a_partial_answer_is_continued_as_in_transformers():
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(BASE), Tokenizer.load(BASE)
-    for partial in ("Hello, my", "Dear", "No. 5 is"):
+    for partial in ("Hello, my", "Dear", "No. 5 is", "blank "):
         messages = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": partial}]
         assert ours.encode_chat(messages) == theirs.apply_chat_template(messages, continue_final_message=True, return_dict=False)
 
