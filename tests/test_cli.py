@@ -19,6 +19,7 @@ TINY = {
     "train.py dialogues": "--count 4",
     "train.py pairs": "",
     "train.py orpo": "--epochs 3",
+    "train.py merge": "",
     "train.py subtract": "",
     "eval.py leak": "--limit 5",
     "eval.py utility": "--limit 5",

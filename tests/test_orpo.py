@@ -12,7 +12,7 @@ from cfgsafe import load_model
 from cfgsafe.blue import orpo
 from cfgsafe.blue.orpo import Options, Row, learning_rate, read_pairs, step_loss, tokenise
 from cfgsafe.errors import InputError, write_jsonl
-from cfgsafe.lora import load_adapter
+from cfgsafe.lora import adapter_updates, load_adapter
 from cfgsafe.losses import log1mexp
 
 SETTINGS = Options("model", "pairs", "out")
@@ -100,6 +100,18 @@ def test_the_written_adapter_is_the_trained_one(tmp_path, pairs_file, checkpoint
     before = model(torch.arange(9)[None])
     load_adapter(tmp_path / "o" / "epoch-1", model)
     assert (model(torch.arange(9)[None]) - before).abs().max() > 1e-3
+
+
+def test_ternary_adapters_train_and_load_exactly(tmp_path, pairs_file, checkpoint):
+    orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "t"), lr=2e-2, epochs=6, lora_bits=1.58))
+    lines = [json.loads(line) for line in (tmp_path / "t" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    model = load_model(checkpoint, adapter=tmp_path / "t" / "epoch-6")
+    for update in adapter_updates(model).values():
+        for weight in (update.lora_A, update.lora_B):
+            assert len(weight.unique()) <= 3
+    with pytest.raises(InputError, match="--lora-bits 4"):
+        orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "u"), lora_bits=4.0))
 
 
 @pytest.mark.parametrize(
