@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from cfgsafe.blue.subject import Subject, load
 from cfgsafe.errors import InputError, make_folder, read_jsonl, write_jsonl, write_text
+from cfgsafe.hub import resolve
 from cfgsafe.llama import Llama
-from cfgsafe.lora import LoRAConfig, attach, save_adapter
+from cfgsafe.lora import LoRAConfig, adapter_updates, attach, load_adapter, save_adapter
 from cfgsafe.losses import orpo, token_logprobs
 from cfgsafe.ternary import BITS
 from cfgsafe.tokenizer import Tokenizer
@@ -44,6 +45,8 @@ class Options:
     """JSONL of prompt, chosen, rejected."""
     out: str
     """Folder for the adapters, metrics.jsonl and config.json."""
+    init_adapter: str | None = None
+    """PEFT folder or hub id to start from; it brings its own rank, alpha and target layers."""
     rank: int = 16
     """LoRA rank."""
     alpha: float = 32.0
@@ -66,6 +69,8 @@ class Options:
     """Longest prompt + answer, tokens."""
     max_prompt_length: int = 1900
     """Prompt tokens kept, the last ones, where prompt + answer are longer than max-length."""
+    shuffle: bool = True
+    """A new order of the pairs each epoch, from the seed."""
     max_grad_norm: float = 1.0
     """Gradient clipping."""
     seed: int = 0
@@ -134,11 +139,15 @@ def tokenise(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, opti
 
 
 def train(model: Llama, pairs: list[Pair], options: Options, out: Path) -> None:
-    """Attach a fresh adapter to `model` and train it; the seed must be set."""
+    """Attach an adapter to `model`, fresh or the one to start from, and train it; the seed must be set."""
     if options.lora_bits not in (None, BITS):
         raise InputError(f"--lora-bits {options.lora_bits:g}: only {BITS} (ternary) is supported")
-    config = LoRAConfig(options.rank, options.alpha, options.lora_dropout, bits=options.lora_bits)
-    parameters = attach(model, config)
+    if options.init_adapter is not None:
+        config = load_adapter(resolve(options.init_adapter), model)
+        parameters = [p.requires_grad_() for update in adapter_updates(model).values() for p in (update.lora_A, update.lora_B)]
+    else:
+        config = LoRAConfig(options.rank, options.alpha, options.lora_dropout, bits=options.lora_bits)
+        parameters = attach(model, config)
     model.train()
     optimiser = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
     steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
@@ -147,7 +156,7 @@ def train(model: Llama, pairs: list[Pair], options: Options, out: Path) -> None:
     metrics: list[dict] = []
     with tqdm(total=steps, desc=f"orpo {out.name}", leave=False) as bar:
         for epoch in range(options.epochs):
-            for batch in _batches(pairs, options.batch_size, order):
+            for batch in _batches(order.sample(pairs, len(pairs)) if options.shuffle else pairs, options.batch_size):
                 started = time.perf_counter()
                 lr = learning_rate(len(metrics), steps, options)
                 for group in optimiser.param_groups:
@@ -215,7 +224,6 @@ def step_loss(model: Llama, batch: list[Pair], beta: float) -> tuple[dict[str, T
     }, sum(len(row.ids) for row in rows)
 
 
-def _batches(pairs: list[Pair], size: int, order: random.Random) -> Iterator[list[Pair]]:
-    shuffled = order.sample(pairs, len(pairs))
-    for start in range(0, len(shuffled), size):
-        yield shuffled[start : start + size]
+def _batches(pairs: list[Pair], size: int) -> Iterator[list[Pair]]:
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]
