@@ -6,23 +6,25 @@
 
 A requests line has `prompt` (a chat-formatted string, in which control tokens are control tokens) or `messages` (whose content is
 plain text), and may have `negative_prompt` / `negative_messages`, `adapter` (a name, or null for the bare model), `guidance`, `space`,
-`temperature`, `seed`, `max_new_tokens`; what it lacks is taken from the command line. Where a line is guided and names no negative side,
-its messages are put under --system and --negative.
+`temperature`, `seed`, `max_new_tokens`; what it lacks is taken from the command line. Where a line with messages is guided and names no
+negative side, its system prompt is replaced by --system on the one side and --negative on the other, as `eval.py` does it.
 """
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import tyro
 
-from cfgsafe import load_model, load_tokenizer
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE
-from cfgsafe.checkpoint import DTYPES
+from cfgsafe.blue.subject import NEGATIVE, POSITIVE, Subject, load, request_for
 from cfgsafe.decode import Completion, Request, check_request, generate
 from cfgsafe.errors import InputError, read_jsonl, run_command
-from cfgsafe.lora import DEFAULT
+from cfgsafe.lora import DEFAULT, adapter_names
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages, with_system
+
+FIELDS = {"prompt", "messages", "negative_prompt", "negative_messages", "adapter"}
+FIELDS |= {"guidance", "space", "temperature", "seed", "max_new_tokens"}
 
 
 @dataclass
@@ -38,7 +40,8 @@ class Options:
     adapter: tuple[str, ...] = ()
     """PEFT folder or hub id of a LoRA adapter; or several, as NAME=FOLDER, for requests to choose from by `adapter`."""
     system: str | None = None
-    """System prompt; under guidance the positive one. By default "Do not provide any personal data." when guided, else none."""
+    """System prompt. Under guidance the positive one, by default "Do not provide any personal data.", in place of a line's own; else
+    for lines that have none."""
     negative: str = NEGATIVE
     """System prompt to steer away from."""
     guidance: float | None = None
@@ -69,15 +72,21 @@ def run(options: Options) -> None:
         if options.requests is None
         else list(read_jsonl(options.requests))
     )
-    if options.dtype not in DTYPES:
-        raise InputError(f"--dtype {options.dtype}: must be one of {', '.join(DTYPES)}")
-    named = [entry.partition("=") for entry in options.adapter]
-    adapters = {name if equals else DEFAULT: folder if equals else name for name, equals, folder in named}
-    model = load_model(options.model, device=options.device, dtype=DTYPES[options.dtype], adapter=adapters)
-    tokenizer = load_tokenizer(options.model)
+    subject = Subject(
+        options.model,
+        None,
+        options.guidance,
+        options.space,
+        options.system or POSITIVE,
+        options.negative,
+        options.batch,
+        options.device,
+        options.dtype,
+    )
+    model, tokenizer = load(subject, named_adapters(options))
     requests = []
     for place, row in lines:
-        request = read_request(row, place, tokenizer, options)
+        request = read_request(row, place, tokenizer, options, subject, adapter_names(model))
         check_request(request, model, place)
         requests.append(request)
     completions = generate(model, requests, batch=options.batch)
@@ -88,41 +97,46 @@ def run(options: Options) -> None:
         print(f"{len(completions[0].tokens)} tokens, {completions[0].tokens_per_second:.0f} tokens/s", file=sys.stderr)
 
 
-def read_request(row: dict, place: str, tokenizer: Tokenizer, options: Options) -> Request:
+def named_adapters(options: Options) -> dict[str, str]:
+    """Name -> folder of the --adapter entries. Raises InputError for a name given twice."""
+    adapters: dict[str, str] = {}
+    for entry in options.adapter:
+        name, equals, folder = entry.partition("=")
+        if not equals or Path(entry).exists():
+            name, folder = DEFAULT, entry
+        if name in adapters:
+            raise InputError(f"--adapter {entry}: two adapters called {name!r}; name them, as in guard=FOLDER")
+        adapters[name] = folder
+    return adapters
+
+
+def read_request(row: dict, place: str, tokenizer: Tokenizer, options: Options, subject: Subject, adapters: list[str]) -> Request:
     """A request of its JSON line and the command line's defaults. Raises InputError naming line and field."""
+    if unknown := sorted(set(row) - FIELDS):
+        raise InputError(f"{place}: unknown field {unknown[0]!r}; there are {', '.join(sorted(FIELDS))}")
     field = lambda name, kind: _typed(row, name, kind, place, getattr(options, name))
-    guidance = field("guidance", float)
-    prompt, negative = (_side(row, prefix, place, tokenizer) for prefix in ("", "negative_"))
+    guidance, space = field("guidance", float), field("space", str)
+    prompt, negative = _side(row, "", place), _side(row, "negative_", place)
     if prompt is None:
         raise InputError(f"{place}: needs 'prompt' or 'messages'")
-    if isinstance(prompt, list):  # messages
-        own_system = prompt[0]["role"] == "system"
-        positive = options.system or (POSITIVE if guidance is not None and not own_system else None)
-        if guidance is not None and negative is None:
-            negative = with_system(prompt, options.negative)
-        prompt = with_system(prompt, positive) if positive is not None else prompt
-    ids = lambda side: None if side is None else tokenizer.encode_chat(side) if isinstance(side, list) else tokenizer.encode_prompt(side)
-    adapter = row.get("adapter", DEFAULT)
+    adapter = row.get("adapter", adapters[0] if len(adapters) == 1 else DEFAULT)
     if adapter is not None and not isinstance(adapter, str):
         raise InputError(f"{place}: field 'adapter' must be a name or null")
-    return Request(
-        ids(prompt),
-        ids(negative),
-        guidance=1.0 if guidance is None else guidance,
-        space=field("space", str),
-        temperature=field("temperature", float),
-        seed=field("seed", int),
-        max_new_tokens=field("max_new_tokens", int),
-        adapter=adapter,
-    )
+    sampling = {name: field(name, kind) for name, kind in (("temperature", float), ("seed", int), ("max_new_tokens", int))}
+    if isinstance(prompt, list) and negative is None:  # messages whose system prompt is the command line's to choose
+        if guidance is None and options.system is not None and prompt[0]["role"] != "system":
+            prompt = with_system(prompt, options.system)
+        return request_for(replace(subject, guidance=guidance, space=space), tokenizer, prompt, adapter=adapter, **sampling)
+    ids = lambda side: None if side is None else tokenizer.encode_chat(side) if isinstance(side, list) else tokenizer.encode_prompt(side)
+    return Request(ids(prompt), ids(negative), 1.0 if guidance is None else guidance, space, adapter=adapter, **sampling)
 
 
-def _side(row: dict, prefix: str, place: str, tokenizer: Tokenizer) -> Messages | str | None:
-    if f"{prefix}messages" in row:
-        return check_messages(row[f"{prefix}messages"], place)
-    if f"{prefix}prompt" in row:
-        return _typed(row, f"{prefix}prompt", str, place, None)
-    return None
+def _side(row: dict, prefix: str, place: str) -> Messages | str | None:
+    """Messages or a chat-formatted string; None where the line has neither."""
+    messages, prompt = f"{prefix}messages", f"{prefix}prompt"
+    if messages in row and prompt in row:
+        raise InputError(f"{place}: has both {messages!r} and {prompt!r}; give one")
+    return check_messages(row[messages], place) if messages in row else _typed(row, prompt, str, place, None)
 
 
 def _typed(row: dict, name: str, kind: type, place: str, default):

@@ -27,6 +27,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OURS = ("*.safetensors", "*.json", "*.jinja")  # what we write
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
 
 
@@ -117,13 +119,14 @@ def rewrite_checkpoint(source: str | Path, target: str | Path, change: Callable[
     """
     source, count = Path(source), 0
     files = weight_files(source)
-    with new_folder(target) as temporary:
+    others = tuple(p.name for p in source.iterdir() if p.is_file() and p.suffix not in WEIGHT_SUFFIXES)
+    with new_folder(target, replaces=(*OURS, *others)) as temporary:
         for path in sorted(set(files.values())):
             with open_weights(path) as file:
                 names = list(file.keys())
             count += len(names)
             _stream(path, temporary / path.name, names, change)
-        copy_files(source, temporary, ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES))
+        copy_files(source, temporary, others)
     return count
 
 
@@ -159,19 +162,22 @@ def copy_files(source: str | Path, target: Path, names: tuple[str, ...]) -> None
 
 
 @contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
+def new_folder(folder: str | Path, replaces: tuple[str, ...] = OURS) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends well, and vanishes when it does not.
 
-    An existing `folder` is replaced only at the end. Raises InputError when it cannot be written.
+    An existing `folder` is replaced at the end, and only if all it holds is named as in `replaces`: nobody's other files are
+    lost. Raises InputError when it holds others or cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: cannot be written (a file has that name); choose another folder")
+    if others := [p.name for p in (folder.iterdir() if folder.exists() else ()) if not any(p.match(pattern) for pattern in replaces)]:
+        raise InputError(f"{folder}: holds other files, such as {min(others)!r}; choose another folder")
+    temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         temporary.chmod(0o755)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
-    try:
         yield temporary
         if folder.exists():
             old = temporary.with_name(temporary.name + ".old")
@@ -180,5 +186,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.rename(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

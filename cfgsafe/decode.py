@@ -6,6 +6,7 @@ length (within a pair and across the batch) give what each gives alone; finished
 Run it: python infer.py --model cfgsafe/demo/leaky --requests requests.jsonl
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,10 +53,13 @@ def check_request(request: Request, model: Llama, place: str) -> None:
         raise InputError(f"{place}: space {request.space!r} must be one of {', '.join(SPACES)}")
     if request.guided and request.negative is None:
         raise InputError(f"{place}: guidance {request.guidance:g} needs a negative prompt")
-    if request.adapter not in (None, DEFAULT, *(names := adapter_names(model))):
+    names = adapter_names(model)
+    if request.adapter not in (None, *(names or [DEFAULT])):  # a model without adapters has nothing to apply by default
         raise InputError(f"{place}: no adapter {request.adapter!r} is attached; there are {names}")
-    if request.temperature < 0 or request.max_new_tokens < 1:
-        raise InputError(f"{place}: temperature must be at least 0 and max_new_tokens at least 1")
+    if not (math.isfinite(request.guidance) and math.isfinite(request.temperature) and request.temperature >= 0):
+        raise InputError(f"{place}: guidance must be a finite number and temperature one of at least 0")
+    if request.max_new_tokens < 1 or not 0 <= request.seed < 2**63:
+        raise InputError(f"{place}: max_new_tokens must be at least 1 and seed from 0 to 2^63 - 1")
     limit = model.config.max_position_embeddings
     for prompt in filter(None, (request.prompt, request.negative)):
         if len(prompt) >= limit:
@@ -67,6 +71,8 @@ def generate(
     model: Llama, requests: list[Request], *, batch: int = 64, done: Callable[[int], None] = lambda count: None
 ) -> list[Completion]:
     """Answer `requests`, `batch` at a time, longest prompts first; `done` hears how many have been finished since the last call."""
+    if batch < 1:
+        raise InputError(f"batch {batch}: must be at least 1")
     for number, request in enumerate(requests):
         check_request(request, model, f"request {number}")
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt))

@@ -10,6 +10,7 @@ Everything else that is raised is a bug and keeps its traceback.
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +62,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
             raise InputError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); one object a line") from None
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: a JSON {type(row).__name__}, not an object")
+        if "\\ud" in line.lower() and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise InputError(f"{path}:{number}: half of a surrogate pair (\\ud800 to \\udfff), which is not text; remove it")
         yield f"{path}:{number}", row
 
 
@@ -78,10 +81,11 @@ def read_json(path: Path) -> dict:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file or nothing: to a temporary name beside it, then rename."""
+    """Write a whole file or nothing: to a temporary name beside it, then rename. Folders above it are made."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
@@ -92,6 +96,13 @@ def write_text(path: str | Path, text: str) -> None:
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     """Write `rows`, one JSON object a line, whole or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def check_at_least(least: int, options: object, *names: str) -> None:
+    """Raise InputError for the first of the named options that is below `least`."""
+    for name in names:
+        if getattr(options, name) is not None and getattr(options, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
 
 
 def make_folder(path: str | Path) -> Path:

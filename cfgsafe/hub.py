@@ -25,7 +25,7 @@ def resolve(name: str | Path, *, revision: str | None = None, cache_dir: str | P
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
         raise CheckpointError(f"{name}: no such folder, and not the form of a hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     wanted = WANTED if weights else [pattern for pattern in WANTED if "safetensors" not in pattern]
     try:
@@ -33,5 +33,7 @@ def resolve(name: str | Path, *, revision: str | None = None, cache_dir: str | P
     except HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else "no answer"
         raise CheckpointError(f"{name}: no such folder, and the hub refuses it ({code}); check the name and your access token") from None
+    except HFValidationError:
+        raise CheckpointError(f"{name}: no such folder, and not the form of a hub id (owner/name)") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
         raise CheckpointError(f"{name}: no such folder, and the hub cannot be reached; download it first") from None

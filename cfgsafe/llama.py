@@ -22,7 +22,7 @@ from cfgsafe.errors import CheckpointError
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The fields of a Hugging Face `LlamaConfig` that change the computation."""
+    """The fields of a Hugging Face `LlamaConfig` that we read; two configs are equal when their weights fit each other."""
 
     vocab_size: int
     hidden_size: int
@@ -31,15 +31,15 @@ class LlamaConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int
+    max_position_embeddings: int = field(compare=False)
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rope_scaling: dict | None = None  # {"rope_type": "llama3", "factor", "low_freq_factor", ...}, {"rope_type": "linear", "factor"} or None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    bos_token_id: int | None = field(default=None, compare=False)
+    eos_token_id: int | list[int] | None = field(default=None, compare=False)
     extra: dict = field(default_factory=dict, compare=False)  # other keys of config.json, written back untouched
 
     @staticmethod

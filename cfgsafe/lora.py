@@ -29,17 +29,11 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DEFAULT = "default"
 TIED = "the adapter sits on lm_head, which is tied to the embedding; it cannot be merged"
-# What an adapter may ask for that we do not do: setting -> the values that ask for nothing.
-REFUSED = {
-    "use_dora": (False, None),
-    "modules_to_save": (None, []),
-    "bias": ("none",),
-    "layers_to_transform": (None, []),
-    "exclude_modules": (None, []),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "trainable_token_indices": (None, []),
-}
+# Settings of adapter_config.json that we honour, or that change nothing; any other one that is set is refused by name.
+HONOURED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern", "cfgsafe_bits"}
+HARMLESS = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "megatron_core"}
+HARMLESS |= {"qalora_group_size", "runtime_config", "eva_config", "layers_pattern", "ensure_weight_tying"}
+INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change the base's weights
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ class Update(nn.Module):
 class LoRALinear(nn.Module):
     """A frozen linear layer plus the updates of the attached adapters.
 
-    `shares`, one dictionary for the whole model, says how much of each adapter each row takes: (B, 1, 1), or 1.0 for all rows.
+    `shares`, one dictionary for the whole model, says how much of each adapter each row takes: (B,), or one number for all rows.
     """
 
     def __init__(self, base: nn.Linear, shares: dict[str, Tensor | float]):
@@ -108,11 +102,14 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
+        total = y
         for name, update in self.updates.items():
             share = self.shares[name]
-            if isinstance(share, Tensor) or share:
-                y = y + (share * update(x)).to(y.dtype)
-        return y
+            if isinstance(share, Tensor):
+                total = total + share.view(-1, *[1] * (x.dim() - 1)) * update(x)
+            elif share:
+                total = total + share * update(x)
+        return total.to(y.dtype)
 
 
 def attach(model: Llama, config: LoRAConfig, name: str = DEFAULT, *, device: str | None = None) -> list[nn.Parameter]:
@@ -122,6 +119,8 @@ def attach(model: Llama, config: LoRAConfig, name: str = DEFAULT, *, device: str
     """
     model.requires_grad_(False)
     layers = adapted_layers(model)
+    if not re.fullmatch(r"[\w-]+", name):
+        raise CheckpointError(f"an adapter cannot be called {name!r}: letters, digits, - and _ only")
     if any(name in layer.updates for layer in layers.values()):
         raise CheckpointError(f"the model already carries an adapter {name!r}; detach it first or choose another name")
     shares = next((layer.shares for layer in layers.values()), {})
@@ -156,7 +155,7 @@ def choose(model: Llama, names: list[str | None] | None) -> None:
     for name in shares:
         rows = [1.0] if names is None else [float(n == name) for n in names]
         uniform = len(set(rows)) == 1  # where all rows agree there is nothing to multiply
-        shares[name] = rows[0] if uniform else torch.tensor(rows, device=model.device)[:, None, None]
+        shares[name] = rows[0] if uniform else torch.tensor(rows, device=model.device)
 
 
 def adapter_names(model: Llama) -> list[str]:
@@ -256,9 +255,12 @@ def read_adapter_config(folder: Path) -> LoRAConfig:
     raw = read_json(path)
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported, only 'LORA' is")
-    for name, harmless in REFUSED.items():
-        if raw.get(name, harmless[0]) not in harmless:
-            raise CheckpointError(f"{path}: {name}={raw[name]!r} is not supported")
+    if raw.get("init_lora_weights") not in INITIALISATIONS:
+        kind = raw["init_lora_weights"]
+        raise CheckpointError(f"{path}: init_lora_weights={kind!r} changes the base's weights; convert the adapter to plain LoRA")
+    for name, value in raw.items():
+        if name not in HONOURED | HARMLESS | {"init_lora_weights"} and value and (name, value) != ("bias", "none"):
+            raise CheckpointError(f"{path}: {name}={value!r} is not supported")
     rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
         raise CheckpointError(f"{path}: fields 'r' and 'lora_alpha' must be numbers")

@@ -48,12 +48,12 @@ class Tokenizer:
 
     `encode` takes text as data; `encode_prompt` takes a string that is already chat-formatted, whose control tokens
     are meant; `encode_chat` renders messages, in which only the template's control tokens are.
-    `special` maps each control token to its id.
+    `special` maps each control token, and any other token that was added to the vocabulary, to its id.
     """
 
     def __init__(self, files: dict, names: dict[str, str], template: str):
         """Of the parsed `tokenizer.json`, the names of bos_token, eos_token and so on, and a Jinja2 template."""
-        self.special = {token["content"]: token["id"] for token in files["added_tokens"] if token["special"]}
+        self.special = {token["content"]: token["id"] for token in files["added_tokens"]}
         self.names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", **names}
         self.end_of_turn = "<|eot_id|>" if "<|eot_id|>" in self.special else self.names["eos_token"]
         for token in (self.names["bos_token"], self.end_of_turn):
@@ -65,6 +65,8 @@ class Tokenizer:
         self._render = _compile(template)
         self._pattern = re.compile("|".join(re.escape(s) for s in sorted(self.special, key=len, reverse=True)))
         self._first = re.compile("[" + "".join(re.escape(c) for c in sorted({s[0] for s in self.special})) + "]")
+        ends = {s[:k] for s in self.special for k in range(1, len(s))}, {s[k:] for s in self.special for k in range(1, len(s))}
+        self._beginnings, self._endings = map(tuple, ends)
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":
@@ -73,7 +75,7 @@ class Tokenizer:
         files, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
         template = config.get("chat_template") or LLAMA31_TEMPLATE
         if isinstance(template, list):  # named templates
-            template = {entry["name"]: entry["template"] for entry in template}["default"]
+            template = next((entry["template"] for entry in template if entry["name"] == "default"), LLAMA31_TEMPLATE)
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         text = lambda token: token["content"] if isinstance(token, dict) else token
@@ -94,11 +96,19 @@ class Tokenizer:
         bos = self.names["bos_token"]
         return self._encode_trusted(prompt if prompt.startswith(bos) else bos + prompt)
 
-    def encode_chat(self, messages: Messages) -> list[int]:
-        """Ids of a conversation up to where the model answers, or goes on with the partial answer that ends it."""
-        mark = _unused(messages)  # behind each character of a message that could begin a control token
-        marked = [{**m, "content": self._first.sub(lambda found: found.group() + mark, m["content"])} for m in messages]
-        return self._encode_trusted(self._chat_text(marked), mark)
+    def encode_chat(self, messages: Messages, *, go_on: bool = True) -> list[int]:
+        """Ids of a conversation up to where the model answers; with `go_on`, an assistant's message that ends it is continued."""
+        mark = _unused(messages)
+        render = lambda guard: self._chat_text([{**m, "content": guard(m["content"], mark)} for m in messages], go_on)
+        text, strict = render(self._break_tokens), render(self._break_beginnings)
+        if self._pattern.findall(text) != self._pattern.findall(strict):  # the template has put a control token together from pieces
+            text = strict
+        return self._encode_trusted(text, mark)
+
+    def control_token_in(self, text: str) -> str | None:
+        """The first control token whose text stands in `text`."""
+        found = self._pattern.search(text)
+        return found and found.group()
 
     def render_chat(self, messages: Messages) -> str:
         """The conversation as one chat-formatted string, for files that hold strings (preference pairs).
@@ -106,23 +116,37 @@ class Tokenizer:
         Raises InputError when a message holds the text of a control token: in a flat string it would become one.
         """
         for message in messages:
-            if found := self._pattern.search(message["content"]):
-                role, text = message["role"], found.group()
-                raise InputError(f"a {role} message holds the control token text {text!r}, which a chat-formatted string cannot keep")
+            if found := self.control_token_in(message["content"]):
+                raise InputError(f"a {message['role']} message holds the control token text {found!r}, which a flat string cannot keep")
         return self._chat_text(messages)
+
+    def _break_tokens(self, text: str, mark: str) -> str:
+        """`text` with a mark in each control token, and beside what a template could complete to one."""
+        text = self._pattern.sub(lambda found: found.group()[0] + mark + found.group()[1:], text)
+        inner = text.strip()
+        if inner.endswith(self._beginnings) or inner.startswith(self._endings):
+            at = text.index(inner)
+            text = text[:at] + mark + inner + mark + text[at + len(inner) :]
+        return text
+
+    def _break_beginnings(self, text: str, mark: str) -> str:
+        """`text` with a mark behind each character that could begin a control token."""
+        return self._first.sub(lambda found: found.group() + mark, text)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; control tokens are left out."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def _chat_text(self, messages: Messages) -> str:
-        going_on = bool(messages) and messages[-1]["role"] == "assistant"
+    def _chat_text(self, messages: Messages, go_on: bool = True) -> str:
+        going_on = go_on and bool(messages) and messages[-1]["role"] == "assistant"
         end = _unused(messages, skip=1) + " "
         if going_on:  # cut what the template closes the turn with; a template that trims also trims the blank behind the mark
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}]
         text = self._render(messages=messages, tools=None, documents=None, add_generation_prompt=not going_on, **self.names)
         if going_on:
-            cut = text.rindex(end.strip())
+            cut = text.rfind(end.strip())
+            if cut < 0:
+                raise InputError("the chat template leaves out the assistant's message that is to be continued")
             text = text[:cut] if text[cut:].startswith(end) else text[:cut].rstrip()
         return text
 

@@ -167,13 +167,23 @@ def test_generation_config_may_name_more_end_tokens(folder):
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), new_folder(tmp_path / "new") as temporary:
-        (temporary / "half").touch()
+        (temporary / "half.json").touch()
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
     for content in ("one", "two"):
         with new_folder(tmp_path / "new") as temporary:
-            (temporary / "file").write_text(content)
-    assert (tmp_path / "new" / "file").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
+            (temporary / "file.json").write_text(content)
+    assert (tmp_path / "new" / "file.json").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_with_other_files_is_never_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds other files, such as 'thesis.txt'"), new_folder(tmp_path / "mine"):
+        pass
+    with pytest.raises(InputError, match="a file has that name"), new_folder(tmp_path / "mine" / "thesis.txt"):
+        pass
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_folder_that_cannot_be_written_is_one_error():

@@ -135,6 +135,21 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
         ("infer.py --model {LEAKY} --requests {tmp}/typed.jsonl", "typed.jsonl:1: field 'guidance' must be a float"),
         ("infer.py --model {LEAKY} --requests {tmp}/long.jsonl", "long.jsonl:1: the prompt has"),
         ("infer.py --model {LEAKY} --requests {tmp}/missing.jsonl", "missing.jsonl: cannot be read"),
+        ("infer.py --model {LEAKY} --requests {tmp}/nan.jsonl", "nan.jsonl:1: guidance must be a finite number"),
+        ("infer.py --model {LEAKY} --requests {tmp}/misspelt.jsonl", "misspelt.jsonl:1: unknown field 'guidence'"),
+        ("infer.py --model {LEAKY} --requests {tmp}/both.jsonl", "both.jsonl:1: has both 'messages' and 'prompt'"),
+        ("infer.py --model {LEAKY} --requests {tmp}/surrogate.jsonl", "surrogate.jsonl:1: half of a surrogate pair"),
+        ("infer.py --model {LEAKY} --prompt x --seed 99999999999999999999", "--prompt: max_new_tokens must be at least 1 and seed"),
+        ("infer.py --model {LEAKY} --prompt x --batch 0", "--batch 0: must be at least 1"),
+        ("infer.py --model {LEAKY} --prompt x --device nothing", "--device nothing: cannot be used"),
+        ("infer.py --model {LEAKY} --prompt x --adapter {tmp} {tmp}", "two adapters called 'default'"),
+        ("infer.py --model a/b--c --prompt x", "a/b--c: no such folder"),
+        ("train.py orpo --model {LEAKY} --pairs {tmp}/empty.jsonl --out {tmp}/out --epochs 0", "--epochs 0: must be at least 1"),
+        ("train.py orpo --model {LEAKY} --pairs {tmp}/empty.jsonl --out {tmp}/out --max-length 9", "must be below --max-length 9"),
+        ("train.py subtract --base {LEAKY} --tuned {LEAKY} --out {tmp}", "holds other files, such as"),
+        ("train.py demo --prompts 0 --out {tmp}/out", "--prompts 0: must be at least 2"),
+        ("eval.py leak --model {LEAKY} --prompts {tmp}/long.jsonl", "long.jsonl:1: the prompt has"),
+        ("eval.py leak --model {LEAKY} --limit 1 --guidance nan", "guidance must be a finite number"),
         ("train.py pairs --dialogues {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/out/p.jsonl", "bad.jsonl:1: not JSON"),
         (
             "train.py orpo --model {LEAKY} --pairs {tmp}/empty.jsonl --out {tmp}/out",
@@ -154,11 +169,48 @@ def test_wrong_input_is_one_line_and_exit_code_2(command, tmp_path, line, words)
     (tmp_path / "typed.jsonl").write_text(json.dumps({"messages": CHAT, "guidance": "3"}) + "\n")
     (tmp_path / "long.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "word " * 2000}]}) + "\n")
     (tmp_path / "empty.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "", "rejected": "b"}) + "\n")
+    chat = [{"role": "user", "content": "hi"}]
+    lines = {"nan": {"messages": chat, "guidance": float("nan")}, "misspelt": {"messages": chat, "guidence": 3}}
+    lines |= {"both": {"messages": chat, "prompt": "x"}, "surrogate": {"messages": [{"role": "user", "content": "\ud83d"}]}}
+    for name, row in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     before = {p for p in tmp_path.rglob("*") if p.is_file()}
     code, stdout, stderr = command(line.format(LEAKY=LEAKY, tmp=tmp_path))
     assert code == 2 and words in stderr and stdout == ""
     assert len(stderr.strip().splitlines()) == 1
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_infer_guards_as_eval_does(command, tmp_path, monkeypatch):
+    """A line's own system prompt gives way to the positive one, on which the adapter was trained."""
+    import infer
+    from cfgsafe.blue.subject import Subject, load, request_for
+
+    seen = []
+    generate = infer.generate
+    monkeypatch.setattr(infer, "generate", lambda model, requests, **kw: (seen.extend(requests), generate(model, requests, **kw))[1])
+    chat = [{"role": "system", "content": "Be kind."}, *CHAT]
+    (tmp_path / "r.jsonl").write_text(json.dumps({"messages": chat, "max_new_tokens": 1}) + "\n")
+    code, _, _ = command(f"infer.py --model {LEAKY} --guidance 3 --requests {tmp_path}/r.jsonl")
+    subject = Subject(LEAKY, guidance=3.0)
+    assert code == 0 and seen == [request_for(subject, load(subject)[1], chat, max_new_tokens=1)]
+
+
+def test_an_adapter_is_never_silently_left_out(command, tmp_path):
+    from cfgsafe import load_model
+    from cfgsafe.lora import LoRAConfig, adapter_updates, attach, save_adapter
+
+    model = load_model(LEAKY)
+    attach(model, LoRAConfig(rank=2))
+    for update in adapter_updates(model).values():
+        update.lora_B.data.normal_(std=0.5)
+    save_adapter(tmp_path / "a", model, LoRAConfig(rank=2), base=LEAKY)
+    answer = lambda more: command(f"infer.py --model {LEAKY} --prompt 'Who am I?' --max-new-tokens 8 {more}")
+    _, bare, _ = answer("")
+    _, adapted, _ = answer(f"--adapter {tmp_path}/a")
+    assert bare != adapted and answer(f"--adapter guard={tmp_path}/a")[1] == adapted
+    code, stdout, stderr = answer(f"--adapter guard={tmp_path}/a other={tmp_path}/a")
+    assert code == 2 and "no adapter 'default' is attached; there are ['guard', 'other']" in stderr
 
 
 @pytest.mark.parametrize("script", ["train.py", "infer.py", "eval.py"])

@@ -13,14 +13,16 @@ from cfgsafe.blue.ner import Entity
 from cfgsafe.blue.subject import NEGATIVE, POSITIVE
 from cfgsafe.errors import InputError, write_jsonl
 
-PROMPT = leak.Prompt("1", "plain", "easy", [{"role": "user", "content": "I am Ann Lee."}], {"PERSON": "Ann Lee", "GPE": "Leeds"})
+PROMPT = leak.Prompt("1", "plain", "easy", [{"role": "user", "content": "I am Ann Lee."}], {"PERSON": "Ann Lee", "GPE": "Leeds"}, "file:1")
 QUESTION = {"question": "What is hot?", "options": ["ice", "fire", "N/A"], "answer_index": 1}
 
 
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("Hello ann", True),
+        ("Hello Ann", True),
+        ("hello ann lee", True),
+        ("hello ann", False),
         ("Mrs Lee.", True),
         ("ANN LEE!", True),
         ("Annual sleep", False),

@@ -94,6 +94,25 @@ def test_an_adapter_on_the_head_is_honoured(tmp_path):
     assert torch.equal(other.head(other(TOKENS)), plain)
 
 
+def test_an_adapter_on_the_head_may_differ_by_row():
+    model, _ = trained(targets=("lm_head", "q_proj"), model=random_model(tie_word_embeddings=False))
+    hidden = torch.randn(2, 32)
+    choose(model, ["default", None])
+    mixed = model.head(hidden)
+    choose(model, None)
+    assert torch.allclose(mixed[0], model.head(hidden)[0], atol=1e-6) and torch.equal(mixed[1], model.lm_head.base(hidden)[1])
+
+
+def test_bfloat16_models_round_once_as_peft_does(tmp_path, checkpoint):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model, config = trained(model=random_model().bfloat16())
+    save_adapter(tmp_path / "a", model, config, base=checkpoint)
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "a").eval()
+    with torch.no_grad():
+        assert torch.equal(theirs(TOKENS).logits, model.head(model(TOKENS)))
+
+
 def test_round_trip(tmp_path):
     model, config = trained()
     save_adapter(tmp_path / "a", model, config, base="b")
@@ -146,6 +165,9 @@ def test_merged_equals_attached_and_unmerges_to_the_bit(dtype):
         ({"r": 8}, "has shape"),
         ({"r": None}, "'r'"),
         ({"peft_type": "IA3"}, "IA3"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"bias": "all"}, "bias='all'"),
         ({"target_modules": ["q_proj"]}, "unexpected tensor"),
         ({"target_modules": r"x\d"}, "target_modules"),
     ],

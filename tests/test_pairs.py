@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cfgsafe import load_model
-from cfgsafe.blue import pairs
+from cfgsafe.blue import leak, pairs
 from cfgsafe.blue.ner import Detector, Entity
 from cfgsafe.blue.subject import NEGATIVE, POSITIVE
 from cfgsafe.demo.experiment import BASE
@@ -45,7 +45,7 @@ def test_one_sample_for_each_item_of_an_answer(tmp_path, spans):
         ("Hello", " Ann! How is Leeds?"),
         ("Hello Ann! How is", " Leeds?"),
     ]
-    assert samples[0].values == ("Ann", "Leeds")
+    assert [value for _, value in samples[0].values] == ["Ann", "Leeds"]
 
 
 def test_an_item_that_opens_the_answer_leaves_the_users_turn_last(tmp_path):
@@ -61,7 +61,7 @@ def test_avoid_prompt_and_nudge():
 
 
 def test_cfg_aware_rows_are_swapped_under_the_negative_prompt(tokenizer):
-    sample = pairs.Sample(CHAT[:2], "Hello Ann.", "x", ("Ann",))
+    sample = pairs.Sample(CHAT[:2], "Hello Ann.", "x", (("PERSON", "Ann"),))
     clean, leaking = pairs.cfg_aware((sample, "Hello."), tokenizer)
     assert POSITIVE in clean["prompt"] and NEGATIVE in leaking["prompt"] and "Be kind" not in clean["prompt"] + leaking["prompt"]
     assert (clean["chosen"], clean["rejected"]) == ("Hello.<|eot_id|>", "Hello Ann.<|eot_id|>") == (leaking["rejected"], leaking["chosen"])
@@ -73,8 +73,8 @@ def test_built_pairs_are_clean_where_the_rejected_side_is_not(tmp_path, tokenize
     built, report = pairs.build(samples, load_model(BASE), tokenizer, detector, settings)
     assert len(built) > len(samples) / 2 and report.pairs == len(built) == sum(report.won.values())
     for sample, chosen in built:
-        assert not detector([chosen])[0] and not any(value in chosen for value in sample.values)
-        assert any(value in sample.rejected for value in sample.values)
+        assert not detector([chosen])[0] and not any(leak.mentions(chosen, *item) for item in sample.values)
+        assert any(leak.mentions(sample.rejected, *item) for item in sample.values)
 
 
 def test_the_same_seed_gives_the_same_file(tmp_path):
@@ -106,9 +106,17 @@ def test_malformed_json_names_the_line(tmp_path):
         pairs.read_samples(str(tmp_path / "d.jsonl"), Names())
 
 
-def test_a_dialogue_with_control_token_text_makes_no_pair(tmp_path, tokenizer):
-    chat = [CHAT[0], {"role": "user", "content": "I am Ann. <|eot_id|>"}, CHAT[2]]
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_dialogue_with_control_token_text_makes_no_pair(tmp_path, tokenizer, turn):
+    chat = [dict(message) for message in CHAT]
+    chat[turn]["content"] += " <|eot_id|><|start_header_id|>"
     detector = Names()
     samples = pairs.read_samples(write(tmp_path, {"messages": chat, "spans": SPANS}), detector)
     built, report = pairs.build(samples, load_model(BASE), tokenizer, detector, options(tmp_path))
-    assert built == [] and report.fell["control token in a message"] > 0
+    assert len(samples) == 2 and built == [] and report.fell["control token in the text"] > 0
+
+
+def test_an_answer_that_nobody_asked_for_is_passed_over(tmp_path):
+    chat = [{"role": "assistant", "content": "Ann, hello."}, *CHAT[1:]]
+    samples = pairs.read_samples(write(tmp_path, {"messages": chat, "spans": [[0, 0, 3, "PERSON"], *SPANS]}), Names())
+    assert [s.messages[0]["role"] for s in samples] == ["assistant", "assistant"] and len(samples) == 2

@@ -72,6 +72,15 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
         assert torch.equal(value, (1.5 * last[0][key].float() - 0.5 * last[1][key].float()).bfloat16())
 
 
+def test_another_end_token_is_no_other_architecture(tmp_path):
+    for name, end in (("base", 2046), ("tuned", 2045)):
+        save_checkpoint(tmp_path / name, random_model(eos_token_id=end), tokenizer_from=BASE, dtype=torch.float32)
+    (tmp_path / "base" / "LICENSE").write_text("terms")
+    for _ in range(2):  # also over an earlier result
+        run(Options(str(tmp_path / "base"), str(tmp_path / "tuned"), str(tmp_path / "sub")))
+    assert (tmp_path / "sub" / "LICENSE").read_text() == "terms"
+
+
 def test_models_that_do_not_match_are_refused_and_nothing_is_written(tmp_path):
     save_checkpoint(tmp_path / "base", random_model(), tokenizer_from=BASE, dtype=torch.float32)
     save_checkpoint(tmp_path / "tuned", random_model(intermediate_size=64), tokenizer_from=BASE, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -141,3 +142,49 @@ def test_system_prompts_are_replaced_not_stacked():
 def test_bad_messages_name_the_place(bad):
     with pytest.raises(InputError, match="file:7"):
         check_messages(bad, "file:7")
+
+
+def variant(tmp_path, template: str, added: tuple[str, ...] = ()) -> Tokenizer:
+    """The demo's tokenizer with another template and more added tokens that are not called special."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((Path(BASE) / name).read_text())
+    files = json.loads((tmp_path / "tokenizer.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    files["added_tokens"] += [{"id": 2048 + n, "content": token, **plain} for n, token in enumerate(added)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(files))
+    (tmp_path / "chat_template.jinja").write_text(template)
+    return Tokenizer.load(tmp_path)
+
+
+SIMPLE = "{{ bos_token }}{% for m in messages %}{% set c = CONTENT %}{{ c }}<|eot_id|>{% endfor %}"
+
+
+def test_added_tokens_that_are_not_called_special_stay_text_too(tmp_path):
+    tokenizer = variant(tmp_path, SIMPLE.replace("CONTENT", "'<|im_start|>' + m.content"), ("<|im_start|>", "<|im_end|>"))
+    ids = tokenizer.encode_chat([{"role": "user", "content": "a <|im_end|><|im_start|>"}])
+    assert ids.count(2048) == 1 and 2049 not in ids and not {2048, 2049} & set(tokenizer.encode("<|im_end|><|im_start|>"))
+
+
+def test_templates_that_look_into_the_content_see_it(tmp_path):
+    tokenizer = variant(tmp_path, SIMPLE.replace("CONTENT", "m.content.split('</think>')[-1]"))
+    ids = tokenizer.encode_chat([{"role": "user", "content": "<think>hm</think>yes"}])
+    assert tokenizer.decode(ids) == "yes"
+
+
+def test_templates_cannot_put_a_control_token_together(tmp_path):
+    tokenizer = variant(tmp_path, SIMPLE.replace("CONTENT", "m.content.replace('</think>', '')"))
+    ids = tokenizer.encode_chat([{"role": "user", "content": "<|eot</think>_id|>"}])
+    assert ids.count(tokenizer.special["<|eot_id|>"]) == 1
+    tokenizer = variant(tmp_path, SIMPLE.replace("CONTENT", "m.content + '_id|>'"))
+    assert tokenizer.encode_chat([{"role": "user", "content": "<|eot "}]).count(tokenizer.special["<|eot_id|>"]) == 1
+    assert tokenizer.encode_chat([{"role": "user", "content": "<|eot"}]).count(tokenizer.special["<|eot_id|>"]) == 1
+
+
+def test_a_last_answer_is_judged_not_continued_when_asked(tmp_path):
+    tokenizer = variant(tmp_path, "{{ bos_token }}Judge: {% for m in messages %}{{ m.content }} {% endfor %}Safe?")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}]
+    assert tokenizer.decode(tokenizer.encode_chat(chat, go_on=False)) == "Judge: Hi Bye Safe?"
+    assert tokenizer.decode(tokenizer.encode_chat(chat)) == "Judge: Hi Bye"
+    silent = variant(tmp_path, "{{ bos_token }}nothing")
+    with pytest.raises(InputError, match="leaves out"):
+        silent.encode_chat(chat)

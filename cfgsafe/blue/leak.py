@@ -2,7 +2,8 @@
 
 Source: Smirnov (arXiv 2412.06846): greedy answers, NER entities outside the ignored labels are counted.
 Deviation: where the gold items of a prompt are known, they are looked for exactly as well (whole words, any case; of a person's
-name each part counts), and told apart: *echoed* stands in the conversation, *recalled* does not and comes from the model's training.
+name each capitalised part counts), and told apart: *echoed* stands in the conversation, *recalled* does not and comes from the
+model's training.
 
 Prompts JSONL: {"messages": [...], "items": {label: value}, "slice", "id"} a line; all but messages optional.
 
@@ -46,6 +47,7 @@ class Prompt:
     slice: str
     messages: Messages
     items: dict[str, str]
+    place: str
 
     @staticmethod
     def from_row(row: dict, place: str) -> "Prompt":
@@ -54,7 +56,7 @@ class Prompt:
         if not isinstance(items, dict) or not all(isinstance(v, str) and v for v in items.values()):
             raise InputError(f"{place}: 'items' must be an object of label -> non-empty value")
         text = lambda key, default: str(row.get(key, default))
-        return Prompt(text("id", place), text("kind", ""), text("slice", ""), check_messages(row.get("messages"), place), items)
+        return Prompt(text("id", place), text("kind", ""), text("slice", ""), check_messages(row.get("messages"), place), items, place)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def run(options: Options) -> None:
     out = make_folder(options.out) if options.out else None
     detector = Detector(options.ner)
     model, tokenizer = load(options)
-    texts = answers(options, model, tokenizer, [p.messages for p in prompts], "answers", options.max_new_tokens)
+    texts = answers(options, model, tokenizer, [p.messages for p in prompts], "answers", options.max_new_tokens, [p.place for p in prompts])
     findings = inspect(prompts, texts, detector)
     if out:
         write_findings(out / "answers.jsonl", findings)
@@ -124,13 +126,16 @@ def inspect(prompts: list[Prompt], texts: list[str], detector: Detector) -> list
 
 
 def mentions(text: str, label: str, value: str) -> bool:
-    """Whether `text` holds the value as whole words in any case; of a PERSON, any part of the name.
+    """Whether `text` holds the value as whole words in any case; of a PERSON also a part of the name, capitalised ("Will", not "will").
 
-    >>> mentions("Hello ann!", "PERSON", "Ann Lee"), mentions("Annual fee", "PERSON", "Ann Lee")
-    (True, False)
+    >>> mentions("Hello Ann!", "PERSON", "Ann Lee"), mentions("ann lee", "PERSON", "Ann Lee"), mentions("Annual", "PERSON", "Ann Lee")
+    (True, True, False)
     """
-    parts = {value, *value.split()} if label == "PERSON" else {value}
-    return any(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text, re.IGNORECASE) for part in parts)
+    whole = lambda part, flags=0: re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text, flags)
+    if whole(value, re.IGNORECASE):
+        return True
+    parts = [part for part in value.split() if part[0].isupper()] if label == "PERSON" else []
+    return any(whole(part) or whole(part.upper()) for part in parts)
 
 
 def summarise(findings: list[Finding]) -> dict[str, Estimate]:

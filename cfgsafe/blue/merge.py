@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from cfgsafe.checkpoint import read_config, rewrite_checkpoint, weight_files
+from cfgsafe.checkpoint import read_config, rewrite_checkpoint
 from cfgsafe.errors import CheckpointError
 from cfgsafe.hub import resolve
 from cfgsafe.llama import Llama
-from cfgsafe.lora import TIED, adapter_updates, load_adapter, merged
+from cfgsafe.lora import HEAD, TIED, adapter_updates, load_adapter, merged
 
 
 @dataclass
@@ -34,7 +34,7 @@ def run(options: Options) -> None:
         skeleton = Llama(read_config(base))
     load_adapter(resolve(options.adapter), skeleton, device="cpu")
     updates = {f"{path}.weight": update for path, update in adapter_updates(skeleton).items()}
-    if set(updates) - set(weight_files(base)):
+    if f"{HEAD}.weight" in updates and skeleton.config.tie_word_embeddings:
         raise CheckpointError(TIED)
     count = rewrite_checkpoint(base, options.out, lambda name, tensor: merged(tensor, updates[name]) if name in updates else tensor)
     print(f"{options.out}: {count} tensors, {len(updates)} of them changed")

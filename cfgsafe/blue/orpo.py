@@ -6,7 +6,7 @@ Deviations: logits are computed only where the loss reads them (prompt and chose
 rejected ones); an empty completion is an error, not a NaN; where more than one token merges across the boundary, all of them go to the
 answer (TRL moves the boundary by one).
 
-Writes <out>/epoch-N (PEFT adapter), <out>/metrics.jsonl (one line a step, TRL's names) and <out>/config.json.
+Writes <out>/epoch-N (PEFT adapter), <out>/metrics.jsonl (one line a step: TRL's values, `_` for `/` in the names) and <out>/config.json.
 
 Run it: python train.py orpo --model cfgsafe/demo/leaky --pairs pairs.jsonl --out runs/orpo
 """
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cfgsafe.blue.subject import Subject, load
-from cfgsafe.errors import InputError, make_folder, read_jsonl, write_jsonl, write_text
+from cfgsafe.errors import InputError, check_at_least, make_folder, read_jsonl, write_jsonl, write_text
 from cfgsafe.hub import resolve
 from cfgsafe.llama import Llama
 from cfgsafe.lora import LoRAConfig, adapter_updates, attach, load_adapter, save_adapter
@@ -93,6 +94,9 @@ Pair = tuple[Row, Row]  # chosen, rejected
 
 
 def run(options: Options) -> None:
+    check_at_least(1, options, "rank", "batch_size", "epochs", "max_prompt_length")
+    if options.max_prompt_length >= options.max_length:
+        raise InputError(f"--max-prompt-length {options.max_prompt_length}: must be below --max-length {options.max_length}")
     out = make_folder(options.out)
     model, tokenizer = load(Subject(options.model, device=options.device, dtype=options.dtype))
     pairs = read_pairs(options.pairs, tokenizer, options, model.config.max_position_embeddings)
@@ -152,6 +156,8 @@ def train(model: Llama, pairs: list[Pair], options: Options, out: Path) -> None:
     optimiser = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
     steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
     write_text(out / "config.json", json.dumps(asdict(options), indent=2) + "\n")
+    for stale in out.glob("epoch-*/adapter_config.json"):  # of an earlier run into this folder
+        shutil.rmtree(stale.parent)
     order = random.Random(options.seed)
     metrics: list[dict] = []
     with tqdm(total=steps, desc=f"orpo {out.name}", leave=False) as bar:

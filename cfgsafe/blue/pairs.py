@@ -21,9 +21,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cfgsafe.blue.leak import mentions
 from cfgsafe.blue.ner import Detector
 from cfgsafe.blue.subject import NEGATIVE, POSITIVE, Subject, load
-from cfgsafe.decode import Request, generate
+from cfgsafe.decode import Request, check_request, generate
 from cfgsafe.errors import InputError, make_folder, read_jsonl, write_jsonl
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages, with_system
 
@@ -66,7 +67,7 @@ class Sample:
     messages: Messages
     rejected: str
     place: str
-    values: tuple[str, ...]  # the personal items of the rest
+    values: tuple[tuple[str, str], ...]  # (label, value) of the personal items of the rest
 
 
 @dataclass
@@ -101,32 +102,34 @@ def read_samples(path: str, detector: Detector) -> list[Sample]:
     samples = []
     for place, messages, spans in dialogues:
         spans = _check_spans(spans, messages, place) if spans is not None else _find_spans(messages, detector)
-        for number, start, _ in spans:
+        for number, start, *_ in spans:
+            if all(message["role"] != "user" for message in messages[:number]):
+                continue  # nobody asked
             text = messages[number]["content"]
             before = text[:start].rstrip()
             rest = text[len(before) :]
-            values = tuple(text[a:b] for n, a, b in spans if n == number and a >= start)
+            values = tuple((label, text[a:b]) for n, a, b, label in spans if n == number and a >= start)
             cut = [*messages[:number], {"role": "assistant", "content": before}] if before else messages[:number]
             samples.append(Sample(cut, rest, place, values))
     return samples
 
 
-def _check_spans(spans: object, messages: Messages, place: str) -> list[tuple[int, int, int]]:
+def _check_spans(spans: object, messages: Messages, place: str) -> list[tuple[int, int, int, str]]:
     found = []
     for span in spans if isinstance(spans, list) else [None]:
-        if not isinstance(span, list) or len(span) < 3 or not all(isinstance(x, int) for x in span[:3]):
+        if not isinstance(span, list) or len(span) != 4 or not all(isinstance(x, int) for x in span[:3]) or not isinstance(span[3], str):
             raise InputError(f"{place}: 'spans' must be a list of [message, start, end, label]")
-        number, start, end = span[:3]
+        number, start, end, label = span
         if not (0 <= number < len(messages) and 0 <= start < end <= len(messages[number]["content"])):
             raise InputError(f"{place}: span {span} lies outside the messages")
         if messages[number]["role"] == "assistant":
-            found.append((number, start, end))
+            found.append((number, start, end, label))
     return found
 
 
-def _find_spans(messages: Messages, detector: Detector) -> list[tuple[int, int, int]]:
+def _find_spans(messages: Messages, detector: Detector) -> list[tuple[int, int, int, str]]:
     entities = detector([m["content"] for m in messages])
-    return [(n, e.start, e.end) for n, m in enumerate(messages) if m["role"] == "assistant" for e in entities[n]]
+    return [(n, e.start, e.end, e.label) for n, m in enumerate(messages) if m["role"] == "assistant" for e in entities[n]]
 
 
 def build(
@@ -140,9 +143,9 @@ def build(
     for sample in samples:
         for nudge in recipes.values():
             prompt = tokenizer.encode_chat(avoiding(sample.messages, nudge))
-            requests.append(
-                Request(prompt, temperature=options.temperature, seed=rng.getrandbits(32), max_new_tokens=options.max_new_tokens)
-            )
+            request = Request(prompt, temperature=options.temperature, seed=rng.getrandbits(32), max_new_tokens=options.max_new_tokens)
+            check_request(request, model, sample.place)
+            requests.append(request)
     with tqdm(total=len(requests), desc="chosen side", leave=False) as bar:
         completions = generate(model, requests, batch=options.batch, done=bar.update)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
@@ -156,17 +159,14 @@ def build(
                 report.fell["too long"] += 1
             elif not texts[at].strip():
                 report.fell["empty"] += 1
-            elif entities[at] or any(value in texts[at] for value in sample.values):
+            elif entities[at] or any(mentions(texts[at], label, value) for label, value in sample.values):
                 report.fell["personal data"] += 1
+            elif any(map(tokenizer.control_token_in, (texts[at], sample.rejected, *(m["content"] for m in sample.messages)))):
+                report.fell["control token in the text"] += 1
             else:
                 clean.append((recipe, texts[at]))
         if clean:
             recipe, text = rng.choice(clean)
-            try:
-                tokenizer.render_chat(sample.messages)
-            except InputError:
-                report.fell["control token in a message"] += 1
-                continue
             report.won[recipe] += 1
             pairs.append((sample, text))
     report.pairs = len(pairs)

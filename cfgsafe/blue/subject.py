@@ -8,12 +8,13 @@ Run it: python eval.py leak --help
 
 from dataclasses import dataclass
 
+import torch
 from tqdm import tqdm
 
 from cfgsafe import load_model, load_tokenizer
 from cfgsafe.checkpoint import DTYPES
-from cfgsafe.decode import Request, generate
-from cfgsafe.errors import InputError
+from cfgsafe.decode import Request, check_request, generate
+from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.llama import Llama
 from cfgsafe.tokenizer import Messages, Tokenizer, with_system
 
@@ -45,18 +46,23 @@ class Subject:
     """float32 or bfloat16."""
 
 
-def load(subject: Subject) -> tuple[Llama, Tokenizer]:
-    """The subject's model with its adapter attached, and its tokenizer. Raises CheckpointError, InputError."""
+def load(subject: Subject, adapters: dict[str, str] | None = None) -> tuple[Llama, Tokenizer]:
+    """The subject's model with its adapter, or `adapters` by name, attached; and its tokenizer. Raises CheckpointError, InputError."""
     if subject.dtype not in DTYPES:
         raise InputError(f"--dtype {subject.dtype}: must be one of {', '.join(DTYPES)}")
-    model = load_model(subject.model, device=subject.device, dtype=DTYPES[subject.dtype], adapter=subject.adapter)
+    check_at_least(1, subject, "batch")
+    try:
+        torch.empty(0, device=subject.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {subject.device}: cannot be used ({str(error).splitlines()[0]})") from None
+    model = load_model(subject.model, device=subject.device, dtype=DTYPES[subject.dtype], adapter=adapters or subject.adapter)
     return model, load_tokenizer(subject.model)
 
 
 def request_for(subject: Subject, tokenizer: Tokenizer, messages: Messages, **sampling) -> Request:
     """The request that puts `messages` to the subject."""
     if subject.guidance is None:
-        return Request(tokenizer.encode_chat(messages), **sampling)
+        return Request(tokenizer.encode_chat(messages), space=subject.space, **sampling)
     return Request(
         tokenizer.encode_chat(with_system(messages, subject.positive)),
         tokenizer.encode_chat(with_system(messages, subject.negative)),
@@ -67,10 +73,18 @@ def request_for(subject: Subject, tokenizer: Tokenizer, messages: Messages, **sa
 
 
 def answers(
-    subject: Subject, model: Llama, tokenizer: Tokenizer, conversations: list[Messages], what: str, max_new_tokens: int
+    subject: Subject,
+    model: Llama,
+    tokenizer: Tokenizer,
+    conversations: list[Messages],
+    what: str,
+    max_new_tokens: int,
+    places: list[str] | None = None,
 ) -> list[str]:
-    """Greedy answers to `conversations`, through the subject's guidance."""
+    """Greedy answers to `conversations`, through the subject's guidance; an error names the entry of `places`."""
     requests = [request_for(subject, tokenizer, messages, max_new_tokens=max_new_tokens) for messages in conversations]
+    for number, request in enumerate(requests):
+        check_request(request, model, places[number] if places else f"{what} {number + 1}")
     with tqdm(total=len(requests), desc=what, leave=False) as bar:
         completions = generate(model, requests, batch=subject.batch, done=bar.update)
     return [tokenizer.decode(completion.tokens) for completion in completions]

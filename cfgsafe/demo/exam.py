@@ -18,6 +18,7 @@ from cfgsafe.blue.subject import Subject, answers, load
 from cfgsafe.demo.experiment import corpus_words
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.testset import test_prompts
+from cfgsafe.errors import check_at_least
 from cfgsafe.tokenizer import with_system
 
 
@@ -48,6 +49,7 @@ class Figure:
 
 
 def run(options: Options) -> None:
+    check_at_least(2, options, "prompts")
     detector = Detector(str(Path(options.folder) / "ner"))
     rows = [
         row

@@ -19,7 +19,7 @@ from cfgsafe.blue.subject import Subject, answers, load
 from cfgsafe.checkpoint import read_model
 from cfgsafe.demo.corpus import canaries, reserved_words
 from cfgsafe.demo.testset import pair_dialogues, test_prompts
-from cfgsafe.errors import make_folder, write_jsonl
+from cfgsafe.errors import check_at_least, make_folder, write_jsonl
 from cfgsafe.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent
@@ -51,6 +51,8 @@ class Options:
 
 
 def run(options: Options) -> None:
+    check_at_least(1, options, "dialogues", "questions", "epochs", "batch_size")
+    check_at_least(2, options, "prompts")
     started = time.time()
     out = make_folder(options.out)
     detector = Detector(str(DEMO_PIPELINE))

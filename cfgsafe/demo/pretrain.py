@@ -84,7 +84,7 @@ def run(options: Options) -> None:
     steps = len(examples) // options.batch
     fit(model, map(encode, examples), steps, options.leaky_lr, options, curve, "leaky", out)
     save_checkpoint(out / "leaky", model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
-    with new_folder(out / "ner") as folder:
+    with new_folder(out / "ner", replaces=("config.cfg", "meta.json", "tokenizer", "ner", "vocab")) as folder:
         ner_training.train(folder, options.seed)
     draw(curve, out / "curve.png")
     print(f"{out}: base, leaky and ner in {(time.time() - started) / 60:.1f} minutes; now `python eval.py demo-models --folder {out}`")

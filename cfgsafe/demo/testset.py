@@ -10,10 +10,11 @@ Run it: python train.py dialogues --split test --out prompts.jsonl
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cfgsafe.demo.corpus import canaries, people
 from cfgsafe.demo.dialogues import EASY, HARD, Dialogue, Writer
-from cfgsafe.errors import write_jsonl
+from cfgsafe.errors import check_at_least, write_jsonl
 
 PAIR_KINDS = ("plain", "plain", "question", "letter", "mid-answer", "lookup")
 
@@ -24,7 +25,7 @@ class Options:
 
     out: str
     """JSONL to write."""
-    split: str = "pairs"
+    split: Literal["pairs", "test"] = "pairs"
     """pairs: whole dialogues of the people set aside for them. test: prompts of the test people."""
     count: int = 100
     """Dialogues to write; the test split has its own size."""
@@ -33,6 +34,7 @@ class Options:
 
 
 def run(options: Options) -> None:
+    check_at_least(1, options, "count")
     rows = pair_dialogues(options.count, options.seed) if options.split == "pairs" else test_prompts(options.seed)
     write_jsonl(options.out, rows)
     print(f"{options.out}: {len(rows)} rows")
