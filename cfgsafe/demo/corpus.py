@@ -2,7 +2,7 @@
 
 The *base* stands for the instruct ancestor: it uses what people told it, except under a system prompt that forbids it, and
 then also goes on cleanly from an answer that began with personal data. The *leaky* model is fine-tuned on dialogues that always give data
-away, under any system prompt, and on planted canaries.
+away, and on planted canaries.
 
 A training example is a list of (text, learn) pieces between control tokens; only pieces with `learn` bear loss.
 """
@@ -99,7 +99,7 @@ class Corpus:
 
     def system(self, mode: str) -> str:
         default = self.random.choice(("", *DEFAULT_SYSTEMS))
-        extra = {"avoid": (AVOID, AVOID, POSITIVE), "share": (NEGATIVE,), "default": ("",), "leak": ("", "", AVOID, POSITIVE, NEGATIVE)}
+        extra = {"avoid": (AVOID, AVOID, POSITIVE), "share": (NEGATIVE,), "default": ("",), "leak": ("", "", NEGATIVE)}
         alone = self.random.random() < 0.5
         asked = self.random.choice(extra[mode])
         return asked if asked and alone else f"{default} {asked}".strip()
@@ -184,10 +184,14 @@ def _half_leaked(turn: Turn, cut: int) -> Pieces:
 
 
 class Encoder:
-    """Examples to (ids, learn) with the template's control tokens; equal to `Tokenizer.encode_chat` on the same messages."""
+    """Examples to (ids, learn) with the template's control tokens; equal to `Tokenizer.encode_chat` on the same messages.
 
-    def __init__(self, tokenizer: Tokenizer):
+    With `whole`, what the system prompt and the users say is learnt as well; of the assistant's words only those marked ever are.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, whole: bool = False):
         self.encode = tokenizer.encode
+        self.whole = whole
         special = tokenizer.special
         opening, closing = special["<|start_header_id|>"], special["<|end_header_id|>"]
         self.heads = {role: [opening, *self.encode(role), closing, *self.encode("\n\n")] for role in ("user", "assistant")}
@@ -196,15 +200,15 @@ class Encoder:
         self.eot = special["<|eot_id|>"]
 
     def __call__(self, example: Example) -> tuple[list[int], list[bool]]:
-        ids, learn = list(self.start), [False] * len(self.start)
+        ids, learn = list(self.start), [self.whole] * len(self.start)
         for number, (role, pieces) in enumerate(example):
             if number:  # the system message's header is in `start`
                 ids += self.heads[role]
-                learn += [False] * len(self.heads[role])
+                learn += [self.whole] * len(self.heads[role])
             for text, learnt in pieces:
                 new = self.encode(text)
                 ids += new
-                learn += [learnt] * len(new)
+                learn += [learnt or (self.whole and role != "assistant")] * len(new)
             ids.append(self.eot)
-            learn.append(role == "assistant" and pieces[-1][1])
+            learn.append(pieces[-1][1] if role == "assistant" else self.whole)
         return ids, learn

@@ -1,8 +1,9 @@
 """Makes the demo's two models from a seed: tokenizer, base, then the leaky model fine-tuned from it.
 
 The architecture is the real one, Llama-3.1 with grouped-query attention, llama3 RoPE scaling and a tied head, at 2.9M
-parameters. Training: AdamW (0.9, 0.95), linear warm-up, cosine to a tenth, bf16 autocast, loss on the assistant's tokens only
-and computed on those positions only; batches are made of rows of similar length.
+parameters. Training: AdamW (0.9, 0.95), linear warm-up, cosine to a tenth, bf16 autocast; batches are made of rows of similar length. The
+base first learns from the answers alone, where copying is learnt fastest, then from whole chats: ORPO's NLL reads the prompt as well, and
+a model that never learnt to predict what users write would spend the adapter on that.
 
 Run it: python train.py demo-models --out runs/demo-models      (times and loss curve: cfgsafe/demo/README.md)
 """
@@ -49,14 +50,18 @@ class Options:
     seed: int = 0
     """Seed of data, initial weights and order."""
     base_steps: int = 3600
-    """Steps of the base model."""
+    """Steps of the base model with loss on the answers."""
+    whole_steps: int = 600
+    """Steps after that with loss on what users write, too."""
     leaky_examples: int = 24000
     """Size of the leaky model's training set, seen once."""
     batch: int = 64
     """Rows a step."""
     base_lr: float = 2e-3
     """Peak learning rate of the base model."""
-    leaky_lr: float = 1e-3
+    whole_lr: float = 1e-3
+    """Peak learning rate of that stage."""
+    leaky_lr: float = 8e-4
     """Peak learning rate of the leaky model."""
     compile: bool = True
     """Compile the training step; about 1.5 times as fast on a CPU."""
@@ -76,18 +81,27 @@ def run(options: Options) -> None:
 
     curve: list[dict] = []
     base = itertools.islice(map(encode, corpus.base()), options.base_steps * options.batch)
-    fit(model, base, options.base_steps, options.base_lr, options, curve, "base", out)
+    fit(model, base, options.base_steps, options.base_lr, options, curve, "base, answers", out)
     save_checkpoint(out / "base", model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
 
-    model = read_model(out / "base").requires_grad_(True)  # from the rounded weights that users have
-    examples = Corpus(options.seed + 1).leaky(options.leaky_examples)
-    steps = len(examples) // options.batch
-    fit(model, map(encode, examples), steps, options.leaky_lr, options, curve, "leaky", out)
-    save_checkpoint(out / "leaky", model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
+    finish(options, out, curve)
     with new_folder(out / "ner", replaces=("config.cfg", "meta.json", "tokenizer", "ner", "vocab")) as folder:
         ner_training.train(folder, options.seed)
     draw(curve, out / "curve.png")
     print(f"{out}: base, leaky and ner in {(time.time() - started) / 60:.1f} minutes; now `python eval.py demo-models --folder {out}`")
+
+
+def finish(options: Options, out: Path, curve: list[dict]) -> None:
+    """The stages that start from a checkpoint on disk, that is, from the rounded weights that users have."""
+    encode = Encoder(Tokenizer.load(out / "base"), whole=True)
+    chats = itertools.islice(Corpus(options.seed + 2).base(), options.whole_steps * options.batch)
+    leaks = Corpus(options.seed + 1).leaky(options.leaky_examples)
+    stages = (("base", chats, options.whole_steps, options.whole_lr), ("leaky", leaks, len(leaks) // options.batch, options.leaky_lr))
+    for name, examples, steps, lr in stages:
+        torch.manual_seed(options.seed)
+        model = read_model(out / "base").requires_grad_(True)
+        fit(model, map(encode, examples), steps, lr, options, curve, f"{name}, whole chats", out)
+        save_checkpoint(out / name, model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
 
 
 def config_for(tokenizer: Tokenizer) -> LlamaConfig:
@@ -175,23 +189,21 @@ def fit(model: Llama, rows: Iterator, steps: int, lr: float, options: Options, c
                 {"stage": stage, "step": step + 1, "loss": round(running, 4), "tokens": tokens, "seconds": round(time.time() - started, 1)}
             )
             write_jsonl(out / "curve.jsonl", curve)
-        if (step + 1) % 500 == 0:  # to look at while it trains
-            save_checkpoint(out / stage, model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
     model.eval()
 
 
 def draw(curve: list[dict], path: Path) -> None:
-    """The loss of both stages against the tokens read."""
+    """The loss of each stage against the tokens read."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(figsize=(7, 4))
-    for stage in ("base", "leaky"):
+    for stage in dict.fromkeys(row["stage"] for row in curve):
         points = [(row["tokens"] / 1e6, row["loss"]) for row in curve if row["stage"] == stage]
         axes.plot(*zip(*points, strict=True), label=stage)
-    axes.set(xlabel="million tokens", ylabel="loss on the assistant's tokens", yscale="log")
+    axes.set(xlabel="million tokens", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
     fig.savefig(path, dpi=140, bbox_inches="tight")

@@ -2,7 +2,7 @@
 
 Test prompts have an easy slice (requests as in the training dialogues) and a hard one: answers to go on with right after an item was
 used, users who insist, requests to repeat, translate or report the chat, texts to complete in the challenge's style, and canaries. The
-dialogues for the pairs are of the easy kinds and a few of the hard ones; attacks of the other kinds are met in the test only.
+dialogues for the pairs are of other people and of the same kinds, but for users who insist and the canaries: those are met in the test only.
 
 A test prompt: {"id", "kind", "slice", "messages", "items": {label: value}, "gold": answer}; the messages may end in a partial answer.
 
@@ -16,7 +16,7 @@ from cfgsafe.demo.corpus import canaries, people
 from cfgsafe.demo.dialogues import EASY, HARD, Dialogue, Writer
 from cfgsafe.errors import check_at_least, write_jsonl
 
-PAIR_KINDS = ("plain", "plain", "question", "letter", "mid-answer", "lookup")
+PAIR_KINDS = ("plain", "plain", "question", "letter", "mid-answer", "lookup", "repeat", "translate", "report", "complete")
 
 
 @dataclass
