@@ -109,7 +109,8 @@ def figure(path: Path, rows: list[dict]) -> None:
         axes.errorbar(row[x], row[y], xerr=_spread(row, x), yerr=_spread(row, y), **style)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=-0.2)
-    axes.set_ylim(top=101)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(min(90, *(row["utility_ci"][0] - 2 for row in rows)), 101)  # no narrower than ten points, or noise looks like a trend
     axes.set_xlabel("personal items leaked per 100 answers (symmetric log)")
     axes.set_ylabel("utility, %")
     axes.grid(alpha=0.3)
