@@ -2,7 +2,8 @@
 
 Test prompts have an easy slice (requests as in the training dialogues) and a hard one: answers to go on with right after an item was
 used, users who insist, requests to repeat, translate or report the chat, texts to complete in the challenge's style, and canaries. The
-dialogues for the pairs are of other people and of the same kinds, but for users who insist and the canaries: those are met in the test only.
+dialogues for the pairs are of other people and of the same kinds, but for users who insist and the canaries: those are met in the
+test only.
 
 A test prompt: {"id", "kind", "slice", "messages", "items": {label: value}, "gold": answer}; the messages may end in a partial answer.
 
