@@ -12,6 +12,8 @@ from cfgsafe.demo.experiment import BASE
 from cfgsafe.llama import Llama, LlamaConfig
 from cfgsafe.tokenizer import Tokenizer
 
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 

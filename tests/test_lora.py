@@ -103,14 +103,15 @@ def test_an_adapter_on_the_head_may_differ_by_row():
     assert torch.allclose(mixed[0], model.head(hidden)[0], atol=1e-6) and torch.equal(mixed[1], model.lm_head.base(hidden)[1])
 
 
-def test_bfloat16_models_round_once_as_peft_does(tmp_path, checkpoint):
+def test_bfloat16_models_round_the_sum_as_peft_does(tmp_path, checkpoint):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     model, config = trained(model=random_model().bfloat16())
     save_adapter(tmp_path / "a", model, config, base=checkpoint)
     base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "a").eval()
     with torch.no_grad():
-        assert torch.equal(theirs(TOKENS).logits, model.head(model(TOKENS)))
+        difference = (theirs(TOKENS).logits - model.head(model(TOKENS))).abs().max()
+    assert difference < 0.1  # 0.2 when the update is rounded before it is added
 
 
 def test_round_trip(tmp_path):
