@@ -213,6 +213,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.shares: dict[str, float | Tensor] = {}  # attached adapter -> how much of it each row takes (cfgsafe.lora)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:

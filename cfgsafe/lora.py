@@ -91,7 +91,7 @@ class Update(nn.Module):
 class LoRALinear(nn.Module):
     """A frozen linear layer plus the updates of the attached adapters.
 
-    `shares`, one dictionary for the whole model, says how much of each adapter each row takes: (B,), or one number for all rows.
+    `shares`, the model's own dictionary, says how much of each adapter each row takes: (B,), or one number for all rows.
     """
 
     def __init__(self, base: nn.Linear, shares: dict[str, Tensor | float]):
@@ -121,17 +121,15 @@ def attach(model: Llama, config: LoRAConfig, name: str = DEFAULT, *, device: str
     layers = adapted_layers(model)
     if not re.fullmatch(r"[\w-]+", name):
         raise CheckpointError(f"an adapter cannot be called {name!r}: letters, digits, - and _ only")
-    if any(name in layer.updates for layer in layers.values()):
+    if name in model.shares:
         raise CheckpointError(f"the model already carries an adapter {name!r}; detach it first or choose another name")
-    shares = next((layer.shares for layer in layers.values()), {})
-    shares[name] = 1.0
     parameters = []
     for path, module in list(model.named_modules()):
         path = path.removesuffix(".base")
         if not isinstance(module, nn.Linear) or not config.covers(path):
             continue
         if path not in layers:
-            layers[path] = LoRALinear(module, shares)
+            layers[path] = LoRALinear(module, model.shares)
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layers[path])
         update = Update(module, *config.shape(path), config, device or module.weight.device)
@@ -139,6 +137,7 @@ def attach(model: Llama, config: LoRAConfig, name: str = DEFAULT, *, device: str
         parameters += [update.lora_A, update.lora_B]
     if not parameters:
         raise CheckpointError(f"no linear layer of the model is called as the adapter's target_modules {config.targets} say")
+    model.shares[name] = 1.0
     return parameters
 
 
@@ -147,20 +146,20 @@ def detach(model: Llama) -> None:
     for path, layer in adapted_layers(model).items():
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base)
+    model.shares.clear()
 
 
 def choose(model: Llama, names: list[str | None] | None) -> None:
     """Let row b of the following batches use the adapter names[b], or none; None: every row uses every attached adapter."""
-    shares = next((layer.shares for layer in adapted_layers(model).values()), {})
-    for name in shares:
+    for name in model.shares:
         rows = [1.0] if names is None else [float(n == name) for n in names]
         uniform = len(set(rows)) == 1  # where all rows agree there is nothing to multiply
-        shares[name] = rows[0] if uniform else torch.tensor(rows, device=model.device)
+        model.shares[name] = rows[0] if uniform else torch.tensor(rows, device=model.device)
 
 
 def adapter_names(model: Llama) -> list[str]:
     """The attached adapters."""
-    return sorted(next((layer.shares for layer in adapted_layers(model).values()), {}))
+    return sorted(model.shares)
 
 
 def adapted_layers(model: Llama) -> dict[str, LoRALinear]:
