@@ -19,6 +19,8 @@ from pathlib import Path
 class CfgsafeError(Exception):
     """Something the user can mend; `str(error)` is the one line shown."""
 
+    exit_code = 2
+
 
 class InputError(CfgsafeError):
     """A file, a line of it, a field or an option is wrong."""
@@ -33,12 +35,15 @@ class ContextError(CfgsafeError):
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run `command`; a `CfgsafeError` becomes one line on stderr and exit code 2."""
+    """Run `command`; a `CfgsafeError` becomes one line on stderr and its exit code, 2 for wrong input."""
     try:
         command()
     except CfgsafeError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our stdout went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cfgsafe.errors import CheckpointError
 
@@ -146,7 +147,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
@@ -167,7 +168,16 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)  # (B, H, T, D), (B, K, T, D)
         if store is not None:
             k, v = store(k, v)  # (B, K, S, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        K, G = k.shape[1], q.shape[1] // k.shape[1]
+        Q = 0 if mask is None else mask.shape[2] // G
+        parts = []
+        if T > Q:
+            before = slice(0, T - Q)
+            parts.append(F.scaled_dot_product_attention(q[:, :, before], k[:, :, before], v[:, :, before], is_causal=True, enable_gqa=True))
+        if Q:  # the G query heads of a kv head side by side, so that keys and values are not copied for each
+            out = F.scaled_dot_product_attention(q[:, :, T - Q :].reshape(B, K, G * Q, -1), k, v, attn_mask=mask)
+            parts.append(out.view(B, K * G, Q, -1))
+        out = torch.cat(parts, 2) if len(parts) > 1 else parts[0]  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -214,25 +224,32 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.shares: dict[str, float | Tensor] = {}  # attached adapter -> how much of it each row takes (cfgsafe.lora)
+        self.recomputed = 0  # blocks whose activations the backward computes again, to save memory
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, C) of `tokens` (B, T) at `positions` (B, T), by default 0..T-1.
 
-        With a cache, the tokens are stored in it and also attend to what it holds at lower positions.
+        With a cache, the tokens are stored in it and also attend to what it holds at lower positions. Without one, a token attends to
+        itself and those left of it, but for the last Q of a row where `mask` (B, 1, Q, T) is given: they attend to what it marks.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
         angles = (positions[..., None].float() * self.frequencies)[:, None]  # (B, 1, T, D/2)
         rope = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-        mask = None  # causal
         if cache is not None:
             slots = torch.arange(cache.keys.shape[3], device=tokens.device)
             mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
+        if mask is not None:  # as Attention wants it, added to its scores
+            mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
+            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
         for number, block in enumerate(self.model.layers):
             store = None if cache is None else (lambda k, v, layer=number: cache.write(layer, positions, k, v))
-            x = block(x, rope, mask, store)
+            if number < self.recomputed and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, store, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, store)
         return self.model.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:

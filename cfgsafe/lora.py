@@ -79,13 +79,32 @@ class Update(nn.Module):
         return (ternary(self.lora_A), ternary(self.lora_B)) if self.ternary else (self.lora_A, self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.weights()
-        return self.scale * (self.dropout(x.float()) @ a.T @ b.T)
+        return LowRank.apply(self.dropout(x), *self.weights(), self.scale)
 
     def delta(self) -> Tensor:
         """What the update adds to the layer's weight, (out, in) float32."""
         a, b = self.weights()
         return self.scale * (b.detach() @ a.detach())
+
+
+class LowRank(torch.autograd.Function):
+    """scale B A x in the adapter's dtype. What the backward keeps of x is x itself, which q, k and v share, not a float32 copy for each."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        inner = scale * (x.to(a.dtype) @ a.T)  # (..., R)
+        ctx.save_for_backward(x, a, b, inner)
+        ctx.scale = scale
+        return inner @ b.T
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, a, b, inner = ctx.saved_tensors
+        to_inner = ctx.scale * (grad @ b)  # (..., R)
+        rows = lambda t: t.flatten(0, -2)
+        grad_a = rows(to_inner).T @ rows(x).to(a.dtype) if ctx.needs_input_grad[1] else None
+        grad_b = rows(grad).T @ rows(inner) if ctx.needs_input_grad[2] else None
+        return (to_inner @ a).to(x.dtype) if ctx.needs_input_grad[0] else None, grad_a, grad_b, None
 
 
 class LoRALinear(nn.Module):
@@ -108,7 +127,7 @@ class LoRALinear(nn.Module):
             if isinstance(share, Tensor):
                 total = total + share.view(-1, *[1] * (x.dim() - 1)) * update(x)
             elif share:
-                total = total + share * update(x)
+                total = torch.add(total, update(x), alpha=share)
         return total.to(y.dtype)
 
 
@@ -196,14 +215,26 @@ def merged(weight: Tensor, update: Update) -> Tensor:
     return (weight.float() + update.delta().to(weight.device)).to(weight.dtype)
 
 
+def adapter_parameters(model: Llama, name: str = DEFAULT) -> dict[str, nn.Parameter]:
+    """PEFT's tensor name, without ".weight" -> the parameter, of adapter `name`."""
+    return {
+        f"{PREFIX}{path}.{part}": getattr(update, part)
+        for path, update in adapter_updates(model, name).items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
 def save_adapter(folder: str | Path, model: Llama, config: LoRAConfig, *, base: str, name: str = DEFAULT) -> None:
-    """Write an attached adapter as a PEFT folder, whole or not at all; ternary ones packed, which PEFT does not read."""
+    """Write an attached adapter as a PEFT folder."""
+    write_adapter(folder, adapter_parameters(model, name), config, base=base)
+
+
+def write_adapter(folder: str | Path, weights: dict[str, Tensor], config: LoRAConfig, *, base: str) -> None:
+    """Write `weights`, named as in `adapter_parameters`, as a PEFT folder, whole or not at all; PEFT does not read ternary ones."""
     tensors = {}
-    for path, update in adapter_updates(model, name).items():
-        for part in ("lora_A", "lora_B"):
-            weight = getattr(update, part).detach().cpu()
-            key = f"{PREFIX}{path}.{part}"
-            tensors |= pack(key, weight) if update.ternary else {f"{key}.weight": weight.contiguous()}
+    for key, weight in weights.items():
+        weight = weight.detach().cpu()
+        tensors |= pack(key, weight) if config.bits else {f"{key}.weight": weight.contiguous()}
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(_config_json(config, base), indent=2) + "\n")

@@ -1,23 +1,18 @@
-"""The ORPO loss and what it is made of, as pure functions.
+"""Unlearning objectives over preference pairs, as pure functions: one loss a pair, (B,), to be averaged.
 
-Source: Hong et al., "ORPO" (arXiv 2403.07691), with the conventions of TRL 0.11.4, whose runs the paper reports:
-    log_odds = (lc - lr) - (log1mexp(lc) - log1mexp(lr)),   loss = NLL - beta * mean(logsigmoid(log_odds))
-lc, lr: mean log-probability of the chosen and rejected completion; NLL: pooled over prompt and chosen tokens.
+chosen, rejected    log-probabilities of the two completions: means over their tokens in `orpo`, `simpo` and `graddiff`; in `dpo` and
+                    `npo` the sums over their tokens, less the same sums under the model before training
+nll                 the pair's share of the pooled NLL over prompt and chosen tokens; the mean of the shares is the pooled NLL
+
+ORPO follows the conventions of TRL 0.11.4, whose runs the paper reports.
 Deviation: log(1 - exp x) is evaluated by Maechler's two-branch form, finite as x -> 0, where TRL returns -inf.
 
 Run it: python train.py orpo --help
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log p of `targets` (...) under `logits` (..., V), in float32."""
-    return -F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -31,20 +26,31 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(small, torch.log(-torch.expm1(torch.where(small, x, -1.0))), torch.log1p(-torch.exp(torch.where(small, -1.0, x))))
 
 
-@dataclass(frozen=True)
-class ORPO:
-    """The loss, a scalar, and what TRL logs with it; the vectors are (B,), one entry a pair."""
-
-    loss: Tensor
-    nll: Tensor
-    log_odds: Tensor
-    log_odds_ratio: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
+def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """log of odds(chosen) / odds(rejected), where odds = p / (1 - p); Hong et al. (arXiv 2403.07691), eq. 4."""
+    return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
 
 
-def orpo(chosen: Tensor, rejected: Tensor, nll: Tensor, beta: float) -> ORPO:
-    """ORPO of mean completion log-probs `chosen`, `rejected` (B,) and the pooled NLL, a scalar."""
-    log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
-    ratio = F.logsigmoid(log_odds)
-    return ORPO(nll - beta * ratio.mean(), nll, log_odds, ratio, beta * chosen, beta * rejected)
+def orpo(chosen: Tensor, rejected: Tensor, nll: Tensor, beta: float) -> Tensor:
+    """nll - beta log sigmoid(log_odds); Hong et al. (arXiv 2403.07691), eq. 6."""
+    return nll - beta * F.logsigmoid(log_odds(chosen, rejected))
+
+
+def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """-log sigmoid(beta (chosen - rejected) - gamma); Meng et al. (arXiv 2405.14734), eq. 6."""
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(beta (chosen - rejected)) of log-ratios to the reference; Rafailov et al. (arXiv 2305.18290), eq. 7."""
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def npo(rejected: Tensor, nll: Tensor, beta: float, retain: float) -> Tensor:
+    """-(2 / beta) log sigmoid(-beta rejected) + retain nll, rejected being the log-ratio; Zhang et al. (arXiv 2404.05868), eq. 3."""
+    return -2 / beta * F.logsigmoid(-beta * rejected) + retain * nll
+
+
+def graddiff(rejected: Tensor, nll: Tensor, retain: float) -> Tensor:
+    """rejected + retain nll: ascent on what is to be forgotten, descent on the rest; Maini et al. (arXiv 2401.06121), section 4."""
+    return rejected + retain * nll

@@ -1,69 +1,30 @@
-"""The ORPO stage: TRL's tokenising and truncation, the loss against a dense computation, and training that is repeatable."""
+"""The training stage: what it writes, that it repeats, each option that changes how but not what is computed, and how it stops."""
 
 import json
 import math
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
-from conftest import random_model
+from safetensors.torch import load_file, save_file
 
 from cfgsafe import load_model
 from cfgsafe.blue import orpo
-from cfgsafe.blue.orpo import Options, Row, learning_rate, read_pairs, step_loss, tokenise
+from cfgsafe.blue.orpo import Options, learning_rate
 from cfgsafe.errors import InputError, write_jsonl
 from cfgsafe.lora import adapter_updates, load_adapter
-from cfgsafe.losses import log1mexp
 
 SETTINGS = Options("model", "pairs", "out")
-PAIRS = [(Row([0, 5, 6, 7, 2046], 3), Row([0, 5, 6, 9, 9, 9, 2046], 3)), (Row([0, 8, 3, 2046], 2), Row([0, 8, 4, 4, 2046], 2))]
 
 
-def test_sides_share_the_prompt_and_end_with_the_end_token(tokenizer):
-    prompt = tokenizer.render_chat([{"role": "user", "content": "Hi"}])
-    chosen, rejected = tokenise(prompt, "Hello there", "Hello Ann<|eot_id|>", tokenizer, SETTINGS)
-    end = tokenizer.special["<|eot_id|>"]
-    assert chosen.ids[: chosen.start] == tokenizer.encode_prompt(prompt) == rejected.ids[: rejected.start]
-    assert tokenizer.decode(chosen.ids[chosen.start :]) == "Hello there" and tokenizer.decode(rejected.ids[rejected.start :]) == "Hello Ann"
-    assert chosen.ids[-1] == rejected.ids[-1] == end and chosen.ids.count(end) == rejected.ids.count(end)
+def metrics(out, name="metrics.jsonl") -> list[dict]:
+    """Without what depends on the machine."""
+    lines = [json.loads(line) for line in (out / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("tokens_per_second", "peak_memory_bytes")} for line in lines]
 
 
-def test_tokens_that_merge_across_the_boundary_go_to_the_answer(tokenizer):
-    """ "I wo" ends in other tokens than "I work" goes on with."""
-    prompt, whole = tokenizer.encode_prompt("I wo"), tokenizer.encode_prompt("I work")
-    assert whole[: len(prompt)] != prompt
-    chosen, rejected = tokenise("I wo", "rk", " n", tokenizer, SETTINGS)
-    assert (chosen.ids[:-1], chosen.start) == (whole, 2) and prompt[:2] == whole[:2]
-    assert rejected.start == len(prompt)
-
-
-def test_truncation_keeps_the_prompts_end_and_the_answers_beginning(tokenizer):
-    prompt, answer = " a b c d e f g h", " x y z x y z"
-    before, after = tokenizer.encode_prompt(prompt), tokenizer.encode(answer)
-    chosen, _ = tokenise(prompt, answer, " x", tokenizer, Options("m", "p", "o", max_length=8, max_prompt_length=5))
-    assert chosen.ids[: chosen.start] == before[-5:] and chosen.ids[chosen.start :] == after[:3]
-    whole, _ = tokenise(prompt, answer, " x", tokenizer, SETTINGS)
-    assert whole.ids == [*before, *after, tokenizer.special["<|eot_id|>"]]
-
-
-def test_loss_equals_a_dense_computation():
-    model = random_model()
-    logged, tokens = step_loss(model, PAIRS, beta=0.1)
-    means, nlls = {}, []
-    for side in (0, 1):
-        for number, pair in enumerate(PAIRS):
-            row = pair[side]
-            logp = model.head(model(torch.tensor([row.ids])))[0].log_softmax(-1)
-            each = [logp[t - 1, row.ids[t]] for t in range(1, len(row.ids))]
-            means[side, number] = torch.stack(each[row.start - 1 :]).mean()
-            nlls += [] if side else each
-    lc, lr = (torch.stack([means[side, n] for n in (0, 1)]) for side in (0, 1))
-    odds = (lc - lr) - (log1mexp(lc) - log1mexp(lr))
-    nll = -torch.stack(nlls).mean()
-    assert torch.isclose(logged["nll_loss"], nll, atol=1e-5)
-    assert torch.isclose(logged["loss"], nll - 0.1 * torch.nn.functional.logsigmoid(odds).mean(), atol=1e-5)
-    assert torch.isclose(logged["rewards_margin"], 0.1 * (lc - lr).mean(), atol=1e-5)
-    assert tokens == 5 + 7 + 4 + 5
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
 
 
 def test_learning_rate_falls_along_a_cosine_to_a_tenth():
@@ -80,16 +41,15 @@ def pairs_file(tmp_path) -> str:
 
 
 def test_training_prefers_the_chosen_side_and_repeats_to_the_digit(tmp_path, pairs_file, checkpoint):
-    metrics = []
+    runs = []
     for name in ("a", "b"):
         out = tmp_path / name
         orpo.run(Options(checkpoint, pairs_file, str(out), lr=5e-3, epochs=4, seed=1))
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        metrics.append([{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines])
+        runs.append(metrics(out))
         assert {p.name for p in out.iterdir()} == {"epoch-1", "epoch-2", "epoch-3", "epoch-4", "metrics.jsonl", "config.json"}
-    assert metrics[0] == metrics[1]
-    first, last = metrics[0][0], metrics[0][-1]
-    assert [line["step"] for line in metrics[0]] == list(range(1, 13)) and last["epoch"] == 4
+    assert runs[0] == runs[1]
+    first, last = runs[0][0], runs[0][-1]
+    assert [line["step"] for line in runs[0]] == list(range(1, 13)) and last["epoch"] == 4
     assert last["loss"] < first["loss"] and last["rewards_margin"] > first["rewards_margin"]
     assert json.loads((tmp_path / "a" / "config.json").read_text())["lr"] == 5e-3
 
@@ -115,23 +75,59 @@ def test_ternary_adapters_train_and_load_exactly(tmp_path, pairs_file, checkpoin
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"prompt": "a", "chosen": "", "rejected": "b"}, "pairs.jsonl:1: field 'chosen'"),
-        ({"prompt": "a", "chosen": "b", "rejected": "<|eot_id|>"}, "field 'rejected'"),
-        ({"prompt": "a", "chosen": "b"}, "field 'rejected'"),
-        ({"prompt": " a" * 600, "chosen": "b", "rejected": "c"}, "exceed the model's context of 512"),
-    ],
+    "changes", [{"share_prefix": False}, {"recompute": 1}, {"save_every": 1}, {"compile": True}], ids=lambda changes: next(iter(changes))
 )
-def test_a_bad_pair_is_named(tmp_path, tokenizer, row, words):
-    write_jsonl(tmp_path / "pairs.jsonl", [row])
-    with pytest.raises(InputError, match=words):
-        read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, SETTINGS, 512)
+def test_how_it_is_computed_does_not_change_what_is(tmp_path, pairs_file, checkpoint, changes):
+    if "compile" in changes and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    for name, settings in (("a", {}), ("b", changes)):
+        orpo.run(Options(checkpoint, pairs_file, str(tmp_path / name), lr=1e-3, epochs=2, **settings))
+    for one, other in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    one, other = (weights(tmp_path / name / "epoch-2") for name in "ab")
+    assert all((one[key] - other[key]).abs().max() < 1e-4 for key in one)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, monkeypatch):
-    model = random_model()
-    model.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(InputError, match="step 1"):
-        orpo.train(model, PAIRS, SETTINGS, Path(tmp_path))
-    assert not (tmp_path / "epoch-1").exists()
+def test_gradients_accumulate_to_the_mean_of_their_batches(tmp_path, checkpoint):
+    """Rows of equal length: two batches of two have the pooled NLL, and so the gradient, of one batch of four."""
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Say {n}", "chosen": " one", "rejected": " two"} for n in range(8)])
+    for name, settings in (("a", {"batch_size": 4}), ("b", {"batch_size": 2, "grad_accum": 2})):
+        orpo.run(Options(checkpoint, str(tmp_path / "p.jsonl"), str(tmp_path / name), epochs=1, **settings))
+    one, other = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    assert len(one) == len(other) == 2
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+def test_held_out_pairs_are_evaluated_each_epoch(tmp_path, pairs_file, checkpoint):
+    orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "o"), eval_pairs=pairs_file, lr=5e-3, epochs=3))
+    lines = metrics(tmp_path / "o", "eval.jsonl")
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["rewards_margin"] > lines[0]["rewards_margin"]
+
+
+@pytest.mark.parametrize("objective", ["simpo", "npo", "dpo-idk", "graddiff", "sft"])
+def test_every_objective_lowers_its_loss(tmp_path, pairs_file, checkpoint, objective):
+    orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "o"), eval_pairs=pairs_file, objective=objective, lr=5e-3, epochs=3))
+    lines, held_out = metrics(tmp_path / "o"), metrics(tmp_path / "o", "eval.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"] and held_out[-1]["loss"] < held_out[0]["loss"]
+    if objective in ("npo", "dpo-idk"):  # the first step's model is the reference
+        assert abs(lines[0]["rewards_chosen"]) < 1e-6 and abs(lines[0]["rewards_rejected"]) < 1e-6
+        assert lines[-1]["rewards_margin"] > 1e-3
+
+
+def test_a_head_with_an_adapter_is_trained(tmp_path, pairs_file, checkpoint):
+    orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "o"), targets=("q_proj", "lm_head"), lr=5e-3, epochs=2))
+    head = [weight for key, weight in weights(tmp_path / "o" / "epoch-2").items() if "lm_head.lora_B" in key]
+    assert len(head) == 1 and head[0].abs().max() > 0
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(tmp_path, pairs_file, checkpoint):
+    orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "a"), epochs=1))
+    path = tmp_path / "a" / "epoch-1" / "adapter_model.safetensors"
+    broken = load_file(path)
+    next(iter(broken.values()))[0, 0] = float("nan")
+    save_file(broken, path)
+    with pytest.raises(InputError, match=r"step 1: the loss is nan \(rows .*pairs.jsonl:1, .*pairs.jsonl:2\)"):
+        orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "b"), shuffle=False, init_adapter=str(tmp_path / "a" / "epoch-1")))
+    assert not (tmp_path / "b" / "epoch-1").exists()

@@ -14,7 +14,7 @@ import torch
 
 from cfgsafe.blue.intervals import Estimate, ratio_interval
 from cfgsafe.llama import Llama
-from cfgsafe.losses import token_logprobs
+from cfgsafe.logprobs import head_logprobs
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 
@@ -47,7 +47,7 @@ def perplexity(model: Llama, tokenizer: Tokenizer, texts: list[str], conversatio
         ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in group], device=model.device)
         place = torch.arange(width - 1, device=model.device)
         mask = torch.stack([(place >= begin - 1) & (place < len(row) - 1) for row, begin in group])
-        logprobs = token_logprobs(model.head(model(ids)[:, :-1][mask]), ids[:, 1:][mask])
+        logprobs = head_logprobs(model, model(ids)[:, :-1][mask], ids[:, 1:][mask])
         nlls += [-part.sum().item() for part in logprobs.split(mask.sum(1).tolist())]
     estimate = ratio_interval(nlls, [len(answer) for _, answer in rows])
     return Estimate(*(math.exp(min(v, 50.0)) for v in (estimate.value, estimate.low, estimate.high)))

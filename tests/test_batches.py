@@ -1,0 +1,118 @@
+"""Pairs to tensors: TRL's tokenising and truncation, shared prefixes, and the order of a run."""
+
+import random
+
+import pytest
+import torch
+from conftest import random_model
+
+from cfgsafe.blue.batches import REFUSALS, Pair, Row, collate, plan, read_pairs, tokenise
+from cfgsafe.errors import InputError, write_jsonl
+
+LENGTHS = (2048, 1900)
+
+
+def test_sides_share_the_prompt_and_end_with_the_end_token(tokenizer):
+    prompt = tokenizer.render_chat([{"role": "user", "content": "Hi"}])
+    chosen, rejected = tokenise(prompt, "Hello there", "Hello Ann<|eot_id|>", tokenizer, *LENGTHS)
+    end = tokenizer.special["<|eot_id|>"]
+    assert chosen.ids[: chosen.start] == tokenizer.encode_prompt(prompt) == rejected.ids[: rejected.start]
+    assert tokenizer.decode(chosen.ids[chosen.start :]) == "Hello there" and tokenizer.decode(rejected.ids[rejected.start :]) == "Hello Ann"
+    assert chosen.ids[-1] == rejected.ids[-1] == end and chosen.ids.count(end) == rejected.ids.count(end)
+
+
+def test_tokens_that_merge_across_the_boundary_go_to_the_answer(tokenizer):
+    """ "I wo" ends in other tokens than "I work" goes on with."""
+    prompt, whole = tokenizer.encode_prompt("I wo"), tokenizer.encode_prompt("I work")
+    assert whole[: len(prompt)] != prompt
+    chosen, rejected = tokenise("I wo", "rk", " n", tokenizer, *LENGTHS)
+    assert (chosen.ids[:-1], chosen.start) == (whole, 2) and prompt[:2] == whole[:2]
+    assert rejected.start == len(prompt)
+
+
+def test_truncation_keeps_the_prompts_end_and_the_answers_beginning(tokenizer):
+    prompt, answer = " a b c d e f g h", " x y z x y z"
+    before, after = tokenizer.encode_prompt(prompt), tokenizer.encode(answer)
+    chosen, _ = tokenise(prompt, answer, " x", tokenizer, 8, 5)
+    assert chosen.ids[: chosen.start] == before[-5:] and chosen.ids[chosen.start :] == after[:3]
+    whole, _ = tokenise(prompt, answer, " x", tokenizer, *LENGTHS)
+    assert whole.ids == [*before, *after, tokenizer.special["<|eot_id|>"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "chosen": "", "rejected": "b"}, "pairs.jsonl:1: field 'chosen'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "<|eot_id|>"}, "field 'rejected'"),
+        ({"prompt": "a", "chosen": "b"}, "field 'rejected'"),
+        ({"prompt": " a" * 600, "chosen": "b", "rejected": "c"}, "exceed the model's context of 512"),
+    ],
+)
+def test_a_bad_pair_is_named(tmp_path, tokenizer, row, words):
+    write_jsonl(tmp_path / "pairs.jsonl", [row])
+    with pytest.raises(InputError, match=words):
+        read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, *LENGTHS)
+
+
+def row(ids: str, start: int) -> Row:
+    return Row([ord(c) - 96 for c in ids], start)
+
+
+PAIRS = {
+    "plain": [Pair(row("abcdefg", 3), row("abcxy", 3)), Pair(row("abcd", 2), row("abyzabc", 2))],
+    "answers share a beginning": [Pair(row("abcdef", 2), row("abcdxy", 2))],
+    "nothing shared": [Pair(row("abcd", 2), row("xyzab", 3))],
+    "one answer begins the other": [Pair(row("abcdef", 2), row("abcd", 2)), Pair(row("abc", 2), row("abcz", 1))],
+    "the same answer": [Pair(row("abcd", 2), row("abcd", 2))],
+    "no prompt": [Pair(row("abc", 0), row("xbc", 0))],
+}
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("pairs", PAIRS.values(), ids=PAIRS.keys())
+def test_each_side_reads_what_it_reads_alone(pairs, share):
+    model = random_model()
+    batch = collate(pairs, share=share)
+    assert len(batch.ids) == len(pairs) * (1 if share else 2)
+    read = model(batch.ids, batch.positions, mask=batch.mask).flatten(0, 1)[batch.reads].split(batch.lengths)
+    targets = batch.targets.split(batch.lengths)
+    sides = [(pair.chosen, 1) for pair in pairs] + [(pair.rejected, max(1, pair.rejected.start)) for pair in pairs]
+    for number, (side, first) in enumerate(sides):
+        alone = model(torch.tensor([side.ids]))[0]
+        assert targets[number].tolist() == side.ids[first:]
+        assert torch.allclose(read[number], alone[first - 1 : -1], atol=1e-5), number
+        assert batch.answers[number] == len(side.ids) - max(1, side.start)
+
+
+def test_sharing_computes_the_shared_tokens_once():
+    prompt = list(range(5, 105))
+    pair = Pair(Row([*prompt, 1, 2], 100), Row([*prompt, 3, 4, 4], 100))
+    assert collate([pair, pair], share=True).ids.shape == (2, 105)
+    assert collate([pair, pair], share=False).ids.shape == (4, 103)
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_every_pair_comes_once_an_epoch(group):
+    rng = random.Random(0)
+    lengths = [rng.randrange(10, 500) for _ in range(501)]
+    steps = plan(lengths, batch_size=4, accumulate=3, epochs=2, shuffle=True, group=group, seed=1)
+    for epoch in (1, 2):
+        mine = [batch for number, micro in steps if number == epoch for batch in micro]
+        assert sorted(number for batch in mine for number in batch) == list(range(501))
+        waste = sum(max(lengths[n] for n in batch) * len(batch) for batch in mine) / sum(lengths)
+        assert waste < 1.05 if group else waste > 1.3
+    assert [len(micro) for _, micro in steps[:42]] == [3] * 42 and len(steps) == 2 * 42
+    assert steps == plan(lengths, batch_size=4, accumulate=3, epochs=2, shuffle=True, group=group, seed=1)
+    assert steps[0] != plan(lengths, batch_size=4, accumulate=3, epochs=2, shuffle=True, group=group, seed=2)[0]
+
+
+def test_in_order_without_shuffling():
+    steps = plan([5, 4, 3, 2, 1], batch_size=2, accumulate=2, epochs=1, shuffle=False, group=False, seed=0)
+    assert steps == [(1, [[0, 1], [2, 3]]), (1, [[4]])]
+
+
+def test_refusals_take_the_place_of_the_chosen_side(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"Say {n}", "rejected": " two"} for n in range(20)])
+    pairs = read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, *LENGTHS, random.Random(0))
+    said = {tokenizer.decode(pair.chosen.ids[pair.chosen.start :]) for pair in pairs}
+    assert 1 < len(said) and said <= set(REFUSALS)

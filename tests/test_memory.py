@@ -1,0 +1,62 @@
+"""The memory formula against measured peaks, within 10 %, and what it says of an 8B model."""
+
+import pytest
+import torch
+from conftest import random_model
+from torch.profiler import ProfilerActivity, profile
+
+from cfgsafe.blue import memory
+from cfgsafe.blue.batches import Pair, Row, collate
+from cfgsafe.logprobs import COPY_BYTES, head_logprobs
+from cfgsafe.lora import LoRAConfig, attach
+
+SHAPES = {
+    "deep": dict(hidden_size=128, intermediate_size=448, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, head_dim=16),
+    "wide MLP": dict(
+        hidden_size=64, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=16
+    ),
+    "8B in proportion": dict(
+        hidden_size=256, intermediate_size=896, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=32
+    ),
+}
+
+
+def measured_peak(work) -> int:
+    """The most bytes of tensors alive at once beyond those before `work`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    held = most = 0
+    for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share_of_blocks", [0, 0.5])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_formula_is_within_ten_percent(shape, dtype, share_of_blocks):
+    model = random_model(vocab_size=512, max_position_embeddings=1024, **shape).to(dtype)
+    attach(model, LoRAConfig(16))
+    model.train()
+    model.recomputed = int(share_of_blocks * shape["num_hidden_layers"])
+    pair = Pair(Row([*range(400), *[1] * 50], 400), Row([*range(400), *[2] * 50], 400))
+    batch = collate([pair, pair], share=True)
+    logits = 64 * COPY_BYTES * 512
+
+    def step():
+        hidden = model(batch.ids, batch.positions, mask=batch.mask).flatten(0, 1)
+        head_logprobs(model, hidden[batch.reads], batch.targets, logits).mean().backward()
+
+    measured = measured_peak(step)
+    formula = memory.step_bytes(
+        model.config,
+        slots=batch.ids.numel(),
+        reads=len(batch.targets),
+        adapter=0,
+        rank=16,
+        activation=dtype.itemsize,
+        recomputed=model.recomputed,
+        logits=logits,
+    )
+    assert formula.total == pytest.approx(measured, rel=0.1)

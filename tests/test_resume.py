@@ -1,0 +1,160 @@
+"""A killed run goes on to the identical result: kill -9 at random moments, SIGTERM, and what must not be mixed up."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cfgsafe.blue import orpo, resume
+from cfgsafe.blue.orpo import Options
+from cfgsafe.errors import InputError, write_jsonl
+
+ROOT = Path(__file__).parent.parent
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    write_jsonl(path, [{"prompt": f"Say {n}", "chosen": f" one {n * n}", "rejected": " two" * (n % 5 + 1)} for n in range(12)])
+    return str(path)
+
+
+def options(checkpoint: str, pairs: str, out: Path, **changes) -> Options:
+    return Options(
+        checkpoint, pairs, str(out), **{"lr": 1e-2, "epochs": 4, "lora_dropout": 0.1, "save_every": 5, "eval_pairs": pairs, **changes}
+    )
+
+
+def command(checkpoint: str, pairs: str, out: Path) -> list[str]:
+    settings = ["--lr", "1e-2", "--epochs", "4", "--lora-dropout", "0.1", "--save-every", "5", "--eval-pairs", pairs]
+    return [sys.executable, "train.py", "orpo", "--model", checkpoint, "--pairs", pairs, "--out", str(out), *settings]
+
+
+def outcome(out: Path) -> tuple:
+    """What a run leaves but for times: the adapters, the logs."""
+    weights = {path.parent.name: load_file(path) for path in sorted(out.glob("epoch-*/adapter_model.safetensors"))}
+    timeless = lambda line: {k: v for k, v in json.loads(line).items() if k not in ("tokens_per_second", "peak_memory_bytes")}
+    logs = [[timeless(line) for line in (out / name).read_text().splitlines()] for name in ("metrics.jsonl", "eval.jsonl")]
+    return weights, *logs
+
+
+def assert_same(one: Path, other: Path) -> None:
+    (weights, *logs), (expected, *wanted) = outcome(one), outcome(other)
+    assert logs == wanted and weights.keys() == expected.keys()
+    for epoch in expected:
+        for key, weight in expected[epoch].items():
+            assert torch.equal(weights[epoch][key], weight), (epoch, key)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, checkpoint, pairs) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    orpo.run(options(checkpoint, pairs, out))
+    assert not resume.states(out)
+    return out
+
+
+def start(checkpoint: str, pairs: str, out: Path, *more: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command(checkpoint, pairs, out), *more], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    path, deadline = out / "metrics.jsonl", time.time() + 60
+    while not path.exists() or path.read_bytes().count(b"\n") < step:
+        assert time.time() < deadline
+        time.sleep(0.001)
+
+
+def test_kill_9_at_three_random_moments(tmp_path, checkpoint, pairs, uninterrupted):
+    """Three kills within one run, each later than the one before, each resumed."""
+    out = tmp_path / "o"
+    for moment in sorted(random.sample(range(1, STEPS), 3)):
+        process = start(checkpoint, pairs, out, "--resume")
+        wait_for_step(out, moment)
+        process.kill()
+        process.wait()
+    last = start(checkpoint, pairs, out, "--resume")
+    assert last.wait() == 0, last.stderr.read()
+    assert_same(out, uninterrupted)
+
+
+def test_every_saved_state_leads_to_the_same_end(tmp_path, checkpoint, pairs, uninterrupted, monkeypatch):
+    """Also when the crash comes while a state is written, or right after an epoch."""
+    for moment in (3, 6, 10, 12, 23):
+        out, saved = tmp_path / str(moment), []
+
+        def crash(*arguments, moment=moment, real=resume.save, saved=saved):
+            saved.append(arguments[1])
+            if len(saved) == moment:
+                raise RuntimeError("the power is gone")
+            real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(resume, "save", crash)
+            with pytest.raises(RuntimeError):
+                orpo.run(options(checkpoint, pairs, out, save_every=1))
+        orpo.run(options(checkpoint, pairs, out, save_every=1, resume=True))
+        assert_same(out, uninterrupted)
+
+
+def test_a_crash_while_saving_leaves_the_state_before(tmp_path, checkpoint, pairs, uninterrupted, monkeypatch):
+    out = tmp_path / "o"
+
+    def torn(tensors, path):
+        if "state-000010" in str(path):
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("the power is gone")
+        real(tensors, path)
+
+    real = resume.save_file
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "save_file", torn)
+        with pytest.raises(RuntimeError):
+            orpo.run(options(checkpoint, pairs, out))
+    assert [path.name for path in resume.states(out)] == ["state-000005"]
+    orpo.run(options(checkpoint, pairs, out, resume=True))
+    assert_same(out, uninterrupted)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path, checkpoint, pairs, uninterrupted):
+    out = tmp_path / "o"
+    process = start(checkpoint, pairs, out, "--save-every", "1000")
+    wait_for_step(out, 2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "go on with --resume" in errors.splitlines()[-1]
+    assert len(resume.states(out)) == 1
+    orpo.run(options(checkpoint, pairs, out, resume=True))
+    assert_same(out, uninterrupted)
+
+
+def test_a_finished_run_is_left_alone(tmp_path, checkpoint, pairs, uninterrupted):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*.safetensors")}
+    orpo.run(options(checkpoint, pairs, uninterrupted, resume=True))
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*.safetensors")}
+
+
+def test_another_run_cannot_be_resumed(tmp_path, checkpoint, pairs):
+    out = tmp_path / "o"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(orpo, "write_adapter")
+        with pytest.raises(NameError):
+            orpo.run(options(checkpoint, pairs, out, save_every=2))
+    with pytest.raises(InputError, match="--lr 0.5: the run in .* began with 0.01"):
+        orpo.run(options(checkpoint, pairs, out, resume=True, lr=0.5))
+    copy = tmp_path / "other.jsonl"
+    copy.write_text(Path(pairs).read_text().replace("Say 3", "Say 4"))
+    with pytest.raises(InputError, match="the pairs differ from those the run began with"):
+        orpo.run(options(checkpoint, str(copy), out, resume=True))

@@ -1,0 +1,102 @@
+"""The loss of a batch against a dense computation, and every gradient of the shared, chunked and recomputed paths against it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_model
+
+from cfgsafe import logprobs
+from cfgsafe.blue.batches import Pair, Row
+from cfgsafe.blue.orpo import Options
+from cfgsafe.blue.step import LOGGED, batch_loss, objective_loss
+from cfgsafe.lora import LoRAConfig, adapter_parameters, attach
+from cfgsafe.losses import log_odds
+from cfgsafe.parallel import World
+
+PAIRS = [
+    Pair(Row([0, 5, 6, 7, 2046], 3), Row([0, 5, 6, 9, 9, 9, 2046], 3)),
+    Pair(Row([0, 8, 3, 2046], 2), Row([0, 8, 4, 4, 2046], 2)),
+    Pair(Row([4, 8, 3, 1, 1, 1, 1, 2046], 5), Row([4, 8, 3, 1, 1, 7, 2046], 5)),
+]
+ALONE = World(0, 1, "cpu")
+
+
+def settings(**changes) -> Options:
+    return Options("m", "p", "o", **{"beta": 0.1, **changes})
+
+
+def test_the_logged_values_equal_a_dense_computation():
+    model = random_model()
+    loss, values = batch_loss(model, model, PAIRS, settings(), None, ALONE)
+    logged = dict(zip(LOGGED, values, strict=True))
+    lc, lr, nlls = [], [], []
+    for pair in PAIRS:
+        for side, means in ((pair.chosen, lc), (pair.rejected, lr)):
+            logp = model.head(model(torch.tensor([side.ids])))[0].log_softmax(-1)
+            each = torch.stack([logp[t - 1, side.ids[t]] for t in range(1, len(side.ids))])
+            means.append(each[side.start - 1 :].mean())
+            nlls += [each] if side is pair.chosen else []
+    lc, lr, nll = torch.stack(lc), torch.stack(lr), -torch.cat(nlls).mean()
+    odds = log_odds(lc, lr)
+    assert torch.isclose(logged["nll_loss"], nll, atol=1e-5)
+    assert torch.isclose(loss, nll - 0.1 * F.logsigmoid(odds).mean(), atol=1e-5)
+    assert torch.isclose(logged["loss"], loss) and torch.isclose(logged["log_odds_chosen"], odds.mean(), atol=1e-5)
+    assert torch.isclose(logged["rewards_margin"], 0.1 * (lc - lr).mean(), atol=1e-5)
+    assert torch.isclose(logged["rewards_accuracy"], (lc > lr).float().mean())
+
+
+def gradients(dtype, targets, *, share, recomputed=0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model = random_model(tie_word_embeddings="lm_head" not in targets).to(dtype)
+    attach(model, LoRAConfig(4, 8, targets=targets))
+    model.to(dtype).train()
+    parameters = adapter_parameters(model)
+    torch.manual_seed(1)
+    for parameter in parameters.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.recomputed = recomputed
+    loss, _ = batch_loss(model, model, PAIRS, settings(share_prefix=share), None, ALONE)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj", "down_proj"), ("k_proj", "lm_head")])
+def test_shared_chunked_and_recomputed_equal_dense(monkeypatch, dtype, tolerance, targets):
+    dense = lambda model, hidden, tokens: logprobs.token_logprobs(model.head(hidden), tokens)
+    with monkeypatch.context() as patch:
+        patch.setattr("cfgsafe.blue.step.head_logprobs", dense)
+        loss, expected = gradients(dtype, targets, share=False)
+    monkeypatch.setattr(logprobs, "LOGIT_BYTES", {"cpu": 3 * 2048 * logprobs.COPY_BYTES, "cuda": 0})  # chunks of three tokens
+    for path in ({"share": False}, {"share": True}, {"share": True, "recomputed": 1}, {"share": False, "recomputed": 2}):
+        mine, found = gradients(dtype, targets, **path)
+        assert abs(mine - loss) < tolerance * abs(loss), path
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert gradient.abs().max() > 0
+            assert (found[name] - gradient).abs().max() <= tolerance * max(1, gradient.abs().max()), (path, name)
+
+
+def test_objectives_by_hand():
+    means, ratios, nll = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[0.5], [-1.5]]), torch.tensor([3.0])
+    value = lambda name, beta: objective_loss(settings(objective=name, beta=beta, gamma=0.5, retain=2.0), means, ratios, nll).item()
+    sigmoid = lambda x: torch.sigmoid(torch.tensor(x)).log().item()
+    assert value("simpo", 2.0) == pytest.approx(-sigmoid(2 * 1 - 0.5))
+    assert value("dpo-idk", 0.1) == pytest.approx(-sigmoid(0.2))
+    assert value("npo", 0.1) == pytest.approx(-20 * sigmoid(0.15) + 6, rel=1e-5)
+    assert value("graddiff", 0.1) == pytest.approx(-2 + 6)
+    assert value("sft", 0.1) == 3
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_the_shares_of_several_processes_are_the_whole(size):
+    """Five processes for three pairs: two have none, and add nothing."""
+    model = random_model()
+    whole, values = batch_loss(model, model, PAIRS, settings(), None, ALONE)
+    parts = [batch_loss(model, model, PAIRS, settings(), None, Share(rank, size, "cpu")) for rank in range(size)]
+    assert torch.isclose(sum(loss for loss, _ in parts) / size, whole, atol=1e-6)
+    assert torch.allclose(sum(logged for _, logged in parts), values, atol=1e-6)
+
+
+class Share(World):
+    def total(self, tensor):
+        return tensor
