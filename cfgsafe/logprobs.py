@@ -61,6 +61,8 @@ class _FrozenHead(torch.autograd.Function):
             if slopes is not None:
                 p = z.div_(total[:, None]).to(weight.dtype)
                 slopes[start : start + rows] = weight[y] - p @ weight
+                del p
+            del z  # before the next chunk comes
         ctx.save_for_backward(slopes)
         return torch.cat(parts)
 

@@ -165,9 +165,15 @@ def train(model: Llama, pairs: list[Pair], options: Options, out: Path, held_out
             block.compile()
     parameters = adapter_parameters(model)
     optimiser = torch.optim.AdamW(parameters.values(), lr=options.lr, weight_decay=0.0, fused=True)
-    lengths = [pair.tokens for pair in pairs]
-    grouping = dict(batch_size=options.batch_size, accumulate=options.grad_accum, epochs=options.epochs, seed=options.seed)
-    steps = batches.plan(lengths, shuffle=options.shuffle, group=options.group_by_length, **grouping)
+    steps = batches.plan(
+        [pair.tokens for pair in pairs],
+        batch_size=options.batch_size,
+        accumulate=options.grad_accum,
+        epochs=options.epochs,
+        shuffle=options.shuffle,
+        group=options.group_by_length,
+        seed=options.seed,
+    )
     data = batches.fingerprint(pairs)
     reference, held_out_reference = (reference_logprobs(net, model, some, options, world) for some in (pairs, held_out))
     done = begin(out, options, parameters, optimiser, data, steps, world)
@@ -175,25 +181,9 @@ def train(model: Llama, pairs: list[Pair], options: Options, out: Path, held_out
     bar = tqdm(total=len(steps), initial=done, desc=f"{options.objective} {out.name}", leave=False, disable=not world.main)
     with bar, resume.signals() as arrived, open(out / "metrics.jsonl", "a") as log:
         for step, (epoch, micro_batches) in enumerate(steps[done:], start=done + 1):
-            started = time.perf_counter()
+            line = {"step": step, "epoch": epoch}
             lr = learning_rate(step - 1, len(steps), options)
-            for group in optimiser.param_groups:
-                group["lr"] = lr
-            values = torch.zeros(len(LOGGED))
-            for numbers in micro_batches:
-                known = None if reference is None else reference[:, numbers]
-                loss, logged = batch_loss(net, model, [pairs[number] for number in numbers], options, known, world)
-                check_finite("loss", logged[0].item(), step, pairs, numbers)
-                (loss / len(micro_batches)).backward()
-                values += logged / len(micro_batches)
-            norm = whole(nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm)).item()
-            check_finite("gradient norm", norm, step, pairs, sum(micro_batches, []))
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            tokens = sum(lengths[number] for numbers in micro_batches for number in numbers)
-            line = {"step": step, "epoch": epoch, **dict(zip(LOGGED, values.tolist(), strict=True)), "grad_norm": norm, "lr": lr}
-            line |= {"tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - started)}
-            line["peak_memory_bytes"] = peak_memory(world.device)
+            line |= take_step(net, model, pairs, micro_batches, parameters, optimiser, lr, reference, options, world, f"step {step}")
             if world.main:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
@@ -202,16 +192,17 @@ def train(model: Llama, pairs: list[Pair], options: Options, out: Path, held_out
             if writer:
                 for name, value in line.items():
                     writer.add_scalar(name, value, step)
-            if step == len(steps) or steps[step][0] != epoch:
+            last = step == len(steps)
+            if last or steps[step][0] != epoch:
                 weights = {name: whole(parameter.detach()) for name, parameter in parameters.items()}
                 if world.main:
                     write_adapter(out / f"epoch-{epoch}", weights, config, base=options.model)
                 if held_out:
                     report(out, epoch, evaluate(net, model, held_out, options, held_out_reference, world), world)
-            stop = world.total(torch.tensor(float(bool(arrived)), device=world.device)).item() > 0
-            if step < len(steps) and (stop or step % options.save_every == 0):
+            stop = world.total(torch.tensor(float(bool(arrived)), device=world.device)).item() > 0  # all processes stop at the same step
+            if not last and (stop or step % options.save_every == 0):
                 resume.save(out, step, parameters, optimiser, data, world)
-            if stop and step < len(steps):
+            if not last and stop:
                 raise resume.Stopped(f"stopped after step {step} of {len(steps)}, which is saved; go on with --resume")
     if writer:
         writer.close()
@@ -221,6 +212,36 @@ def train(model: Llama, pairs: list[Pair], options: Options, out: Path, held_out
         if done < len(steps):
             print(f"{out}: {len(steps)} steps, loss {line['loss']:.3f}, rewards margin {line['rewards_margin']:.3f}", file=sys.stderr)
     model.requires_grad_(False).eval()
+
+
+def take_step(net, model: Llama, pairs, micro_batches, parameters, optimiser, lr: float, reference, options, world, what: str) -> dict:
+    """One step of the optimiser at rate `lr` on the mean of its `micro_batches` of pair numbers; returns its line of metrics.jsonl.
+
+    Raises InputError, before any weight has changed, when the loss or the gradient is not finite.
+    """
+    started = time.perf_counter()
+    values = torch.zeros(len(LOGGED))
+    for numbers in micro_batches:
+        known = None if reference is None else reference[:, numbers]
+        loss, logged = batch_loss(net, model, [pairs[number] for number in numbers], options, known, world)
+        check_finite(f"{what}: the loss", logged[0].item(), pairs, numbers)
+        (loss / len(micro_batches)).backward()
+        values += logged / len(micro_batches)
+    norm = whole(nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm)).item()
+    check_finite(f"{what}: the gradient's norm", norm, pairs, sum(micro_batches, []))
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    tokens = sum(pairs[number].tokens for numbers in micro_batches for number in numbers)
+    return {
+        **dict(zip(LOGGED, values.tolist(), strict=True)),
+        "grad_norm": norm,
+        "lr": lr,
+        "tokens": tokens,
+        "tokens_per_second": tokens / (time.perf_counter() - started),
+        "peak_memory_bytes": peak_memory(world.device),
+    }
 
 
 def add_adapter(model: Llama, options: Options) -> LoRAConfig:
@@ -273,11 +294,11 @@ def learning_rate(step: int, steps: int, options: Options) -> float:
     return options.lr * (options.lr_min_ratio + (1 - options.lr_min_ratio) * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def check_finite(what: str, value: float, step: int, pairs: list[Pair], numbers: list[int]) -> None:
-    """Raise InputError with the step and the rows of the file."""
+def check_finite(what: str, value: float, pairs: list[Pair], numbers: list[int]) -> None:
+    """Raise InputError naming the rows of the file."""
     if not math.isfinite(value):
         rows = ", ".join(pairs[number].place for number in numbers)
-        raise InputError(f"step {step}: the {what} is {value} (rows {rows}); lower --lr or mend these rows, then go on with --resume")
+        raise InputError(f"{what} is {value} (rows {rows}); lower --lr or mend these rows, then go on with --resume")
 
 
 def peak_memory(device: str) -> int:
@@ -291,5 +312,5 @@ def tensorboard(out: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise InputError("--tensorboard: the package is not installed; pip install tensorboard") from None
+        raise InputError("--tensorboard: the package is not installed; pip install 'cfgsafe[tensorboard]'") from None
     return SummaryWriter(out / "tensorboard")

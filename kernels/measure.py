@@ -1,0 +1,55 @@
+"""Time and memory of this process, with torch and the standard library alone, so that other environments can use it.
+
+Run it: python -m kernels.bench --help
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+
+def cap(device: str, gib: float | None) -> None:
+    """Let this process use at most `gib` of the GPU, to stand in for a smaller one."""
+    if gib:
+        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(device).total_memory)
+
+
+def synchronize(device: str) -> None:
+    """Wait for the GPU."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def matmul_tflops(device: str, dtype: torch.dtype) -> float:
+    """What a large matrix product reaches on this machine: the ceiling."""
+    size = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        synchronize(device)
+        started = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e12
+
+
+def start_peak(device: str, model: torch.nn.Module) -> int:
+    """Forget the peak so far; returns the bytes in use with all of `model` in memory: of the GPU's allocator, else of the process."""
+    for parameter in model.parameters():
+        parameter.detach().sum()  # what was only mapped from its file is read
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak(device: str) -> int:
+    """The most bytes in use since `start_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,38 @@
+"""The benchmarks run, and their variants compute the same loss."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.results import spread
+
+ROOT = Path(__file__).parent.parent
+
+
+def bench(*arguments: str) -> dict:
+    done = subprocess.run([sys.executable, "-m", "kernels.bench", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_variants_of_a_training_step_agree(tmp_path):
+    settings = ["--shape", "tiny", "--prompt", "40", "--answer", "9", "--steps", "2", "--csv", str(tmp_path / "b.csv")]
+    rows = bench("orpo", *settings)["rows"]
+    assert [row["variant"] for row in rows] == ["dense", "chunked", "chunked + shared"]
+    assert all(row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and row["p50"] > 0 for row in rows)
+    with open(tmp_path / "b.csv", newline="") as file:
+        assert [row["variant"] for row in csv.DictReader(file)] == [row["variant"] for row in rows]
+
+
+def test_an_8b_model_trains_on_the_papers_rows_within_forty_gib():
+    rows = bench("memory")["rows"]
+    assert min(row["total"] for row in rows if row["shared"]) < 40 < max(row["total"] for row in rows if row["shared"])
+
+
+def test_spread_of_one_and_of_many():
+    assert spread([2.0]) == {"p20": 2.0, "p50": 2.0, "p80": 2.0}
+    assert spread([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == {"p20": 2.0, "p50": 3.5, "p80": 5.0}
