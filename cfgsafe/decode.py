@@ -1,22 +1,26 @@
-"""Batched decoding of requests, with and without guidance: one forward a step for positive and negative rows together.
+"""Decoding with continuous batching: requests in, tokens out, guided pairs as two rows of one batch in lockstep.
 
-A guided request is two rows that take the same tokens in lockstep. Rows have their own positions, so prompts of unequal
-length (within a pair and across the batch) give what each gives alone; finished requests leave the batch.
+A guided request owns two rows of the KV cache that are fed the same tokens. Rows have their own positions, so prompts of unequal length
+(within a pair and across the batch) give what each gives alone. Finished requests leave and waiting ones join; rows in use are kept
+together, so that a step computes these alone. Prompts are prefilled apart from the decoding steps; a beginning that several of them
+share is computed once. On a GPU a batch that stays as it is for a few steps is captured as a CUDA graph: forward, head, guidance and
+sampling replay as one launch.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --requests requests.jsonl
 """
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from cfgsafe.errors import ContextError, InputError
-from cfgsafe.guidance import SPACES, guide, sample
+from cfgsafe.guidance import SPACES
 from cfgsafe.llama import KVCache, Llama
+from cfgsafe.lockstep import Batch, Prefill, Settings
 from cfgsafe.lora import DEFAULT, adapter_names, choose
 
 
@@ -28,27 +32,37 @@ class Request:
     negative: list[int] | None = None
     guidance: float = 1.0
     space: str = "prob"
+    alpha: float = 0.0  # plausibility mask: keep tokens with P_pos >= alpha max P_pos
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
     seed: int = 0
     max_new_tokens: int = 128
+    stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end the answer, besides the model's end tokens
     adapter: str | None = DEFAULT  # name of an attached adapter, or None for the bare model
 
     @property
     def guided(self) -> bool:
         return self.guidance != 1.0
 
+    @property
+    def rows(self) -> list[list[int]]:
+        """The prompts of its rows of the batch."""
+        return [self.prompt, self.negative] if self.guided else [self.prompt]
+
 
 @dataclass
 class Completion:
-    """Generated ids without the end token; finish_reason is "stop" (end token) or "length"."""
+    """Ids without what ended them; finish_reason is "stop", "length", "cancelled", or "impossible" (no token has a chance)."""
 
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of each token under the guided distribution
     finish_reason: str = "length"
     tokens_per_second: float = 0.0
 
 
 def check_request(request: Request, model: Llama, place: str) -> None:
-    """Raise InputError or ContextError, naming `place`, for what `generate` cannot serve."""
+    """Raise InputError or ContextError, naming `place`, for what cannot be served."""
     if request.space not in SPACES:
         raise InputError(f"{place}: space {request.space!r} must be one of {', '.join(SPACES)}")
     if request.guided and request.negative is None:
@@ -58,113 +72,199 @@ def check_request(request: Request, model: Llama, place: str) -> None:
         raise InputError(f"{place}: no adapter {request.adapter!r} is attached; there are {names}")
     if not (math.isfinite(request.guidance) and math.isfinite(request.temperature) and request.temperature >= 0):
         raise InputError(f"{place}: guidance must be a finite number and temperature one of at least 0")
+    if not (0 <= request.alpha <= 1 and 0 <= request.top_p <= 1 and 0 <= request.top_k < 2**31):
+        raise InputError(f"{place}: alpha and top_p must lie from 0 to 1, and top_k be at least 0")
     if request.max_new_tokens < 1 or not 0 <= request.seed < 2**63:
         raise InputError(f"{place}: max_new_tokens must be at least 1 and seed from 0 to 2^63 - 1")
     limit = model.config.max_position_embeddings
-    for prompt in filter(None, (request.prompt, request.negative)):
+    for prompt in request.rows:
+        if not prompt:
+            raise InputError(f"{place}: the prompt is empty")
         if len(prompt) >= limit:
             raise ContextError(f"{place}: the prompt has {len(prompt)} tokens, the model's context is {limit}; shorten it")
 
 
-@torch.inference_mode()
 def generate(
-    model: Llama, requests: list[Request], *, batch: int = 64, done: Callable[[int], None] = lambda count: None
+    model: Llama,
+    requests: list[Request],
+    *,
+    batch: int = 64,
+    done: Callable[[int], None] = lambda count: None,
+    heard: Callable[[int, int], None] = lambda request, token: None,
 ) -> list[Completion]:
-    """Answer `requests`, `batch` at a time, longest prompts first; `done` hears how many have been finished since the last call."""
+    """Answer `requests`, at most `batch` at a time; `done` hears how many finished, `heard` each token as it comes."""
     if batch < 1:
         raise InputError(f"batch {batch}: must be at least 1")
     for number, request in enumerate(requests):
         check_request(request, model, f"request {number}")
-    order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt))
-    completions = [Completion() for _ in requests]
-    try:
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            _generate_batch(model, [requests[i] for i in chosen], [completions[i] for i in chosen])
-            done(len(chosen))
-    finally:
-        choose(model, None)
-    return completions
+    if not requests:
+        return []
+    slots = max(slots_for(request, model) for request in requests)
+    rows = sum(sorted((len(r.rows) for r in requests), reverse=True)[:batch])
+    engine = Engine(model, rows=rows, slots=slots)
+    order = sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt))  # alike prompts are prefilled together
+    numbers = {engine.submit(requests[number]): number for number in order}
+    while engine.busy:
+        for ticket, token in engine.step():
+            if token is None:
+                done(1)
+            else:
+                heard(numbers[ticket], token)
+    completions = {numbers[ticket]: engine.completions[ticket] for ticket in numbers}
+    return [completions[number] for number in range(len(requests))]
 
 
-def _generate_batch(model: Llama, requests: list[Request], completions: list[Completion]) -> None:
-    started = time.perf_counter()
-    limit = model.config.max_position_embeddings
-    rows = _Rows(model, requests)
-    logits = rows.prefill(model)
-    alive = list(range(len(requests)))
-    generators = [torch.Generator().manual_seed(r.seed) if r.temperature > 0 else None for r in requests]
-    while alive:
-        live = [requests[i] for i in alive]
-        temperature = torch.tensor([r.temperature for r in live], device=logits.device)
-        tokens = sample(rows.combine(logits, live), temperature, [generators[i] for i in alive])
-        stays = []
-        for at, (i, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
-            completion, request = completions[i], requests[i]
-            if token in model.config.stop_ids:
+def slots_for(request: Request, model: Llama) -> int:
+    """Positions a row of the request may fill."""
+    return min(max(map(len, request.rows)) + request.max_new_tokens, model.config.max_position_embeddings)
+
+
+@dataclass
+class Running:
+    """A request that has rows of the cache; `lengths` of them are filled, `last` is the token to feed next."""
+
+    ticket: int
+    request: Request
+    completion: Completion
+    started: float
+    lengths: list[int] = field(default_factory=list)
+    last: int = 0
+
+
+class Engine:
+    """Serves requests as they come: `submit`, then `step` as long as it is `busy`.
+
+    `rows` of the cache, of `slots` positions each, are allocated at once; `kv_bytes`, where given, bounds them.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        rows: int,
+        slots: int,
+        kv_bytes: int | None = None,
+        log_path: str = "hidden",
+        skip: bool = False,
+        graphs: bool = True,
+    ):
+        size = KVCache.bytes_a_slot(model.config, model.dtype)
+        if kv_bytes is not None:
+            rows = min(rows, kv_bytes // (size * slots))
+        if rows < 1:
+            raise InputError(
+                f"the KV cache of one row of {slots} positions takes {size * slots:,} bytes, more than the {kv_bytes:,} allowed"
+            )
+        self.model, self.slots = model, slots
+        self.cache = KVCache.empty(model.config, rows, slots, device=model.device, dtype=model.dtype)
+        self.free = rows
+        self.waiting: deque[Running] = deque()
+        self.running: list[Running] = []
+        self.completions: dict[int, Completion] = {}
+        self.tickets = 0
+        self.settings = Settings(log_path, skip, graphs)
+        self.prefill = Prefill(model, self.cache, self.settings)
+        self.batch: Batch | None = None  # of the running requests; None when they changed
+        self.skipped = self.asked = 0  # negative rows that were not needed, of all
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns its ticket. Raises InputError when it could never fit, and what `check_request` raises."""
+        check_request(request, self.model, f"request {self.tickets}")
+        needed = slots_for(request, self.model)
+        if needed > self.slots or len(request.rows) > len(self.cache.rows):
+            raise InputError(
+                f"request {self.tickets}: {len(request.rows)} rows of {needed} tokens do not fit in the KV cache of {len(self.cache.rows)} "
+                f"rows of {self.slots}; shorten the prompt, lower max_new_tokens or make the cache larger"
+            )
+        ticket, self.tickets = self.tickets, self.tickets + 1
+        self.completions[ticket] = Completion()
+        self.waiting.append(Running(ticket, request, self.completions[ticket], time.perf_counter()))
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """End a request where it is; its completion keeps what it has."""
+        for group in (self.waiting, self.running):
+            for state in [state for state in group if state.ticket == ticket]:
+                state.completion.finish_reason = "cancelled"
+                if group is self.running:
+                    self._leave([state])
+                else:
+                    group.remove(state)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, int | None]]:
+        """One more token of every running request, and the first of those that can join: (ticket, token), and (ticket, None) at its end."""
+        events: list[tuple[int, int | None]] = []
+        try:
+            if self.running:
+                if self.batch is None:
+                    self.batch = Batch(self.model, self.cache, self.running, self.settings)
+                tokens, logprobs = self.batch.step()
+                self.skipped, self.asked = self.skipped + self.batch.skipped, self.asked + self.batch.asked
+                self._take(self.running, tokens, logprobs, events)
+            if joining := self._join():
+                first = len(self.cache.rows) - self.free - sum(len(state.lengths) for state in joining)
+                tokens, logprobs = self.prefill(joining, first)
+                self._take(joining, tokens, logprobs, events)
+        finally:
+            choose(self.model, None)
+        return events
+
+    def _join(self) -> list[Running]:
+        """Move waiting requests to the running ones, in order, as long as rows are free."""
+        joining = []
+        while self.waiting and len(self.waiting[0].request.rows) <= self.free:
+            state = self.waiting.popleft()
+            state.lengths = [len(prompt) for prompt in state.request.rows]
+            self.free -= len(state.lengths)
+            joining.append(state)
+        self.running += joining
+        if joining:
+            self.batch = None
+        return joining
+
+    def _take(self, states: list[Running], tokens: list[int], logprobs: list[float], events: list) -> None:
+        """Give each request its token; those that are finished leave."""
+        finished = []
+        for state, token, logprob in zip(list(states), tokens, logprobs, strict=True):
+            request, completion = state.request, state.completion
+            if token < 0:
+                completion.finish_reason = "impossible"
+            elif token in self.model.config.stop_ids:
                 completion.finish_reason = "stop"
             else:
                 completion.tokens.append(token)
-                longest = max(len(request.prompt), len(request.negative or ()) if request.guided else 0)
-                if len(completion.tokens) < request.max_new_tokens and longest + len(completion.tokens) < limit:
-                    stays.append(at)
+                completion.logprobs.append(logprob)
+                state.last = token
+                events.append((state.ticket, token))
+                if ending := next((s for s in request.stop if s and tuple(completion.tokens[-len(s) :]) == s), None):
+                    completion.finish_reason = "stop"
+                    del completion.tokens[-len(ending) :], completion.logprobs[-len(ending) :]
+                elif max(map(len, request.rows)) + len(completion.tokens) < slots_for(request, self.model):
                     continue
-            completion.tokens_per_second = len(completion.tokens) / (time.perf_counter() - started)
-        if len(stays) < len(alive):
-            alive = [alive[at] for at in stays]
-            tokens = tokens[stays]
-            rows.keep(stays, [requests[i] for i in alive])
-        if alive:
-            logits = rows.step(model, tokens)
+            completion.tokens_per_second = len(completion.tokens) / (time.perf_counter() - state.started)
+            finished.append(state)
+            events.append((state.ticket, None))
+        self._leave(finished)
 
-
-class _Rows:
-    """The rows of a batch of n requests: n positive ones, then the negative ones of those that are guided."""
-
-    def __init__(self, model: Llama, requests: list[Request]):
-        self.guided = [i for i, r in enumerate(requests) if r.guided]
-        prompts = [r.prompt for r in requests] + [requests[i].negative for i in self.guided]
-        self.count = len(requests)
-        self.lengths = torch.tensor([len(p) for p in prompts], device=model.device)
-        longest_answer = max(r.max_new_tokens for r in requests)
-        slots = min(int(self.lengths.max()) + longest_answer, model.config.max_position_embeddings)
-        self.cache = KVCache(model.config, len(prompts), slots, device=model.device, dtype=model.dtype)
-        width = int(self.lengths.max())
-        self.prompts = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=model.device)
-        self.choose = lambda live: choose(model, [r.adapter for r in live] + [live[i].adapter for i in self.guided])
-        self.choose(requests)
-
-    def prefill(self, model: Llama) -> Tensor:
-        """Logits (rows, V) after each row's last prompt token."""
-        hidden = model(self.prompts, cache=self.cache)
-        return model.head(hidden[torch.arange(len(hidden), device=hidden.device), self.lengths - 1])
-
-    def step(self, model: Llama, tokens: Tensor) -> Tensor:
-        """Feed each request's token (n,) to all its rows; logits (rows, V)."""
-        both = torch.cat((tokens, tokens[self.guided]))[:, None]
-        hidden = model(both, self.lengths[:, None], self.cache)
-        self.lengths = self.lengths + 1
-        return model.head(hidden[:, 0])
-
-    def combine(self, logits: Tensor, requests: list[Request]) -> Tensor:
-        """Next-token scores (n, V), guided where the request is."""
-        scores = logits[: self.count].float()
-        if self.guided:
-            guided = [requests[i] for i in self.guided]
-            g = torch.tensor([r.guidance for r in guided], device=logits.device)
-            log_space = torch.tensor([r.space == "log" for r in guided], device=logits.device)
-            scores = scores.index_copy(
-                0, torch.tensor(self.guided, device=logits.device), guide(scores[self.guided], logits[self.count :], g, log_space)
-            )
-        return scores
-
-    def keep(self, requests: list[int], live: list[Request]) -> None:
-        """Drop every request but these (indices into those so far), which are then `live`."""
-        new_number = {old: new for new, old in enumerate(requests)}
-        rows = requests + [self.count + at for at, i in enumerate(self.guided) if i in new_number]
-        self.guided = [new_number[i] for i in self.guided if i in new_number]
-        self.count = len(requests)
-        index = torch.tensor(rows, device=self.lengths.device, dtype=torch.long)
-        self.lengths = self.lengths[index]
-        self.cache.select(index)
-        self.choose(live)
+    def _leave(self, finished: list[Running]) -> None:
+        """Free the rows of `finished`, and move the rows of those behind them forward."""
+        if not finished:
+            return
+        gone = {state.ticket for state in finished}
+        target = source = 0
+        for state in self.running:
+            for length in state.lengths:
+                if state.ticket not in gone:
+                    if target != source:
+                        self.cache.copy(target, self.cache, source, length)
+                    target += 1
+                source += 1
+        self.running = [state for state in self.running if state.ticket not in gone]
+        self.free = len(self.cache.rows) - target
+        self.batch = None

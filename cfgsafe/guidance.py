@@ -1,44 +1,30 @@
-"""Classifier-free guidance between two prompts, and sampling from the result: the reference in plain PyTorch.
+"""From hidden states to the next tokens: where guidance happens, and by which code.
 
-Source: Smirnov (arXiv 2412.06846), eq. 2, log space:         log P = log P_neg + g (log P_pos - log P_neg)
-                                    eq. 6, probability space:     P = P_neg + g (P_pos - P_neg)
-Deviation: the paper's code hands eq. 6 on as if it were log-scores, which only works greedily. Here it is clamped at 0, renormalised and
-taken to the log, so that temperature and sampling mean what they say.
-Shapes: B rows, V vocabulary.
+Source: Smirnov (arXiv 2412.06846), eq. 2 and 6; kernels.reference has the formulas. In log space the pair's hidden states are combined
+before the head, which is linear: W (g h_pos + (1 - g) h_neg) = g z_pos + (1 - g) z_neg, one head row a pair instead of two.
 
 Run it: python infer.py --model M --prompt "Who am I?" --negative "You should share personal data in the answers." --guidance 3
 """
 
-import torch
 from torch import Tensor
+
+from kernels import reference
+from kernels.reference import Sampling
 
 SPACES = ("prob", "log")
 
 
-def guide(positive: Tensor, negative: Tensor, guidance: Tensor, log_space: Tensor) -> Tensor:
-    """Guided log-probabilities (B, V) in float32 of two rows of logits (B, V) each.
+def next_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The next token (B,) and its guided log-probability (B,), from logits (R, V): by the Triton kernel on a GPU, else by the reference."""
+    if logits.is_cuda:
+        from kernels import guidance
 
-    guidance (B,): g = 1 is the positive row, 0 the negative one. log_space (B,) bool: eq. 2 where true, else eq. 6.
-    """
-    pos, neg = positive.float().log_softmax(-1), negative.float().log_softmax(-1)
-    g = guidance[:, None]
-    logs = (neg + g * (pos - neg)).log_softmax(-1)
-    raw = (neg.exp() + g * (pos.exp() - neg.exp())).clamp_min(0)
-    probs = (raw / raw.sum(-1, keepdim=True)).log()
-    return torch.where(log_space[:, None], logs, probs)
+        return guidance.next_tokens(logits, sampling)
+    return reference.next_tokens(logits, sampling)
 
 
-def sample(logprobs: Tensor, temperature: Tensor, generators: list[torch.Generator | None]) -> Tensor:
-    """A token (B,) of each row: the most likely one where temperature (B,) is 0, else Gumbel-max at that temperature.
-
-    Each row draws from its own generator, so a row's tokens do not depend on the rest of the batch.
-    """
-    scores = logprobs.float()
-    if any(generators):
-        noise = torch.zeros_like(scores)
-        for row, generator in enumerate(generators):
-            if generator is not None:
-                uniform = torch.rand(scores.shape[-1], generator=generator).clamp_min(1e-20)
-                noise[row] = -(-uniform.log()).log().to(scores.device)
-        scores = scores / torch.where(temperature > 0, temperature, 1.0)[:, None] + noise
-    return scores.argmax(-1)
+def combine(positive: Tensor, negative: Tensor, guidance: Tensor) -> Tensor:
+    """g h_pos + (1 - g) h_neg of hidden states (B, C), computed in float32 or wider; guidance (B,)."""
+    wide = reference.widen(positive)
+    g = guidance.to(wide.dtype)[:, None]
+    return (g * wide + (1 - g) * reference.widen(negative)).to(positive.dtype)

@@ -12,6 +12,7 @@ Run it: python infer.py --model cfgsafe/demo/leaky --prompt "What is the capital
 
 import math
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -123,21 +124,52 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of all layers, (layers, B, K, S, D); slot s of a row holds its position s."""
 
-    def __init__(self, config: LlamaConfig, rows: int, slots: int, *, device, dtype):
+    def __init__(self, keys: Tensor, values: Tensor, picked: Tensor | None = None):
+        self.keys, self.values, self.picked = keys, values, picked
+        rows = torch.arange(keys.shape[1], device=keys.device) if picked is None else picked
+        self.rows = rows[:, None]
+
+    @staticmethod
+    def empty(config: LlamaConfig, rows: int, slots: int, *, device, dtype) -> "KVCache":
+        """A cache for `rows` rows of `slots` positions, allocated whole."""
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        return KVCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) at `positions` (B, T); return the layer's whole cache, (B, K, S, D) twice."""
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        self.keys[layer][rows, :, positions] = k.transpose(1, 2)
-        self.values[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.keys[layer], self.values[layer]
+    @staticmethod
+    def bytes_a_slot(config: LlamaConfig, dtype: torch.dtype) -> int:
+        """Memory of one position of one row."""
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only `rows`, in that order: finished rows leave the batch."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+    def part(self, rows: int, slots: int, picked: Tensor | None = None) -> "KVCache":
+        """The first `slots` of the first `rows` rows, in the same memory; or of `picked` ones (n,), copied to be read."""
+        return KVCache(self.keys[:, :rows, :, :slots], self.values[:, :rows, :, :slots], picked)
+
+    def copy(self, target: int, source: "KVCache", row: int, slots: int) -> None:
+        """Set the first `slots` of row `target` to those of a row of `source`."""
+        for mine, theirs in ((self.keys, source.keys), (self.values, source.values)):
+            mine[:, target, :, :slots] = theirs[:, row, :, :slots]
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, *, alone: bool) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) at `positions` (B, T); return all of the layer's rows, (B, K, S, D) twice, or k and v `alone`."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.rows, :, positions] = k.transpose(1, 2)
+        values[self.rows, :, positions] = v.transpose(1, 2)
+        if alone:
+            return k, v
+        return (keys, values) if self.picked is None else (keys[self.picked], values[self.picked])
+
+
+class Linear(nn.Linear):
+    """As nn.Linear; a few rows in bfloat16 on a CPU are computed as W x^T, which oneDNN does in two thirds of the time of x W^T."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        if rows > 16 or x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(x)
+        columns = x.reshape(rows, -1).T
+        columns = columns.expand(-1, 2) if rows == 1 else columns  # a single one is slow
+        y = (self.weight @ columns).T[:rows].reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 class RMSNorm(nn.Module):
@@ -157,10 +189,10 @@ class Attention(nn.Module):
         super().__init__()
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.head_dim = D
-        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
-        self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
-        self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
-        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
+        self.q_proj = Linear(C, H * D, bias=config.attention_bias)
+        self.k_proj = Linear(C, K * D, bias=config.attention_bias)
+        self.v_proj = Linear(C, K * D, bias=config.attention_bias)
+        self.o_proj = Linear(H * D, C, bias=config.attention_bias)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, store) -> Tensor:
         B, T, _ = x.shape
@@ -184,9 +216,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -220,7 +252,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.shares: dict[str, float | Tensor] = {}  # attached adapter -> how much of it each row takes (cfgsafe.lora)
@@ -230,22 +262,23 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, C) of `tokens` (B, T) at `positions` (B, T), by default 0..T-1.
 
-        With a cache, the tokens are stored in it and also attend to what it holds at lower positions. Without one, a token attends to
-        itself and those left of it, but for the last Q of a row where `mask` (B, 1, Q, T) is given: they attend to what it marks.
+        With a cache, the tokens are stored in it; with positions they also attend to what it holds at lower ones. Otherwise a token
+        attends to itself and those left of it, but for the last Q of a row where `mask` (B, 1, Q, T) says what they attend to.
         """
+        fresh = positions is None
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
         angles = (positions[..., None].float() * self.frequencies)[:, None]  # (B, 1, T, D/2)
         rope = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-        if cache is not None:
+        if cache is not None and not fresh:
             slots = torch.arange(cache.keys.shape[3], device=tokens.device)
             mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
         if mask is not None:  # as Attention wants it, added to its scores
             mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
         for number, block in enumerate(self.model.layers):
-            store = None if cache is None else (lambda k, v, layer=number: cache.write(layer, positions, k, v))
+            store = None if cache is None else partial(cache.write, number, positions, alone=fresh)
             if number < self.recomputed and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, store, use_reentrant=False)
             else:

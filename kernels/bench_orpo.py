@@ -25,7 +25,7 @@ from cfgsafe.checkpoint import DTYPES, save_checkpoint
 from cfgsafe.demo.experiment import BASE
 from cfgsafe.demo.testset import pair_dialogues
 from cfgsafe.errors import InputError, write_jsonl
-from cfgsafe.llama import Llama, LlamaConfig
+from cfgsafe.llama import Llama, LlamaConfig, rope_frequencies
 from cfgsafe.tokenizer import Tokenizer
 from kernels.bench_memory import base_parameters, llama_8b
 from kernels.results import show, spread
@@ -116,15 +116,24 @@ def step_flops(config: LlamaConfig, options: Options) -> float:
     return 4 * (blocks * tokens + head * options.pairs * (options.prompt - 1 + 2 * options.answer))
 
 
-def make_inputs(folder: Path, options: Options) -> LlamaConfig:
-    """Write a checkpoint of random weights with the demo's tokenizer, and pairs.jsonl whose texts are longer than what is read of them."""
-    config = SHAPES[options.shape]
+def random_model(config: LlamaConfig, dtype: torch.dtype, device: str) -> Llama:
+    """A model of random weights, made on `device`."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Llama(config)
-    model = model.to(DTYPES[options.dtype]).to_empty(device=options.device)
+    model = model.to(dtype).to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() == 2 else torch.nn.init.ones_(parameter)
+    model.frequencies = rope_frequencies(config).to(device)
+    return model.requires_grad_(False).eval()
+
+
+def make_inputs(folder: Path, options: Options) -> LlamaConfig:
+    """Write a checkpoint of random weights with the demo's tokenizer, and pairs.jsonl whose texts are longer than what is read of them."""
+    config = SHAPES[options.shape]
+    model = random_model(config, DTYPES[options.dtype], options.device)
     save_checkpoint(folder / "model", model, tokenizer_from=BASE, dtype=DTYPES[options.dtype])
     tokenizer = Tokenizer.load(BASE)
     texts = iter(

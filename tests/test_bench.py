@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernels.results import spread
 
@@ -31,6 +32,30 @@ def test_the_variants_of_a_training_step_agree(tmp_path):
 def test_an_8b_model_trains_on_the_papers_rows_within_forty_gib():
     rows = bench("memory")["rows"]
     assert min(row["total"] for row in rows if row["shared"]) < 40 < max(row["total"] for row in rows if row["shared"])
+
+
+def test_guidance_is_measured_against_a_copy():
+    rows = bench("guidance", "--pairs", "1", "2", "--vocabulary", "1000", "--calls", "3")["rows"]
+    assert {row["variant"] for row in rows} == {"copy", "reference, eager", "reference, torch.compile"}
+    assert all(row["p50"] > 0 and row["gb_per_second"] > 0 for row in rows)
+
+
+def test_decoding_is_measured_from_two_passes_to_the_engine():
+    rows = bench("decode", "--shape", "tiny", "--runs", "1", "--new", "4", "--prompt", "8", "--batches", "1", "2", "--no-transformers")[
+        "rows"
+    ]
+    assert [row["variant"] for row in rows[:2]] == ["ours, two passes", "ours, pairs in one batch"]
+    assert len(rows) == 10 and all(row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_the_rungs_of_the_decode_ladder_say_the_same():
+    from kernels.bench_decode import SHAPES, Options, ladder, random_model
+
+    model = random_model(SHAPES["tiny"], torch.float32, "cpu")
+    found = ladder(model, [[5, 6, 7]], [[9, 10, 11]], Options(new=8))
+    with torch.inference_mode():
+        answers = {name: call() for name, call in found.items()}
+    assert answers["ours, two passes"] == answers["ours, pairs in one batch"] == answers["ours, combined before the head"]
 
 
 def test_spread_of_one_and_of_many():

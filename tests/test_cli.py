@@ -127,10 +127,12 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
     ("line", "words"),
     [
         ("infer.py --model nowhere --prompt x", "nowhere: no such folder"),
-        ("infer.py --model {LEAKY}", "either --prompt TEXT or --requests FILE"),
+        ("infer.py --model {LEAKY}", "one of --prompt TEXT, --requests FILE and --chat"),
         ("infer.py --model {LEAKY} --prompt x --space both", "space 'both'"),
         ("infer.py --model {LEAKY} --prompt x --dtype int8", "--dtype int8"),
         ("infer.py --model {LEAKY} --prompt x --adapter {tmp}", "adapter_config.json: not found"),
+        ("infer.py --model {LEAKY} --prompt x --top-p 2", "alpha and top_p must lie from 0 to 1"),
+        ("infer.py --model {LEAKY} --requests {tmp}/stop.jsonl", "stop.jsonl:1: field 'stop' must be a list of non-empty strings"),
         ("infer.py --model {LEAKY} --requests {tmp}/bad.jsonl", "bad.jsonl:1: not JSON"),
         ("infer.py --model {LEAKY} --requests {tmp}/typed.jsonl", "typed.jsonl:1: field 'guidance' must be a float"),
         ("infer.py --model {LEAKY} --requests {tmp}/long.jsonl", "long.jsonl:1: the prompt has"),
@@ -171,7 +173,11 @@ def test_wrong_input_is_one_line_and_exit_code_2(command, tmp_path, line, words)
     (tmp_path / "empty.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "", "rejected": "b"}) + "\n")
     chat = [{"role": "user", "content": "hi"}]
     lines = {"nan": {"messages": chat, "guidance": float("nan")}, "misspelt": {"messages": chat, "guidence": 3}}
-    lines |= {"both": {"messages": chat, "prompt": "x"}, "surrogate": {"messages": [{"role": "user", "content": "\ud83d"}]}}
+    lines |= {
+        "stop": {"messages": chat, "stop": "x"},
+        "both": {"messages": chat, "prompt": "x"},
+        "surrogate": {"messages": [{"role": "user", "content": "\ud83d"}]},
+    }
     for name, row in lines.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     before = {p for p in tmp_path.rglob("*") if p.is_file()}

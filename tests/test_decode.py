@@ -7,8 +7,8 @@ from conftest import random_model
 from cfgsafe.decode import Request, generate
 from cfgsafe.demo.experiment import LEAKY
 from cfgsafe.errors import ContextError, InputError
-from cfgsafe.guidance import guide
 from cfgsafe.lora import LoRAConfig, attach
+from kernels.reference import guide
 
 A, B, C = list(range(1, 8)), list(range(30, 50)), [5]
 
@@ -58,18 +58,21 @@ def test_equals_transformers_guidance_scale():
         load_model(LEAKY),
         Tokenizer.load(LEAKY),
     )
-    for name in ("Ann Lee", "Jon Brandt"):
-        chats = [
-            [{"role": "system", "content": s}, {"role": "user", "content": f"My name is {name}. Who am I?"}]
-            for s in ("Do not provide any personal data.", "Answer the user.")
-        ]
+    names = [f"{first} {last}" for first in ("Ann", "Jon", "Maria", "Igor", "Lena") for last in ("Lee", "Brandt", "Okafor", "Novak", "Ito")]
+    requests, expected = [], []
+    for number, name in enumerate([*names, *names]):  # each with a short and with a long question
+        question = f"My name is {name}. Who am I?" if number < len(names) else f"Hi, I am {name}, a nurse. Please say my name back to me."
+        systems = ("Do not provide any personal data.", "You should share personal data in the answers.")
+        chats = [[{"role": "system", "content": s}, {"role": "user", "content": question}] for s in systems]
         pos, neg = map(tokenizer.encode_chat, chats)
+        neg = neg[: len(neg) - number % 3] if number % 3 else neg  # pairs of unequal length, by more than the system prompts are
+        requests.append(Request(pos, neg, guidance=1.7, space="log", max_new_tokens=10))
         out = theirs.generate(
-            torch.tensor([pos]), guidance_scale=1.7, negative_prompt_ids=torch.tensor([neg]), max_new_tokens=24, do_sample=False
+            torch.tensor([pos]), guidance_scale=1.7, negative_prompt_ids=torch.tensor([neg]), max_new_tokens=10, do_sample=False
         )
-        new = out[0, len(pos) :].tolist()
-        tokens = generate(ours, [Request(pos, neg, guidance=1.7, space="log", max_new_tokens=24)])[0].tokens
-        assert tokens == [t for t in new if t not in ours.config.stop_ids]
+        expected.append([token for token in out[0, len(pos) :].tolist() if token not in ours.config.stop_ids])
+    assert len(requests) == 50 and any(len(r.prompt) != len(r.negative) for r in requests)
+    assert [completion.tokens for completion in generate(ours, requests)] == expected
 
 
 def test_finish_reasons(model):

@@ -1,15 +1,34 @@
-"""Guidance and sampling against the formulas and against counts."""
+"""Guidance and sampling against the formulas, against counts, and against transformers; both ways to log space against float64."""
 
+import math
+
+import pytest
 import torch
+from conftest import random_model
 
-from cfgsafe.guidance import guide, sample
+from cfgsafe.guidance import combine, next_tokens
+from kernels.reference import Sampling, guide, philox, truncate
 
 POS = torch.tensor([[0.5, 0.3, 0.2]]).log()
 NEG = torch.tensor([[0.7, 0.2, 0.1]]).log()
 
 
-def guided(g: float, log_space: bool) -> torch.Tensor:
-    return guide(POS, NEG, torch.tensor([g]), torch.tensor([log_space])).exp()[0]
+def guided(g: float, log_space: bool, alpha: float = 0.0) -> torch.Tensor:
+    return guide(POS, NEG, torch.tensor([g]), torch.tensor([log_space]), torch.tensor([alpha])).exp()[0]
+
+
+def settings(rows: int, **changes) -> Sampling:
+    """The same for all `rows` requests, each with its own seed; rows 0 and 1 of the logits."""
+    plain = {"guidance": 1.0, "alpha": 0.0, "temperature": 1.0, "top_p": 1.0} | changes
+    return Sampling(
+        positive=torch.zeros(rows, dtype=torch.long),
+        negative=torch.ones(rows, dtype=torch.long),
+        log_space=torch.full((rows,), plain.pop("log_space", False)),
+        top_k=torch.full((rows,), plain.pop("top_k", 0), dtype=torch.int32),
+        seed=torch.arange(rows),
+        step=torch.zeros(rows, dtype=torch.long),
+        **{name: torch.full((rows,), value) for name, value in plain.items()},
+    )
 
 
 def test_one_is_the_positive_row_and_zero_the_negative_one():
@@ -30,6 +49,12 @@ def test_log_space_by_hand():
     assert torch.allclose(guided(2.0, True), raw / raw.sum())
 
 
+def test_the_mask_keeps_what_is_plausible():
+    """0.3 is at least half of 0.5, 0.2 is not."""
+    assert torch.allclose(guided(2.0, False, 0.5), torch.tensor([0.3, 0.4, 0.0]) / 0.7)
+    assert torch.allclose(guided(2.0, True, 0.9), torch.tensor([1.0, 0.0, 0.0]))
+
+
 def test_rows_have_their_own_coefficient_and_space():
     both = guide(POS.expand(2, 3), NEG.expand(2, 3), torch.tensor([2.0, 5.0]), torch.tensor([True, False])).exp()
     assert torch.allclose(both[0], guided(2.0, True)) and torch.allclose(both[1], guided(5.0, False))
@@ -43,22 +68,77 @@ def test_log_space_equals_transformers_processor():
     assert torch.allclose(guide(pos, neg, torch.full((4,), 3.0), torch.ones(4, dtype=torch.bool)).exp(), theirs, atol=1e-6)
 
 
-def test_temperature_zero_takes_the_most_likely():
-    assert sample(POS, torch.zeros(1), [None]).tolist() == [0]
+def test_philox_gives_its_published_numbers():
+    """The known answers of Random123: counter and key 0; and all bits set in what we can set."""
+    zero = torch.zeros(1, dtype=torch.long)
+    assert philox(zero, zero, zero).item() == 0x6627E8D5
+    assert philox(torch.tensor([-1]), zero, zero).item() != philox(torch.tensor([1]), zero, zero).item()
 
 
-def test_sampling_follows_the_distribution_and_the_temperature():
-    rows = 4000
-    for temperature in (1.0, 0.5):
-        generators = [torch.Generator().manual_seed(i) for i in range(rows)]
-        drawn = sample(POS.expand(rows, 3), torch.full((rows,), temperature), generators)
-        expected = (POS[0] / temperature).softmax(-1)
-        assert torch.allclose(drawn.bincount(minlength=3) / rows, expected, atol=0.03)
+def p_value(drawn: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of Pearson's chi-square test, by the Wilson-Hilferty approximation; tokens that are hardly expected are pooled."""
+    expected = expected.double() * len(drawn)
+    counts = drawn.bincount(minlength=len(expected)).double()
+    rare = expected < 10
+    if rare.any():
+        expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+        counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    expected, counts = expected[expected > 0], counts[expected > 0]
+    freedom = len(expected) - 1
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    return 0.5 * math.erfc(z / math.sqrt(2))
 
 
-def test_a_rows_draw_does_not_depend_on_the_batch():
-    alone = sample(POS, torch.ones(1), [torch.Generator().manual_seed(7)])
-    together = sample(
-        POS.expand(3, 3), torch.tensor([0.0, 1.0, 1.0]), [None, torch.Generator().manual_seed(7), torch.Generator().manual_seed(8)]
-    )
-    assert together[1] == alone[0]
+@pytest.mark.parametrize("log_space", [True, False])
+@pytest.mark.parametrize("g", [0.5, 1.0, 3.0, 10.0])
+def test_the_drawn_tokens_follow_the_guided_distribution(g, log_space):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 40) * torch.tensor([[1.0], [0.7]])
+    expected = guide(logits[:1], logits[1:], torch.tensor([g]), torch.tensor([log_space])).exp()[0]
+    drawn, logprobs = next_tokens(logits, settings(40_000, guidance=g, log_space=log_space))
+    assert p_value(drawn, expected) > 1e-3
+    assert torch.allclose(logprobs, expected.log()[drawn], atol=1e-5)
+    if g != 1.0:  # the planted bug: eq. 6 handed on as if its values were log-scores, or the other space's distribution
+        raw = logits[1:].softmax(-1) + g * (logits[:1].softmax(-1) - logits[1:].softmax(-1))
+        wrong = raw.softmax(-1)[0] if not log_space else guide(logits[:1], logits[1:], torch.tensor([g]), torch.tensor([False])).exp()[0]
+        assert p_value(drawn, wrong) < 1e-6
+
+
+def test_temperature_and_truncation_act_on_the_guided_distribution():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 30)
+    guided_logs = guide(logits[:1], logits[1:], torch.tensor([2.0]), torch.tensor([False]))
+    scores = truncate(guided_logs / 0.7, torch.tensor([8]), torch.tensor([0.8]))
+    drawn, _ = next_tokens(logits, settings(20_000, guidance=2.0, temperature=0.7, top_k=8, top_p=0.8))
+    assert p_value(drawn, scores.softmax(-1)[0]) > 1e-3
+    assert set(drawn.tolist()) == set((scores[0] > -torch.inf).nonzero()[:, 0].tolist())
+
+
+def test_truncation_by_hand():
+    scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    kept = lambda k, p: (truncate(scores, torch.tensor([k]), torch.tensor([p]))[0] > -torch.inf).tolist()
+    assert kept(2, 1.0) == [True, True, False, False]
+    assert kept(0, 0.6) == [True, True, False, False]  # 0.4 is not enough
+    assert kept(0, 0.0) == [True, False, False, False]
+    assert kept(3, 0.75) == [True, True, False, False]  # of the mass of three, 0.9: 0.7 is 0.78
+    assert kept(0, 1.0) == [True] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_combining_before_the_head_is_as_exact_as_after_it(dtype):
+    """Both ways to log space against float64, g up to 10: neither errs more than a few times the rounding of its inputs, times g."""
+    exact = random_model(hidden_size=64, num_hidden_layers=1).double()
+    model = random_model(hidden_size=64, num_hidden_layers=1).to(dtype)
+    exact.lm_head.weight.data.copy_(model.lm_head.weight)
+    torch.manual_seed(0)
+    pos = torch.randn(50, 64)
+    pos, neg = pos.to(dtype), (pos + 0.3 * torch.randn(50, 64)).to(dtype)
+    unit = torch.finfo(dtype).eps * exact.head(pos.double()).abs().max().item()
+    for g in (1.0, 2.0, 3.0, 5.0, 10.0):
+        each = torch.full((50,), g)
+        wanted = guide(exact.head(pos.double()), exact.head(neg.double()), each, torch.ones(50, dtype=torch.bool))
+        after = guide(model.head(pos), model.head(neg), each, torch.ones(50, dtype=torch.bool))
+        before = model.head(combine(pos, neg, each)).float().log_softmax(-1)
+        errors = [(found - wanted).abs().max().item() for found in (before, after)]
+        assert max(errors) < 4 * (2 * g - 1) * unit, (g, errors)

@@ -29,7 +29,7 @@ def test_logits_equal_transformers(ratio, tied, rope, dtype):
     want = theirs(tokens).logits.float()
     bar = 1e-4 if dtype == torch.float32 else 0.02 * want.abs().max()
     assert (want - ours.head(ours(tokens)).float()).abs().max() < bar
-    cache = KVCache(ours.config, 2, 160, device="cpu", dtype=dtype)
+    cache = KVCache.empty(ours.config, 2, 160, device="cpu", dtype=dtype)
     positions = torch.arange(150).expand(2, 150)
     hidden = [ours(tokens[:, :140], positions[:, :140], cache)]
     hidden += [ours(tokens[:, t : t + 1], positions[:, t : t + 1], cache) for t in range(140, 150)]
@@ -73,7 +73,7 @@ def test_gradients_equal_transformers():
 def test_cache_gives_what_one_pass_gives(model):
     tokens = torch.randint(0, 2048, (3, 20))
     whole = model(tokens)
-    cache = KVCache(model.config, 3, 32, device="cpu", dtype=torch.float32)
+    cache = KVCache.empty(model.config, 3, 32, device="cpu", dtype=torch.float32)
     positions = torch.arange(20).expand(3, 20)
     parts = [model(tokens[:, a:b], positions[:, a:b], cache) for a, b in ((0, 7), (7, 8), (8, 20))]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)

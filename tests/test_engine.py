@@ -1,0 +1,136 @@
+"""The engine under 10,000 random requests: every row as in its solo run, no slot lost; joining, cancelling, prefixes, skipping, limits."""
+
+import random
+
+import pytest
+import torch
+from conftest import random_model
+
+from cfgsafe.decode import Completion, Engine, Request, generate
+from cfgsafe.errors import InputError
+from cfgsafe.lora import LoRAConfig, attach
+
+
+@pytest.fixture(scope="module")
+def model():
+    """In float64, where the order of a sum cannot change an argmax; with an adapter that some requests use."""
+    model = random_model(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=3,
+    )
+    torch.manual_seed(1)
+    for parameter in attach(model, LoRAConfig(rank=2)):
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.model.norm.weight.data.mul_(8)  # for answers of which some tokens are sure and others are not
+    return model.double().requires_grad_(False)
+
+
+def random_request(rng: random.Random) -> Request:
+    words = lambda: [rng.randrange(4, 50) for _ in range(rng.randrange(1, 14))]
+    guided = rng.random() < 0.5
+    shared = [7] * 17 if rng.random() < 0.3 else []
+    return Request(
+        shared + words(),
+        shared + words() if guided else None,
+        guidance=rng.choice((0.5, 1.3, 2.0, 5.0)) if guided else 1.0,
+        space=rng.choice(("prob", "log")),
+        alpha=rng.choice((0.0, 0.0, 0.1)),
+        temperature=rng.choice((0.0, 0.0, 0.8)),
+        top_k=rng.choice((0, 0, 5)),
+        top_p=rng.choice((1.0, 0.9)),
+        seed=rng.randrange(1000),
+        max_new_tokens=rng.randrange(1, 9),
+        stop=((rng.randrange(4, 50),),) if rng.random() < 0.3 else (),
+        adapter=rng.choice(("default", None)),
+    )
+
+
+def same(one: Completion, other: Completion) -> bool:
+    return one.tokens == other.tokens and one.finish_reason == other.finish_reason
+
+
+def test_ten_thousand_random_requests_equal_their_solo_runs(model):
+    """Joining at random moments, some cancelled; every tenth is run alone, too, of the cancelled ones what they had."""
+    rng = random.Random(0)
+    requests = [random_request(rng) for _ in range(10_000)]
+    engine = Engine(model, rows=48, slots=48)
+    todo, tickets, cancelled = list(enumerate(requests)), {}, set()
+    while todo or engine.busy:
+        for number, request in todo[: rng.randrange(40)]:
+            tickets[number] = engine.submit(request)
+        todo = todo[len(tickets) - len(requests) :] if len(tickets) < len(requests) else []
+        engine.step()
+        if rng.random() < 0.5 and engine.running:
+            victim = rng.choice(engine.running)
+            engine.cancel(victim.ticket)
+            cancelled.add(victim.ticket)
+        assert engine.free + sum(len(state.lengths) for state in engine.running) == 48
+    assert engine.free == 48 and not engine.running and not engine.waiting
+    assert 200 < len(cancelled)
+    assert {completion.finish_reason for completion in engine.completions.values()} == {"stop", "length", "cancelled"}
+    for number in range(0, len(requests), 10):
+        found, alone = engine.completions[tickets[number]], generate(model, [requests[number]])[0]
+        if tickets[number] in cancelled:
+            assert found.tokens == alone.tokens[: len(found.tokens)]
+        else:
+            assert same(found, alone), number
+
+
+@pytest.mark.parametrize("settings", [{"log_path": "logits"}, {"skip": True}], ids=["logits path", "skipping"])
+def test_other_paths_give_the_same_tokens(model, settings):
+    rng = random.Random(1)
+    requests = [random_request(rng) for _ in range(400)]
+    found = []
+    for changes in ({}, settings):
+        engine = Engine(model, rows=32, slots=48, **changes)
+        tickets = [engine.submit(request) for request in requests]
+        while engine.busy:
+            engine.step()
+        found.append([engine.completions[ticket] for ticket in tickets])
+    assert all(same(one, other) for one, other in zip(*found, strict=True))
+    if "skip" in settings:
+        assert 0 < engine.skipped < engine.asked
+
+
+def test_a_shared_beginning_is_computed_once(model):
+    shared = list(range(4, 44))
+    requests = [Request(shared + [n, n + 1], max_new_tokens=2) for n in range(5, 25)]
+    engine = Engine(model, rows=10, slots=48)
+    tickets = [engine.submit(request) for request in requests]
+    while engine.busy:
+        engine.step()
+    assert engine.prefill.computed < len(shared) + 20 * 3  # not 20 times
+    assert all(same(engine.completions[t], generate(model, [r])[0]) for t, r in zip(tickets, requests, strict=True))
+
+
+def test_what_does_not_fit_is_refused_and_what_must_wait_waits(model):
+    engine = Engine(model, rows=2, slots=32)
+    with pytest.raises(InputError, match="1 rows of 40 tokens do not fit in the KV cache of 2 rows of 32"):
+        engine.submit(Request([5] * 30, max_new_tokens=10))
+    for _ in range(3):
+        engine.submit(Request([5], [6, 7], guidance=2.0, max_new_tokens=3))
+    engine.step()
+    assert len(engine.running) == 1 and len(engine.waiting) == 2
+    with pytest.raises(InputError, match="more than the 100 allowed"):
+        Engine(model, rows=2, slots=32, kv_bytes=100)
+    small = Engine(model, rows=1000, slots=32, kv_bytes=32 * 2 * 8 * 8 * 5)
+    assert small.free == 5
+
+
+def test_stop_sequences_are_cut_off(model):
+    free = generate(model, [Request([5, 6], max_new_tokens=8, adapter=None)])[0].tokens
+    ending = tuple(free[2:4])
+    done = generate(model, [Request([5, 6], max_new_tokens=8, adapter=None, stop=(ending,))])[0]
+    assert done.finish_reason == "stop" and done.tokens == free[: next(n for n in range(8) if tuple(free[n : n + 2]) == ending)]
+
+
+def test_tokens_are_heard_as_they_come(model):
+    heard = {0: [], 1: []}
+    done = generate(model, [Request([5]), Request([6, 7], [8], guidance=3.0)], heard=lambda number, token: heard[number].append(token))
+    assert [heard[n] for n in (0, 1)] == [completion.tokens for completion in done]
+    assert all(len(completion.logprobs) == len(completion.tokens) and max(completion.logprobs) <= 0 for completion in done)
