@@ -88,14 +88,13 @@ def run(options: Options) -> None:
         raise InputError("give one of --prompt TEXT, --requests FILE and --chat")
     subject = Subject(
         options.model,
-        None,
-        options.guidance,
-        options.space,
-        options.system or POSITIVE,
-        options.negative,
-        options.batch,
-        options.device,
-        options.dtype,
+        guidance=options.guidance,
+        space=options.space,
+        positive=options.system or POSITIVE,
+        negative=options.negative,
+        batch=options.batch,
+        device=options.device,
+        dtype=options.dtype,
     )
     model, tokenizer = load(subject, named_adapters(options))
     if options.chat:

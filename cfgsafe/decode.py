@@ -91,8 +91,9 @@ def generate(
     batch: int = 64,
     done: Callable[[int], None] = lambda count: None,
     heard: Callable[[int, int], None] = lambda request, token: None,
+    finished: Callable[[int, Completion], None] = lambda request, completion: None,
 ) -> list[Completion]:
-    """Answer `requests`, at most `batch` at a time; `done` hears how many finished, `heard` each token as it comes."""
+    """Answer `requests`, at most `batch` at a time; `done` hears how many finished, `heard` each token and `finished` each answer."""
     if batch < 1:
         raise InputError(f"batch {batch}: must be at least 1")
     for number, request in enumerate(requests):
@@ -108,6 +109,7 @@ def generate(
         for ticket, token in engine.step():
             if token is None:
                 done(1)
+                finished(numbers[ticket], engine.completions[ticket])
             else:
                 heard(numbers[ticket], token)
     completions = {numbers[ticket]: engine.completions[ticket] for ticket in numbers}

@@ -6,15 +6,19 @@ requests from this one place.
 Run it: python eval.py leak --help
 """
 
+import hashlib
+import json
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from cfgsafe import load_model, load_tokenizer
 from cfgsafe.checkpoint import DTYPES
-from cfgsafe.decode import Request, check_request, generate
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.decode import Completion, Request, check_request, generate
+from cfgsafe.errors import InputError, check_at_least, read_jsonl
 from cfgsafe.llama import Llama
 from cfgsafe.tokenizer import Messages, Tokenizer, with_system
 
@@ -34,6 +38,8 @@ class Subject:
     """g; 1 is the positive system prompt alone. Without it, prompts keep their own system prompt and nothing is guided."""
     space: str = "prob"
     """Where to guide: prob or log."""
+    alpha: float = 0.0
+    """Plausibility mask: keep tokens at least this share as likely as the positive prompt's best one; 0 keeps all."""
     positive: str = POSITIVE
     """System prompt to follow."""
     negative: str = NEGATIVE
@@ -61,6 +67,7 @@ def load(subject: Subject, adapters: dict[str, str] | None = None) -> tuple[Llam
 
 def request_for(subject: Subject, tokenizer: Tokenizer, messages: Messages, **sampling) -> Request:
     """The request that puts `messages` to the subject."""
+    sampling = {"alpha": subject.alpha, **sampling}
     if subject.guidance is None:
         return Request(tokenizer.encode_chat(messages), space=subject.space, **sampling)
     return Request(
@@ -80,11 +87,41 @@ def answers(
     what: str,
     max_new_tokens: int,
     places: list[str] | None = None,
+    kept: Path | None = None,
 ) -> list[str]:
-    """Greedy answers to `conversations`, through the subject's guidance; an error names the entry of `places`."""
+    """Greedy answers to `conversations`, through the subject's guidance; an error names the entry of `places`.
+
+    Each answer is written to the JSONL file `kept` as it comes; a later call with the same requests reads those that are there.
+    """
     requests = [request_for(subject, tokenizer, messages, max_new_tokens=max_new_tokens) for messages in conversations]
     for number, request in enumerate(requests):
         check_request(request, model, places[number] if places else f"{what} {number + 1}")
-    with tqdm(total=len(requests), desc=what, leave=False) as bar:
-        completions = generate(model, requests, batch=subject.batch, done=bar.update)
-    return [tokenizer.decode(completion.tokens) for completion in completions]
+    keys = [
+        hashlib.sha256(repr((subject.model, subject.adapter, subject.dtype, request)).encode()).hexdigest()[:16] for request in requests
+    ]
+    known = read_answers(kept) if kept else {}
+    todo = [number for number, key in enumerate(keys) if key not in known]
+    with tqdm(total=len(requests), initial=len(requests) - len(todo), desc=what, leave=False) as bar, _log(kept) as log:
+
+        def finished(at: int, completion: Completion) -> None:
+            key = keys[todo[at]]
+            known[key] = tokenizer.decode(completion.tokens)
+            if log is not None:
+                log.write(json.dumps({"key": key, "answer": known[key]}) + "\n")
+                log.flush()
+
+        generate(model, [requests[number] for number in todo], batch=subject.batch, done=bar.update, finished=finished)
+    return [known[key] for key in keys]
+
+
+def read_answers(path: Path) -> dict[str, str]:
+    """Key -> answer of a file that `answers` wrote; a line that a crash cut short is dropped."""
+    if not path.exists():
+        return {}
+    whole = path.read_bytes().rpartition(b"\n")
+    path.write_bytes(whole[0] + whole[1])
+    return {row["key"]: row["answer"] for _, row in read_jsonl(path)}
+
+
+def _log(path: Path | None):
+    return open(path, "a", encoding="utf-8") if path else nullcontext()
