@@ -71,6 +71,8 @@ class Options:
     """Texts that end the answer, as the tokens they have alone."""
     seed: int = 0
     """Of sampling."""
+    skip: bool = False
+    """Leave out the negative prompt's forward where it provably cannot change the token."""
     max_new_tokens: int = 128
     """Longest answer."""
     json: bool = False
@@ -109,7 +111,7 @@ def run(options: Options) -> None:
         request = read_request(row, place, tokenizer, options, subject, adapter_names(model))
         check_request(request, model, place)
         requests.append(request)
-    completions = generate(model, requests, batch=options.batch)
+    completions = generate(model, requests, batch=options.batch, skip=options.skip)
     for request, completion in zip(requests, completions, strict=True):
         text = tokenizer.decode(completion.tokens)
         rows = explain(model, tokenizer, request, completion) if options.explain else None
@@ -119,6 +121,10 @@ def run(options: Options) -> None:
             print(text.strip())
             if options.explain:
                 print("\n" + table(rows, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    if options.skip:
+        guided = [completion for request, completion in zip(requests, completions, strict=True) if request.guided]
+        count = sum(len(completion.tokens) for completion in guided)
+        print(f"negative prompt not needed for {sum(c.skipped for c in guided)} of {count} guided tokens", file=sys.stderr)
     if options.requests is None and not options.json:
         print(f"{len(completions[0].tokens)} tokens, {completions[0].tokens_per_second:.0f} tokens/s", file=sys.stderr)
 

@@ -59,6 +59,7 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)  # of each token under the guided distribution
     finish_reason: str = "length"
     tokens_per_second: float = 0.0
+    skipped: int = 0  # tokens for which the negative row was not needed (Engine(skip=True))
 
 
 def check_request(request: Request, model: Llama, place: str) -> None:
@@ -89,6 +90,7 @@ def generate(
     requests: list[Request],
     *,
     batch: int = 64,
+    skip: bool = False,
     done: Callable[[int], None] = lambda count: None,
     heard: Callable[[int, int], None] = lambda request, token: None,
     finished: Callable[[int, Completion], None] = lambda request, completion: None,
@@ -102,7 +104,7 @@ def generate(
         return []
     slots = max(slots_for(request, model) for request in requests)
     rows = sum(sorted((len(r.rows) for r in requests), reverse=True)[:batch])
-    engine = Engine(model, rows=rows, slots=slots)
+    engine = Engine(model, rows=rows, slots=slots, skip=skip)
     order = sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt))  # alike prompts are prefilled together
     numbers = {engine.submit(requests[number]): number for number in order}
     while engine.busy:
@@ -136,7 +138,8 @@ class Running:
 class Engine:
     """Serves requests as they come: `submit`, then `step` as long as it is `busy`.
 
-    `rows` of the cache, of `slots` positions each, are allocated at once; `kv_bytes`, where given, bounds them.
+    `rows` of the cache, of `slots` positions each, are allocated at once, in at most `kv_bytes`, by default most of what a GPU has free.
+    `log_path`, `skip`, `graphs`: see cfgsafe.lockstep.Settings.
     """
 
     def __init__(
@@ -151,6 +154,8 @@ class Engine:
         graphs: bool = True,
     ):
         size = KVCache.bytes_a_slot(model.config, model.dtype)
+        if kv_bytes is None and model.device.type == "cuda":
+            kv_bytes = int(0.9 * torch.cuda.mem_get_info(model.device)[0])
         if kv_bytes is not None:
             rows = min(rows, kv_bytes // (size * slots))
         if rows < 1:
@@ -167,7 +172,6 @@ class Engine:
         self.settings = Settings(log_path, skip, graphs)
         self.prefill = Prefill(model, self.cache, self.settings)
         self.batch: Batch | None = None  # of the running requests; None when they changed
-        self.skipped = self.asked = 0  # negative rows that were not needed, of all
 
     @property
     def busy(self) -> bool:
@@ -207,7 +211,6 @@ class Engine:
                 if self.batch is None:
                     self.batch = Batch(self.model, self.cache, self.running, self.settings)
                 tokens, logprobs = self.batch.step()
-                self.skipped, self.asked = self.skipped + self.batch.skipped, self.asked + self.batch.asked
                 self._take(self.running, tokens, logprobs, events)
             if joining := self._join():
                 first = len(self.cache.rows) - self.free - sum(len(state.lengths) for state in joining)

@@ -92,7 +92,7 @@ class Batch:
         self.positions = torch.tensor([length for state in running for length in state.lengths], device=model.device)[:, None]
         choose(model, [running[owner].request.adapter for owner in owners])
         self.shares = dict(model.shares)
-        self.slots = self.steps = self.skipped = self.asked = 0
+        self.slots = self.steps = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def step(self) -> tuple[list[int], list[float]]:
@@ -136,7 +136,8 @@ class Batch:
             sure = certified(model.head(hidden[firsts[guided]]), [running[number].request for number in guided]).tolist()
             hidden[firsts[guided] + 1] = hidden[firsts[guided]]  # where it is sure, the positive row alone gives the same token
             asked = [number for number, yes in zip(guided, sure, strict=True) if not yes]
-            self.asked, self.skipped = len(guided), len(guided) - len(asked)
+            for number, yes in zip(guided, sure, strict=True):
+                running[number].completion.skipped += yes
             if asked:
                 self._catch_up(asked, hidden)
         for state in running:

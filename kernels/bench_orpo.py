@@ -79,9 +79,12 @@ def run(options: Options) -> None:
             settings = json.dumps({**asdict(options), "folder": folder, "variant": name})
             root = Path(__file__).parent.parent
             done = subprocess.run([python, "-m", module, settings], cwd=root, capture_output=True, text=True)
-            if done.returncode:
-                raise InputError(f"{name}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+            if done.returncode:  # out of memory, say: the others are still worth measuring
+                print(f"{name}: {(done.stderr.strip() or 'killed').splitlines()[-1]}", file=sys.stderr)
+                continue
             rows.append({"variant": name, **row(json.loads(done.stdout.splitlines()[-1]), config, options)})
+    if not rows:
+        raise InputError("no variant ran to its end")
     slowest = rows[-1]
     for line in rows:
         line["time_ratio"] = line["p50"] / slowest["p50"]
