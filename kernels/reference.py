@@ -71,12 +71,16 @@ def log_probabilities(logits: Tensor) -> Tensor:
 def guide(positive: Tensor, negative: Tensor, guidance: Tensor, log_space: Tensor, alpha: Tensor | None = None) -> Tensor:
     """Guided log-probabilities (B, V) of two rows of logits (B, V) each; guidance, alpha (B,), log_space (B,) bool."""
     pos, neg = log_probabilities(positive), log_probabilities(negative)
-    g = guidance.to(pos.dtype)[:, None]
-    excluded = (pos == -torch.inf) & (neg == -torch.inf)
-    low_pos, low_neg = pos.clamp(min=FLOOR), neg.clamp(min=FLOOR)
-    logs = torch.where(excluded, -torch.inf, g * low_pos + (1 - g) * low_neg)
-    probs = (g * pos.exp() + (1 - g) * neg.exp()).clamp(min=0).log()  # P_neg + g (P_pos - P_neg) would cancel near g = 0
-    return normalise(torch.where(log_space[:, None], logs, probs), pos, alpha)
+    g, spaces = guidance.to(pos.dtype)[:, None], log_space[:, None]
+    asked = lambda rows: rows.is_cuda or rows.any()  # on a GPU one would have to wait to know
+    raw = pos
+    if asked(spaces):
+        low_pos, low_neg = pos.clamp(min=FLOOR), neg.clamp(min=FLOOR)
+        raw = torch.where((pos == -torch.inf) & (neg == -torch.inf), -torch.inf, g * low_pos + (1 - g) * low_neg)
+    if asked(~spaces):
+        probs = (g * pos.exp() + (1 - g) * neg.exp()).clamp(min=0).log()  # P_neg + g (P_pos - P_neg) would cancel near g = 0
+        raw = torch.where(spaces, raw, probs)
+    return normalise(raw, pos, alpha)
 
 
 def normalise(raw: Tensor, pos: Tensor, alpha: Tensor | None) -> Tensor:
