@@ -27,17 +27,17 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """log of odds(chosen) / odds(rejected), where odds = p / (1 - p); Hong et al. (arXiv 2403.07691), eq. 4."""
+    """log of odds(chosen) / odds(rejected), where odds = p / (1 - p); Hong et al. (arXiv 2403.07691), section 4."""
     return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
 
 
 def orpo(chosen: Tensor, rejected: Tensor, nll: Tensor, beta: float) -> Tensor:
-    """nll - beta log sigmoid(log_odds); Hong et al. (arXiv 2403.07691), eq. 6."""
+    """nll - beta log sigmoid(log_odds); Hong et al. (arXiv 2403.07691), section 4."""
     return nll - beta * F.logsigmoid(log_odds(chosen, rejected))
 
 
 def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
-    """-log sigmoid(beta (chosen - rejected) - gamma); Meng et al. (arXiv 2405.14734), eq. 6."""
+    """-log sigmoid(beta (chosen - rejected) - gamma); Meng et al. (arXiv 2405.14734)."""
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
@@ -47,7 +47,7 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 def npo(rejected: Tensor, nll: Tensor, beta: float, retain: float) -> Tensor:
-    """-(2 / beta) log sigmoid(-beta rejected) + retain nll, rejected being the log-ratio; Zhang et al. (arXiv 2404.05868), eq. 3."""
+    """-(2 / beta) log sigmoid(-beta rejected) + retain nll, rejected being the log-ratio; Zhang et al. (arXiv 2404.05868)."""
     return -2 / beta * F.logsigmoid(-beta * rejected) + retain * nll
 
 

@@ -1,0 +1,101 @@
+"""The replay buffer: the best prompts found so far, no two of them alike.
+
+Source: Lee et al. (arXiv 2405.18540): near-duplicates compete for one place, the worst leaves when the buffer is full, prompts are drawn in
+proportion to their score.
+Deviations from their code: the tolerance is used; an item is told from another by its tokens, not by its reward; saving keeps all of
+it, the generator included.
+
+Run it: python -m pytest tests/test_buffer.py
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cfgsafe.errors import InputError, read_jsonl, write_text
+
+
+@dataclass(frozen=True)
+class Found:
+    """A prompt with what is known of it."""
+
+    tokens: tuple[int, ...]
+    text: str
+    score: float  # success in [0, 1], the priority
+    log_score: float  # mean log of it over the answers
+    log_reference: float  # log-probability under the reference model
+
+
+class ReplayBuffer:
+    """At most `capacity` prompts; of two whose edit distance is below `tolerance` times their summed length the better stays."""
+
+    def __init__(self, capacity: int = 1000, tolerance: float = 0.25, seed: int = 0):
+        self.capacity, self.tolerance = capacity, tolerance
+        self.items: list[Found] = []
+        self.random = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def add(self, item: Found) -> bool:
+        """Whether `item` was taken in: it must be better than every item like it, and than the worst where the buffer is full."""
+        lengths = np.array([len(other.tokens) for other in self.items])
+        bounds = self.tolerance * (lengths + len(item.tokens))
+        distances = edit_distances(item.tokens, [other.tokens for other in self.items])
+        alike = [
+            number for number, (distance, bound) in enumerate(zip(distances, bounds, strict=True)) if distance == 0 or distance < bound
+        ]
+        if any(self.items[number].score >= item.score for number in alike):
+            return False
+        kept = [other for number, other in enumerate(self.items) if number not in alike]
+        if len(kept) >= self.capacity:
+            worst = min(range(len(kept)), key=lambda number: kept[number].score)  # of equal ones the oldest
+            if kept[worst].score >= item.score:
+                return False
+            del kept[worst]
+        self.items = [*kept, item]
+        return True
+
+    def sample(self, count: int) -> list[Found]:
+        """`count` prompts, each drawn in proportion to its score, with replacement. Raises ValueError when there is none."""
+        if not self.items:
+            raise ValueError("the buffer is empty")
+        weights = np.array([max(item.score, 1e-8) for item in self.items])
+        picked = self.random.choice(len(self.items), size=count, p=weights / weights.sum())
+        return [self.items[number] for number in picked]
+
+    def save(self, path: str | Path) -> None:
+        """Write items, settings and generator; any text survives."""
+        head = {"capacity": self.capacity, "tolerance": self.tolerance, "random": self.random.bit_generator.state}
+        write_text(path, "".join(json.dumps(row) + "\n" for row in (head, *map(asdict, self.items))))
+
+    @staticmethod
+    def load(path: str | Path) -> "ReplayBuffer":
+        """The buffer that `save` wrote; it draws what the saved one would have drawn. Raises InputError naming the line."""
+        head, *rows = [row for _, row in read_jsonl(path)] or [{}]
+        try:
+            buffer = ReplayBuffer(head["capacity"], head["tolerance"])
+            buffer.random.bit_generator.state = head["random"]
+            buffer.items = [Found(**{**row, "tokens": tuple(row["tokens"])}) for row in rows]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not a saved replay buffer ({error}); delete it to begin with an empty one") from None
+        return buffer
+
+
+def edit_distances(one: tuple[int, ...], others: list[tuple[int, ...]]) -> np.ndarray:
+    """Levenshtein distance from `one` to each of `others`, (len(others),), all of them at once."""
+    longest = max(map(len, others), default=0)
+    table = np.full((len(others), longest), -1)
+    for number, other in enumerate(others):
+        table[number, : len(other)] = other
+    row = np.tile(np.arange(longest + 1), (len(others), 1))  # distances from the empty beginning of `one`
+    for count, token in enumerate(one, start=1):
+        above = row
+        row = np.empty_like(above)
+        row[:, 0] = count
+        for at in range(longest):
+            replaced = above[:, at] + (table[:, at] != token)
+            row[:, at + 1] = np.minimum(np.minimum(replaced, above[:, at + 1] + 1), row[:, at] + 1)
+    return row[np.arange(len(others)), [len(other) for other in others]]
