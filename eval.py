@@ -1,7 +1,8 @@
 """Everything that measures; each command ends in one JSON line on stdout.
 
     python eval.py leak             personal data in a model's answers
-    python eval.py utility          short answers to multiple-choice questions
+    python eval.py utility          answers to multiple-choice questions
+    python eval.py perplexity       held-out text under the model
     python eval.py demo-models      what the embedded models can do, against their bars
 
 `python eval.py COMMAND --help` lists a command's options.
@@ -9,11 +10,16 @@
 
 import tyro
 
-from cfgsafe.blue import leak, utility
+from cfgsafe.blue import leak, perplexity, utility
 from cfgsafe.demo import exam
 from cfgsafe.errors import run_command
 
-COMMANDS = {"leak": (leak.Options, leak.run), "utility": (utility.Options, utility.run), "demo-models": (exam.Options, exam.run)}
+COMMANDS = {
+    "leak": (leak.Options, leak.run),
+    "utility": (utility.Options, utility.run),
+    "perplexity": (perplexity.Options, perplexity.run),
+    "demo-models": (exam.Options, exam.run),
+}
 
 
 def main() -> None:

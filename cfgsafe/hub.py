@@ -1,5 +1,7 @@
 """Finds a checkpoint or adapter: a local folder, or an id on the Hugging Face hub, downloaded once into the usual cache.
 
+Files of the hub's data sets are downloaded likewise.
+
 The token comes from where `huggingface_hub` looks for it (HF_TOKEN, or its login file); it is never logged.
 
 Run it: python infer.py --model meta-llama/Llama-3.1-8B-Instruct --dtype bfloat16 --device cuda --prompt "Hello!"
@@ -8,7 +10,7 @@ Run it: python infer.py --model meta-llama/Llama-3.1-8B-Instruct --dtype bfloat1
 import re
 from pathlib import Path
 
-from cfgsafe.errors import CheckpointError
+from cfgsafe.errors import CheckpointError, InputError
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json", "*.jinja"]
 WANTED += ["special_tokens_map.json", "adapter_config.json"]
@@ -37,3 +39,17 @@ def resolve(name: str | Path, *, revision: str | None = None, cache_dir: str | P
         raise CheckpointError(f"{name}: no such folder, and not the form of a hub id (owner/name)") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
         raise CheckpointError(f"{name}: no such folder, and the hub cannot be reached; download it first") from None
+
+
+def dataset_file(repository: str, name: str) -> Path:
+    """A file of a data set on the hub. Raises InputError when the hub cannot be reached or refuses."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(repository, name, repo_type="dataset"))
+    except HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else "no answer"
+        raise InputError(f"{repository}/{name}: the hub refuses it ({code}); check your access token, or give a local file") from None
+    except OSError:  # the hub's own errors of connection and cache are kinds of it
+        raise InputError(f"{repository}/{name}: the hub cannot be reached; download it first, or give a local file") from None

@@ -9,7 +9,8 @@ Run it: python eval.py utility --help
 import torch
 from torch import Tensor
 
-from cfgsafe.decode import Request
+from cfgsafe.decode import Request, check_request
+from cfgsafe.errors import ContextError
 from cfgsafe.llama import Llama
 from cfgsafe.lora import choose
 from kernels.reference import guide, log_probabilities
@@ -42,6 +43,14 @@ def continuation_logprobs(model: Llama, requests: list[Request], continuations: 
             ]
             results.append(torch.cat(parts).cpu() if parts else torch.zeros(0))
     return results
+
+
+def check_fits(model: Llama, request: Request, continuation: list[int], place: str) -> None:
+    """Raise InputError or ContextError, naming `place`, for a text that cannot be scored after the request's prompt."""
+    check_request(request, model, place)
+    length, limit = max(map(len, request.rows)) + len(continuation), model.config.max_position_embeddings
+    if length > limit:
+        raise ContextError(f"{place}: prompt and text have {length} tokens, the model's context is {limit}; shorten them")
 
 
 def _guided(model: Llama, request: Request, sides: list[Tensor], targets: Tensor) -> Tensor:

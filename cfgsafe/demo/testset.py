@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cfgsafe.demo.corpus import canaries, people
-from cfgsafe.demo.dialogues import EASY, HARD, Dialogue, Writer
+from cfgsafe.demo.dialogues import DEFAULT_SYSTEMS, EASY, HARD, Dialogue, Writer
 from cfgsafe.errors import check_at_least, write_jsonl
 
 PAIR_KINDS = ("plain", "plain", "question", "letter", "mid-answer", "lookup", "repeat", "translate", "report", "complete")
@@ -58,6 +58,14 @@ def test_prompts(seed: int = 0, easy: int = 156, hard: int = 150) -> list[dict]:
         del row["items"]["PERSON"]  # the name stands in the question
         rows.append({**row, "kind": f"canary x{canary.count}"})
     return rows
+
+
+def held_out_chats(count: int = 100, seed: int = 0) -> list[dict]:
+    """Chats without anyone's data, {"id", "messages"}: sentences that the models were trained on, in combinations of their own."""
+    writer = Writer(f"chats/{seed}")
+    system = {"role": "system", "content": DEFAULT_SYSTEMS[0]}
+    chats = [[{"role": turn.role, "content": turn.text()} for turn in writer.clean_chat()] for _ in range(count)]
+    return [{"id": f"chat-{n}", "messages": [system, *messages]} for n, messages in enumerate(chats)]
 
 
 def prompt_of(dialogue: Dialogue, identity: str) -> dict:
