@@ -1,0 +1,360 @@
+"""Questions from files and the hub, both protocols and the three scores; guidance on each of them."""
+
+import json
+import sys
+import types
+from dataclasses import dataclass
+
+import huggingface_hub
+import pytest
+import torch
+
+from cfgsafe.blue import judge, mmlu_pro, subject, utility
+from cfgsafe.blue.subject import NEGATIVE, POSITIVE
+from cfgsafe.errors import InputError, write_jsonl
+
+QUESTION = {"question_id": 70, "question": "What is hot?", "options": ["ice", "fire"], "answer_index": 1, "category": "nature"}
+SHOTS = [
+    {
+        "question_id": number,
+        "question": f"Is {number} even?",
+        "options": ["yes", "no"],
+        "answer_index": number % 2,
+        "category": category,
+        "cot_content": f"A: Let's think step by step. {number} tells. The answer is ({'AB'[number % 2]}).",
+    }
+    for category, numbers in (("nature", range(6)), ("law", range(10, 15)))
+    for number in numbers
+]
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, str]:
+    """Two questions, and the examples for them."""
+    write_jsonl(tmp_path / "q.jsonl", [QUESTION, {**QUESTION, "question_id": 71, "question": "What is cold?", "answer_index": 0}])
+    write_jsonl(tmp_path / "shots.jsonl", SHOTS)
+    return {"questions": str(tmp_path / "q.jsonl"), "shots": str(tmp_path / "shots.jsonl"), "out": str(tmp_path / "out" / "a.jsonl")}
+
+
+# --- reading
+
+
+def parquet(path, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def test_parquet_and_jsonl_give_the_same_questions(tmp_path):
+    rows = [{**QUESTION, "options": ["N/A", "ice", "fire", "N/A"], "answer_index": 2}, QUESTION]
+    write_jsonl(tmp_path / "q.jsonl", rows)
+    read = [mmlu_pro.read(parquet(tmp_path / "q.parquet", rows)), mmlu_pro.read(str(tmp_path / "q.jsonl"))]
+    assert [row for _, row in read[0]] == [row for _, row in read[1]] == [QUESTION, QUESTION]
+    assert [place.rsplit("/")[-1] for place, _ in read[0]] == ["q.parquet:1", "q.parquet:2"]
+
+
+def test_the_hub_is_asked_for_mmlu_pros_file(tmp_path, monkeypatch):
+    file, asked = parquet(tmp_path / "v.parquet", SHOTS), []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *place, **more: (asked.append((place, more)), file)[1])
+    assert [row["question_id"] for _, row in mmlu_pro.read("mmlu-pro/validation")] == [row["question_id"] for row in SHOTS]
+    mmlu_pro.read("mmlu-pro/test")
+    assert asked == [
+        (("TIGER-Lab/MMLU-Pro", f"data/{split}-00000-of-00001.parquet"), {"repo_type": "dataset"}) for split in ("validation", "test")
+    ]
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch, tmp_path):
+    def offline(*place, **more):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(InputError, match="TIGER-Lab/MMLU-Pro/data/test.*: the hub cannot be reached"):
+        mmlu_pro.read("mmlu-pro/test")
+
+
+def test_parquet_without_pyarrow_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match=r"x\.parquet: parquet needs pyarrow; pip install 'cfgsafe\[parquet\]'"):
+        mmlu_pro.read(str(tmp_path / "x.parquet"))
+
+
+def test_a_broken_parquet_file_and_a_bad_row_are_one_line(tmp_path):
+    (tmp_path / "x.parquet").write_text("PAR1 it is not")
+    with pytest.raises(InputError, match="x.parquet: cannot be read as parquet"):
+        mmlu_pro.read(str(tmp_path / "x.parquet"))
+    with pytest.raises(InputError, match="missing.parquet: cannot be read as parquet"):
+        mmlu_pro.read(str(tmp_path / "missing.parquet"))
+    with pytest.raises(InputError, match="y.parquet:2: 'answer_index'"):
+        mmlu_pro.read(parquet(tmp_path / "y.parquet", [QUESTION, {**QUESTION, "answer_index": 2}]))
+
+
+# --- the 5-shot protocol
+
+
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [
+        ("So the answer is (C).", "C"),
+        ("The answer is D", "D"),
+        ("the answer is (J)", "J"),
+        ("The answer is (A). Or rather, the answer is (B).", "A"),  # the first that says so
+        ("Answer: B", "B"),
+        ("answer:\n  G is it", "G"),
+        ("Answer: B, but the answer is (E)", "E"),  # the earlier pattern, wherever it stands
+        ("Final Answer: (F)", "F"),  # a bracket is not in the second pattern: the last lone letter
+        ("A is too small, B is too large, so C", "C"),
+        ("It must be H.\nDone.", "H"),
+        ("the answer is (c)", None),  # lower case is no letter
+        ("the answer is (K)", None),  # beyond J
+        ("Because ICE and FIRE Differ", None),  # letters inside words
+        ("vitamin B12", None),
+        ("B_1", None),
+        ("", None),
+        ("none of them", None),
+        ("I do not know", "I"),  # the pronoun: a known weakness of the chain
+        ("The answer is (B).\n\nQuestion:\nWhat else?\nAnswer: the answer is (D)", "B"),
+        ("No idea\n\nQuestion:\nWhat else? the answer is (D)", None),  # an example that the model has begun itself
+    ],
+)
+def test_the_letter_is_read_by_tiger_labs_chain(text, given):
+    assert mmlu_pro.letter(text) == given
+
+
+def test_a_5_shot_prompt_is_tiger_labs():
+    examples = [SHOTS[0], {**SHOTS[1], "cot_content": "A: Let's think step by step. So."}]
+    assert mmlu_pro.cot_prompt(QUESTION, examples) == (
+        "The following are multiple choice questions (with answers) about nature. Think step by step and then finish your answer with "
+        '"the answer is (X)" where X is the correct letter choice.\n\n\n'
+        "Question:\nIs 0 even?\nOptions:\nA. yes\nB. no\nAnswer: Let's think step by step. 0 tells. The answer is (A).\n\n"
+        "Question:\nIs 1 even?\nOptions:\nA. yes\nB. no\nAnswer: Let's think step by step. So.\n\n"
+        "Question:\nWhat is hot?\nOptions:\nA. ice\nB. fire\nAnswer: Let's think step by step."
+    )
+
+
+def test_the_examples_are_the_first_five_of_the_questions_own_category(files):
+    shots = mmlu_pro.read_shots(files["shots"])
+    assert [row["question_id"] for row in shots["nature"]] == [0, 1, 2, 3, 4]
+    (prompt,) = mmlu_pro.cot_prompts([("q:1", {**QUESTION, "category": "law"})], shots)
+    assert prompt.count("Question:\n") == 6 and "Is 14 even?" in prompt and "Is 4 even?" not in prompt
+
+
+def test_no_question_is_asked_5_shot_on_itself(files):
+    for same in (files["shots"], "renumbered"):
+        placed = mmlu_pro.read(files["shots"])
+        if same == "renumbered":
+            placed = [(place, {**row, "question_id": 900}) for place, row in placed]
+        with pytest.raises(InputError, match="shots.jsonl:1: 'question_id' .* is among the --shots") as refusal:
+            mmlu_pro.cot_prompts(placed, mmlu_pro.read_shots(files["shots"]))
+        assert "\n" not in str(refusal.value)
+
+
+def test_validation_asked_5_shot_is_refused_before_a_model_is_loaded(files):
+    options = utility.Options("nowhere", questions=files["shots"], shots=files["shots"], protocol="cot5", out=files["out"])
+    with pytest.raises(InputError, match="among the --shots"):
+        utility.run(options)
+
+
+@pytest.mark.parametrize(
+    ("question", "shots", "words"),
+    [
+        ({"category": "music"}, SHOTS, "q:1: 'category' 'music' has 0 examples"),
+        ({}, SHOTS[:4], "q:1: 'category' 'nature' has 4 examples"),
+        ({"category": None}, SHOTS, "q:1: 'category' must be a string"),
+        ({"options": list("abcdefghijk")}, SHOTS, "q:1: 11 options"),
+        ({}, [{**SHOTS[0], "cot_content": ""}], "s.jsonl:1: 'cot_content'"),
+    ],
+)
+def test_what_cannot_be_asked_5_shot_names_the_row(tmp_path, question, shots, words):
+    write_jsonl(tmp_path / "s.jsonl", shots)
+    with pytest.raises(InputError, match=words):
+        mmlu_pro.cot_prompts([("q:1", {**QUESTION, **question})], mmlu_pro.read_shots(str(tmp_path / "s.jsonl")))
+
+
+def test_a_worked_answer_is_right_by_its_letter_and_unparsed_ones_get_no_credit(files, checkpoint, monkeypatch, capsys):
+    said = iter(["So the answer is (B).", "no letter at all"])
+    monkeypatch.setattr(utility, "answers", lambda *_, **__: [next(said), next(said)])
+    utility.run(utility.Options(checkpoint, protocol="cot5", questions=files["questions"], shots=files["shots"]))
+    result = json.loads(capsys.readouterr().out)
+    assert (result["utility"], result["unparsed"]) == (50.0, 50.0)
+    assert utility.exact_letter("the answer is (A)", QUESTION) is False and utility.exact_letter("none", QUESTION) is None
+
+
+# --- the likelihood of the options
+
+
+@pytest.mark.parametrize("guidance", [None, 3.0])
+def test_option_scores_by_hand(checkpoint, guidance):
+    """The lead and the option continue the answer under both system prompts; eq. 6 of the paper, token by token."""
+    who = utility.Options(checkpoint, guidance=guidance)
+    model, tokenizer = subject.load(who)
+    parts = utility.option_logprobs(who, model, tokenizer, QUESTION, utility.conversation(QUESTION), "q:1")
+    assert len(parts) == 2
+    for option, part in zip(QUESTION["options"], parts, strict=True):
+        ids = tokenizer.encode(f" {option}")
+        assert tokenizer.decode(ids) == f" {option}" and len(part) == len(ids)
+        probabilities = []
+        for system in [utility.SYSTEM] if guidance is None else [POSITIVE, NEGATIVE]:
+            chat = [{"role": "system", "content": system}, {"role": "user", "content": utility.prompt(QUESTION)}]
+            prompt = tokenizer.encode_chat([*chat, {"role": "assistant", "content": "The answer is"}])
+            logits = model.head(model(torch.tensor([prompt + ids])))[0, len(prompt) - 1 : -1]
+            probabilities.append(logits.softmax(-1))
+        one, other = probabilities[0], probabilities[-1]
+        guided = one if guidance is None else (other + guidance * (one - other)).clamp(min=0)
+        expected = (guided / guided.sum(-1, keepdim=True)).log()[range(len(ids)), ids]
+        assert torch.allclose(part, expected, atol=1e-3)
+
+
+def test_the_likeliest_option_by_mean_and_by_sum(files, checkpoint, monkeypatch, capsys):
+    """The long option wins by its mean and loses by its sum; the second question is undecided: both are impossible."""
+    scores = iter([[[-3.0], [-2.0, -2.0]], [[-torch.inf], [-torch.inf]]])
+    monkeypatch.setattr(utility, "option_logprobs", lambda *_: [torch.tensor(part) for part in next(scores)])
+    utility.run(utility.Options(checkpoint, score="loglik", questions=files["questions"], out=files["out"]))
+    result = json.loads(capsys.readouterr().out)
+    assert (result["utility"], result["utility_by_sum"], result["undecided"]) == (50.0, 0.0, 50.0)
+    first, second = (json.loads(line) for line in open(files["out"]))
+    assert first["option_logprobs"] == [-3.0, -2.0] and first["correct"] and not first["correct_by_sum"]
+    assert second["option_logprobs"] == [None, None] and not second["correct"] and not second["decided"]
+
+
+def test_equal_options_are_undecided():
+    assert utility.likeliest([-1.0, -2.0]) == 0 and utility.likeliest([-1.0, -1.0]) is None and utility.likeliest([-torch.inf] * 2) is None
+
+
+# --- the judge
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ("Correct", "Correct"),
+        (" **incorrect**.\n", "Incorrect"),
+        ("Can’t tell", "Can't tell"),
+        ('"CAN\'T TELL"', "Can't tell"),
+        ("Not correct", None),
+        ("Correct, because fire is hot", None),
+        ("Correct Incorrect", None),
+        ("", None),
+    ],
+)
+def test_only_one_of_three_words_is_a_verdict(reply, said):
+    assert judge.verdict(reply) == said
+
+
+def test_the_judge_gets_question_right_option_and_answer():
+    seen = []
+    assert judge.judge([QUESTION], ["It is fire."], lambda chats: (seen.extend(chats), ["Correct"])[1]) == ["Correct"]
+    text = seen[0][-1]["content"]
+    assert "What is hot?" in text and "Right option: fire" in text and "<answer>\nIt is fire.\n</answer>" in text
+
+
+def test_agreement_with_the_exact_score_by_hand():
+    """Ten both decide: 4 yes-yes, 3 no-no, 2 yes-no, 1 no-yes: p = 0.7, c = 0.6 * 0.5 + 0.4 * 0.5 = 0.5, kappa = 0.4."""
+    verdicts = ["Correct"] * 4 + ["Incorrect"] * 3 + ["Correct"] * 2 + ["Incorrect"] + ["Can't tell", "Can't tell", None, "Correct"]
+    exact = [True] * 4 + [False] * 3 + [False] * 2 + [True] + [True, None, False, None]
+    figures, agreement = judge.summarise(verdicts, exact)
+    assert agreement == {"both_decide": 10, "agreement": 70.0, "kappa": 0.4}
+    shares = {name: round(estimate.value, 2) for name, estimate in figures.items()}
+    assert shares == {"utility": 50.0, "cant_tell": 14.29, "unparsable": 7.14}  # 7, 2 and 1 of 14
+
+
+def test_kappa_is_undefined_where_chance_always_agrees():
+    assert judge.agreement([(True, True)] * 3) == {"both_decide": 3, "agreement": 100.0, "kappa": None}
+    assert judge.agreement([]) == {"both_decide": 0, "agreement": None, "kappa": None}
+
+
+@pytest.fixture
+def service(monkeypatch) -> list:
+    """A stand-in for the remote client; what it was asked, and a judge who finds everything correct."""
+    asked = []
+
+    @dataclass
+    class Service:
+        remote_model: str | None = None
+
+    @dataclass(frozen=True)
+    class Question:
+        messages: list
+        prompt: str | None
+        max_tokens: int
+        temperature: float
+        seed: int | None = None
+
+    def ask(service, questions, cache, what):
+        asked.append((service, questions, cache))
+        return ["Correct"] * len(questions)
+
+    module = types.ModuleType("cfgsafe.remote")
+    module.Service, module.Question, module.ask = Service, Question, ask
+    monkeypatch.setitem(sys.modules, "cfgsafe.remote", module)
+    return asked
+
+
+def test_a_judged_run_reports_all_figures(files, checkpoint, service, capsys, monkeypatch):
+    monkeypatch.setattr(utility, "answers", lambda *_, **__: ["fire", "fire"])
+    utility.run(
+        utility.Options(checkpoint, score="judge", remote_model="gpt-4o-mini", questions=files["questions"], out=files["out"], limit=2)
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert (result["utility"], result["exact"], result["cant_tell"], result["unparsable"]) == (100.0, 50.0, 0.0, 0.0)
+    assert (result["both_decide"], result["agreement"], result["kappa"]) == (2, 50.0, 0.0)
+    ((asked, questions, cache),) = service
+    assert asked.remote_model == "gpt-4o-mini" and str(cache) == files["out"] + ".judge"
+    assert len(questions) == 2 and all(q.temperature == 0 for q in questions)
+    assert [json.loads(line)["verdict"] for line in open(files["out"])] == ["Correct", "Correct"]
+
+
+# --- options, resuming, guidance
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"score": "loglik", "protocol": "cot5"}, "--score loglik"),
+        ({"score": "judge", "out": "x"}, "--remote-model"),
+        ({"score": "judge", "remote_model": "m"}, "--out FILE"),
+        ({"limit": 0}, "--limit 0"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_first(options, words):
+    with pytest.raises(InputError, match=words):
+        utility.run(utility.Options("nowhere", **options))
+
+
+def test_answers_are_kept_and_scored_again_without_the_model(files, checkpoint, monkeypatch, capsys):
+    options = utility.Options(checkpoint, questions=files["questions"], out=files["out"], max_new_tokens=3)
+    utility.run(options)
+    first, written = capsys.readouterr().out, open(files["out"]).read()
+    monkeypatch.setattr(subject, "generate", lambda model, requests, **_: [] if not requests else pytest.fail("asked again"))
+    utility.run(options)
+    assert capsys.readouterr().out == first and open(files["out"]).read() == written
+
+
+@pytest.mark.parametrize(
+    ("protocol", "score"), [("short", "exact"), ("short", "loglik"), ("short", "judge"), ("cot5", "exact"), ("cot5", "judge")]
+)
+def test_every_protocol_and_score_is_guided(files, checkpoint, service, monkeypatch, capsys, protocol, score):
+    seen = []
+    spy = lambda real: lambda model, requests, *rest, **more: (seen.extend(requests), real(model, requests, *rest, **more))[1]
+    monkeypatch.setattr(subject, "generate", spy(subject.generate))
+    monkeypatch.setattr(utility, "continuation_logprobs", spy(utility.continuation_logprobs))
+    who = utility.Options(checkpoint, guidance=3.0, space="log", alpha=0.1, protocol=protocol, score=score, remote_model="m", **files)
+    who.max_new_tokens = 2
+    utility.run(who)
+    tokenizer = subject.load_tokenizer(checkpoint)
+    assert len(seen) == (4 if score == "loglik" else 2)  # requests: one an option, or one a question
+    assert all(r.guided and (r.guidance, r.space, r.alpha) == (3.0, "log", 0.1) for r in seen)
+    assert all(POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen)
+    assert json.loads(capsys.readouterr().out)["guidance"] == 3.0
+
+
+def test_guidance_changes_the_option_scores(files, checkpoint):
+    scores = []
+    for guidance in (1.0, 3.0):
+        options = utility.Options(checkpoint, guidance=guidance, score="loglik", questions=files["questions"], out=files["out"])
+        utility.run(options)
+        scores.append([json.loads(line)["option_logprobs"] for line in open(files["out"])])
+    assert scores[0] != scores[1]
