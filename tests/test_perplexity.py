@@ -27,7 +27,7 @@ def result(capsys, *options, **more) -> dict:
 
 
 def by_hand(checkpoint: str, space: str, guidance: float) -> tuple[float, float, int]:
-    """(perplexity of the possible tokens, percentage of impossible ones, tokens) of `DIALOGUES`, in plain torch."""
+    """(perplexity, percentage of impossible tokens, tokens) of `DIALOGUES`, in plain torch."""
     model, tokenizer = subject.load(subject.Subject(checkpoint))
     logs = []
     for messages in ([USER], [USER, ONE, MORE], [USER]):
@@ -43,8 +43,8 @@ def by_hand(checkpoint: str, space: str, guidance: float) -> tuple[float, float,
             p = (sides[1].exp() + guidance * (sides[0].exp() - sides[1].exp())).clamp(min=0)
             guided = (p / p.sum(-1, keepdim=True)).log()
         logs += guided[range(len(answer)), answer].tolist()
-    possible = [value for value in logs if value > -math.inf]
-    return math.exp(-sum(possible) / len(possible)), 100 * (1 - len(possible) / len(logs)), len(logs)
+    nll = sum(-max(value, math.log(1e-9)) for value in logs)
+    return math.exp(nll / len(logs)), 100 * logs.count(-math.inf) / len(logs), len(logs)
 
 
 @pytest.mark.parametrize(("space", "guidance"), [("prob", 3.0), ("log", 3.0), ("prob", 1.0)])
@@ -72,11 +72,13 @@ def test_all_turns_are_guided(checkpoint, texts, capsys, monkeypatch):
     assert all(POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen)
 
 
-def test_impossible_tokens_are_counted_and_left_out():
-    parts = [torch.tensor([-1.0, -torch.inf]), torch.tensor([-3.0, -2.0])]
+def test_an_impossible_token_is_counted_and_costs_as_much_as_one_of_1e_9():
+    parts = [torch.tensor([-1.0, -torch.inf]), torch.tensor([-3.0, -30.0])]
     assert perplexity.impossible(parts).value == 25
-    assert perplexity.figures(parts[0]) == {"tokens": 2, "nll": 1.0, "impossible": 1}
-    assert math.isclose(perplexity.pooled([part[part > -math.inf] for part in parts]).value, math.exp(2))
+    least = 9 * math.log(10)
+    assert perplexity.figures(parts[0]) == {"tokens": 2, "nll": round(1 + least, 4), "impossible": 1}
+    assert perplexity.figures(parts[1]) == {"tokens": 2, "nll": round(3 + least, 4), "impossible": 0}
+    assert math.isclose(perplexity.pooled([torch.tensor([-1.0, -3.0]), torch.tensor([-2.0])]).value, math.exp(2))
 
 
 def test_each_dialogues_figures_are_written(checkpoint, texts, tmp_path, capsys):

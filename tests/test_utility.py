@@ -142,10 +142,8 @@ def test_the_examples_are_the_first_five_of_the_questions_own_category(files):
 
 
 def test_no_question_is_asked_5_shot_on_itself(files):
-    for same in (files["shots"], "renumbered"):
-        placed = mmlu_pro.read(files["shots"])
-        if same == "renumbered":
-            placed = [(place, {**row, "question_id": 900}) for place, row in placed]
+    for changes in ({}, {"question_id": 900}, {"question": "The same one, reworded?"}):
+        placed = [(place, {**row, **changes}) for place, row in mmlu_pro.read(files["shots"])]
         with pytest.raises(InputError, match="shots.jsonl:1: 'question_id' .* is among the --shots") as refusal:
             mmlu_pro.cot_prompts(placed, mmlu_pro.read_shots(files["shots"]))
         assert "\n" not in str(refusal.value)
@@ -163,6 +161,7 @@ def test_validation_asked_5_shot_is_refused_before_a_model_is_loaded(files):
         ({"category": "music"}, SHOTS, "q:1: 'category' 'music' has 0 examples"),
         ({}, SHOTS[:4], "q:1: 'category' 'nature' has 4 examples"),
         ({"category": None}, SHOTS, "q:1: 'category' must be a string"),
+        ({"category": "music", "question_id": [1]}, SHOTS, "q:1: 'category' 'music' has 0 examples"),
         ({"options": list("abcdefghijk")}, SHOTS, "q:1: 11 options"),
         ({}, [{**SHOTS[0], "cot_content": ""}], "s.jsonl:1: 'cot_content'"),
     ],

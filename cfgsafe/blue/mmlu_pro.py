@@ -99,12 +99,12 @@ def cot_prompts(placed: Placed, shots: dict[str, list[dict]]) -> list[str]:
     Raises InputError where a question is one of the examples, or its category has fewer than five.
     """
     examples = [row for rows in shots.values() for row in rows]
-    numbers = {row["question_id"] for row in examples if row.get("question_id") is not None}
+    numbers = {str(row["question_id"]) for row in examples if row.get("question_id") is not None}
     texts = {(row["question"], *row["options"]) for row in examples}
     prompts = []
     for place, row in placed:
         check_lettered(row, place)
-        if row.get("question_id") in numbers or (row["question"], *row["options"]) in texts:
+        if str(row.get("question_id")) in numbers or (row["question"], *row["options"]) in texts:
             raise InputError(f"{place}: 'question_id' {row.get('question_id')} is among the --shots; nothing is asked 5-shot on itself")
         found = shots.get(row["category"], [])
         if len(found) < SHOTS:

@@ -2,8 +2,8 @@
 
 Source: the usual exp of the mean negative log-probability a token, here of the guided distribution (cfgsafe/blue/scoring.py). Pooled
 over the tokens of all dialogues; the interval resamples dialogues.
-Deviation: guidance in probability space makes some tokens impossible, and one such token would make the figure infinite. Their share is
-reported beside it as *impossible*, and the perplexity is that of the tokens left: read both.
+Deviation: guidance in probability space makes some tokens impossible, and one such token would make the figure infinite. No token counts
+as less likely than 1e-9 therefore, and the share of the impossible ones is reported beside it. Leaving them out would flatter guidance.
 
 Texts JSONL: {"messages": [...]} a line; each assistant's turn is scored, end token included, after the turns before it. By default
 the demo's held-out chats, in which nobody gives anything away; `train.py dialogues` writes dialogues full of personal data, on which
@@ -28,6 +28,8 @@ from cfgsafe.errors import InputError, check_at_least, make_folder, read_jsonl, 
 from cfgsafe.llama import Llama
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
 
+LEAST = math.log(1e-9)  # log-probability that a token counts with at least
+
 
 @dataclass
 class Options(Subject):
@@ -50,7 +52,7 @@ def run(options: Options) -> None:
     parts = [dialogue_logprobs(options, model, tokenizer, *dialogue) for dialogue in tqdm(dialogues, desc="perplexity", leave=False)]
     if options.out:
         write_jsonl(options.out, [{"place": place, **figures(part)} for (place, _), part in zip(dialogues, parts, strict=True)])
-    estimates = {"perplexity": pooled([part[part > -math.inf] for part in parts]), "impossible": impossible(parts)}
+    estimates = {"perplexity": pooled([part.clamp(min=LEAST) for part in parts]), "impossible": impossible(parts)}
     facts = {"dialogues": len(dialogues), "tokens": sum(map(len, parts)), "guidance": options.guidance, "space": options.space}
     print(json.dumps({**facts, **to_json(estimates)}))
 
@@ -102,6 +104,6 @@ def impossible(parts: list[Tensor]) -> Estimate:
 
 
 def figures(part: Tensor) -> dict[str, float]:
-    """A dialogue's tokens, the negative log-probability of those possible, in nats, and the number of the others."""
-    possible = part[part > -math.inf]
-    return {"tokens": len(part), "nll": round(-possible.sum().item(), 4), "impossible": len(part) - len(possible)}
+    """A dialogue's tokens, their negative log-probability in nats, and how many of them guidance has made impossible."""
+    nll = -part.clamp(min=LEAST).sum().item()
+    return {"tokens": len(part), "nll": round(nll, 4), "impossible": (part == -math.inf).sum().item()}

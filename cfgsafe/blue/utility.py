@@ -56,7 +56,7 @@ class Options(Subject):
     limit: int | None = None
     """Use the first questions only."""
     max_new_tokens: int | None = None
-    """Longest answer; by default 64 tokens, and 2048 for cot5."""
+    """Longest answer, in tokens; by default what the protocol needs."""
 
 
 def run(options: Options) -> None:
