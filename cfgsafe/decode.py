@@ -258,18 +258,19 @@ class Engine:
         self._leave(finished)
 
     def _leave(self, finished: list[Running]) -> None:
-        """Free the rows of `finished`, and move the rows of those behind them forward."""
-        if not finished:
-            return
-        gone = {state.ticket for state in finished}
-        target = source = 0
-        for state in self.running:
-            for length in state.lengths:
-                if state.ticket not in gone:
-                    if target != source:
-                        self.cache.copy(target, self.cache, source, length)
-                    target += 1
-                source += 1
-        self.running = [state for state in self.running if state.ticket not in gone]
-        self.free = len(self.cache.rows) - target
-        self.batch = None
+        """Free the rows of `finished`; the last request with as many rows takes the place of each, what lies behind that one moves up."""
+        for state in finished:
+            at, size = self.running.index(state), len(state.lengths)
+            starts = [0]
+            for other in self.running:
+                starts.append(starts[-1] + len(other.lengths))
+            last = max(number for number, other in enumerate(self.running) if len(other.lengths) == size)
+            moves = [(last, starts[at])] if last != at else []
+            moves += [(number, starts[number] - size) for number in range(last + 1, len(self.running))]
+            for number, target in moves:
+                for row, length in enumerate(self.running[number].lengths):
+                    self.cache.copy(target + row, self.cache, starts[number] + row, length)
+            self.running[at] = self.running[last]
+            del self.running[last]
+            self.free += size
+            self.batch = None
