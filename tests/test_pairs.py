@@ -113,7 +113,7 @@ def test_a_dialogue_with_control_token_text_makes_no_pair(tmp_path, tokenizer, t
     detector = Names()
     samples = pairs.read_samples(write(tmp_path, {"messages": chat, "spans": SPANS}), detector)
     built, report = pairs.build(samples, load_model(BASE), tokenizer, detector, options(tmp_path))
-    assert len(samples) == 2 and built == [] and report.fell["control token in the text"] > 0
+    assert len(samples) == 2 and built == [] and report.fell["avoid"]["control token in the text"] > 0
 
 
 def test_an_answer_that_nobody_asked_for_is_passed_over(tmp_path):

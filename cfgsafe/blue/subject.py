@@ -8,6 +8,7 @@ Run it: python eval.py leak --help
 
 import hashlib
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,8 +119,7 @@ def read_answers(path: Path) -> dict[str, str]:
     """Key -> answer of a file that `answers` wrote; a line that a crash cut short is dropped."""
     if not path.exists():
         return {}
-    whole = path.read_bytes().rpartition(b"\n")
-    path.write_bytes(whole[0] + whole[1])
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return {row["key"]: row["answer"] for _, row in read_jsonl(path)}
 
 

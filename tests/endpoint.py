@@ -1,0 +1,92 @@
+"""An OpenAI-compatible endpoint on loopback that fails in every way an endpoint can; it counts what it answered.
+
+A question's first attempts may fail, at random; the fourth never does.
+"""
+
+import json
+import random
+import time
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock, Thread
+
+FAULTS = ("error", "stall", "rate limit", "drop", "not JSON", "no choices", "empty")
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Answers `reply(body)`; `faults` are drawn with probability `share` for the first three attempts at a question."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, reply, faults=FAULTS, share=0.4, stall=1.0, delay=0.0, last_fault=3):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.reply, self.faults, self.share, self.stall, self.delay, self.last_fault = reply, faults, share, stall, delay, last_fault
+        self.asked, self.answered, self.failed, self.lock, self.rng = Counter(), Counter(), Counter(), Lock(), random.Random(5)
+        self.bodies, self.status = [], None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        """A client that was killed or timed out is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Endpoint
+
+    def do_POST(self):
+        raw = self.rfile.read(int(self.headers["content-length"]))
+        body, server = json.loads(raw), self.server
+        with server.lock:
+            server.bodies.append({**body, "path": self.path})
+            server.asked[raw] += 1
+            faulty = server.asked[raw] <= server.last_fault and server.rng.random() < server.share
+            fault = server.rng.choice(server.faults) if faulty else None
+            server.failed[fault] += 1
+        time.sleep(server.delay)
+        if server.status:
+            echo = {"error": {"message": f"refused: {self.headers['authorization']}"}}
+            return self.send(server.status, json.dumps(echo).encode())
+        if fault == "stall":
+            time.sleep(server.stall)
+        if fault in ("stall", "drop"):
+            self.close_connection = True
+            return self.connection.close()
+        if fault == "error":
+            return self.send(500, b"oops")
+        if fault == "rate limit":
+            return self.send(429, b'{"error": {"message": "slow down"}}', [("Retry-After", "0")])
+        if fault == "not JSON":
+            return self.send(200, b'{"choices": [')
+        if fault == "no choices":
+            return self.send(200, b'{"object": "chat.completion"}')
+        text = "" if fault == "empty" else server.reply(body)
+        choice = {"index": 0, "finish_reason": "stop"} | ({"text": text} if "prompt" in body else {"message": {"content": text}})
+        if fault is None:
+            with server.lock:
+                server.answered[raw] += 1
+        self.send(200, json.dumps({"object": "x", "choices": [choice]}).encode())
+
+    def send(self, status, body, headers=()):
+        self.send_response(status)
+        for name, value in [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *headers]:
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def running(reply, **settings):
+    """An Endpoint that answers in a thread of its own."""
+    with Endpoint(reply, **settings) as endpoint:
+        Thread(target=endpoint.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        try:
+            yield endpoint
+        finally:
+            endpoint.shutdown()
