@@ -1,6 +1,6 @@
 """An OpenAI-compatible endpoint on loopback that fails in every way an endpoint can; it counts what it answered.
 
-A question's first attempts may fail, at random; the fourth never does.
+A question's first attempts may fail, at random; the third never does.
 """
 
 import json
@@ -15,12 +15,12 @@ FAULTS = ("error", "stall", "rate limit", "drop", "not JSON", "no choices", "emp
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Answers `reply(body)`; `faults` are drawn with probability `share` for the first three attempts at a question."""
+    """Answers `reply(body)`; `faults` are drawn with probability `share` for the first `last_fault` attempts at a question."""
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, reply, faults=FAULTS, share=0.4, stall=1.0, delay=0.0, last_fault=3):
+    def __init__(self, reply, faults=FAULTS, share=0.4, stall=1.0, delay=0.0, last_fault=2):
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply, self.faults, self.share, self.stall, self.delay, self.last_fault = reply, faults, share, stall, delay, last_fault
         self.asked, self.answered, self.failed, self.lock, self.rng = Counter(), Counter(), Counter(), Lock(), random.Random(5)

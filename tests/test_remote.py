@@ -58,8 +58,8 @@ def service(**changes) -> Service:
 
 
 def test_answers_come_in_order_through_every_fault(serve, tmp_path):
-    server = serve(echo, share=0.7, stall=0.6)
-    answers = ask(service(timeout=0.3, concurrency=16), [chat(str(n)) for n in range(60)], tmp_path / "c.jsonl", "test")
+    server = serve(echo, share=0.7, stall=1.3)
+    answers = ask(service(timeout=1.0, concurrency=30), [chat(str(n)) for n in range(60)], tmp_path / "c.jsonl", "test")
     assert answers == [f"re: {n}" for n in range(60)]
     assert set(server.answered.values()) == {1} and len(server.answered) == 60
     assert all(server.failed[fault] for fault in endpoint.FAULTS)
@@ -217,10 +217,10 @@ def test_pairs_lose_no_sample_to_faults_and_a_kill_and_ask_no_answered_question_
         messages = [{"role": "user", "content": f"I am {name}."}, {"role": "assistant", "content": answer}]
         rows.append({"messages": messages, "spans": [[1, start, start + len(name), "PERSON"]]})
     write_jsonl(tmp_path / "d.jsonl", rows)
-    server = serve(lambda body: "how can i help you?", share=0.4, stall=2.0, delay=0.05)
+    server = serve(lambda body: "how can i help you?", share=0.4, stall=2.5, delay=0.05)
     line = [sys.executable, "train.py", "pairs", "--dialogues", str(tmp_path / "d.jsonl"), "--model", BASE]
     line += ["--out", str(tmp_path / "p.jsonl"), "--recipes", "remote", "remote+begin", "--remote-model", "m"]
-    line += ["--concurrency", "16", "--timeout", "1", "--attempts", "9", "--ner", str(ROOT / "cfgsafe/demo/ner")]
+    line += ["--concurrency", "16", "--timeout", "2", "--attempts", "9", "--ner", str(ROOT / "cfgsafe/demo/ner")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     cache = tmp_path / "p-answers.jsonl"
 
