@@ -153,6 +153,11 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
         ("eval.py leak --model {LEAKY} --prompts {tmp}/long.jsonl", "long.jsonl:1: the prompt has"),
         ("eval.py leak --model {LEAKY} --limit 1 --guidance nan", "guidance must be a finite number"),
         ("train.py pairs --dialogues {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/out/p.jsonl", "bad.jsonl:1: not JSON"),
+        ("train.py pairs --dialogues {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/p.jsonl --recipes remote", "needs --remote-model NAME"),
+        (
+            "train.py pairs --dialogues {tmp}/typed.jsonl --items {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/p.jsonl",
+            "bad.jsonl:1: not JSON",
+        ),
         (
             "train.py orpo --model {LEAKY} --pairs {tmp}/empty.jsonl --out {tmp}/out",
             "empty.jsonl:1: field 'chosen' must be a non-empty string",
