@@ -28,6 +28,7 @@ from cfgsafe.tokenizer import Messages
 
 FIRST_WAIT = 0.5  # seconds before the second attempt; doubles with each
 LONGEST_WAIT = 300.0  # seconds; whatever Retry-After says
+OUTAGE = 8  # questions failed in a row, after which the endpoint counts as down
 
 
 @dataclass
@@ -113,7 +114,7 @@ def _estimate(service: Service, questions: list[Question], kept: int) -> str:
 
 
 def _ask_all(service: Service, todo: dict[str, Question], known: dict[str, str], cache: Path, what: str) -> None:
-    """Answers to `known` and `cache`. Stops where the endpoint refuses, or when as many questions in a row failed as are under way."""
+    """Answers to `known` and `cache`. Stops where the endpoint refuses a question or is down."""
     client, lock, stop, errors, in_a_row = _client(service), threading.Lock(), threading.Event(), [], 0
 
     def work(key: str) -> None:
@@ -124,7 +125,7 @@ def _ask_all(service: Service, todo: dict[str, Question], known: dict[str, str],
             with lock:
                 errors.append(error)
                 in_a_row += 1
-                if isinstance(error, InputError) or in_a_row >= service.concurrency:
+                if isinstance(error, InputError) or in_a_row >= OUTAGE:
                     stop.set()
             return
         if text is not None:
