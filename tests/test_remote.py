@@ -109,6 +109,12 @@ def test_a_line_that_a_crash_cut_is_asked_again(serve, tmp_path):
     assert len(server.bodies) == 3 and (tmp_path / "c.jsonl").read_bytes() == kept
 
 
+def test_another_file_is_not_taken_for_kept_answers(tmp_path):
+    write_jsonl(tmp_path / "c.jsonl", [{"text": "x"}])
+    with pytest.raises(InputError, match=r"c\.jsonl:1: needs 'key' and 'answer'"):
+        ask(service(), [chat("a")], tmp_path / "c.jsonl", "test")
+
+
 def test_the_estimate_comes_before_the_first_call(serve, tmp_path, capsys):
     server = serve(echo)
     ask(service(), [chat("x" * 400)], tmp_path / "c.jsonl", "test")

@@ -120,7 +120,12 @@ def read_answers(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    return {row["key"]: row["answer"] for _, row in read_jsonl(path)}
+    known = {}
+    for place, row in read_jsonl(path):
+        if not isinstance(row.get("key"), str) or not isinstance(row.get("answer"), str):
+            raise InputError(f"{place}: needs 'key' and 'answer'; this file keeps answers between runs, so move what else it is away")
+        known[row["key"]] = row["answer"]
+    return known
 
 
 def _log(path: Path | None):
