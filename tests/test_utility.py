@@ -1,9 +1,6 @@
 """Questions from files and the hub, both protocols and the three scores; guidance on each of them."""
 
 import json
-import sys
-import types
-from dataclasses import dataclass
 
 import huggingface_hub
 import pytest
@@ -12,6 +9,7 @@ import torch
 from cfgsafe.blue import judge, mmlu_pro, subject, utility
 from cfgsafe.blue.subject import NEGATIVE, POSITIVE
 from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe.remote import Service
 
 QUESTION = {"question_id": 70, "question": "What is hot?", "options": ["ice", "fire"], "answer_index": 1, "category": "nature"}
 SHOTS = [
@@ -269,32 +267,19 @@ def service(monkeypatch) -> list:
     """A stand-in for the remote client; what it was asked, and a judge who finds everything correct."""
     asked = []
 
-    @dataclass
-    class Service:
-        remote_model: str | None = None
-
-    @dataclass(frozen=True)
-    class Question:
-        messages: list
-        prompt: str | None
-        max_tokens: int
-        temperature: float
-        seed: int | None = None
-
     def ask(service, questions, cache, what):
         asked.append((service, questions, cache))
         return ["Correct"] * len(questions)
 
-    module = types.ModuleType("cfgsafe.remote")
-    module.Service, module.Question, module.ask = Service, Question, ask
-    monkeypatch.setitem(sys.modules, "cfgsafe.remote", module)
+    monkeypatch.setattr(judge, "ask", ask)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
     return asked
 
 
 def test_a_judged_run_reports_all_figures(files, checkpoint, service, capsys, monkeypatch):
     monkeypatch.setattr(utility, "answers", lambda *_, **__: ["fire", "fire"])
     utility.run(
-        utility.Options(checkpoint, score="judge", remote_model="gpt-4o-mini", questions=files["questions"], out=files["out"], limit=2)
+        utility.Options(checkpoint, score="judge", service=Service("gpt-4o-mini"), questions=files["questions"], out=files["out"], limit=2)
     )
     result = json.loads(capsys.readouterr().out)
     assert (result["utility"], result["exact"], result["cant_tell"], result["unparsable"]) == (100.0, 50.0, 0.0, 0.0)
@@ -313,7 +298,7 @@ def test_a_judged_run_reports_all_figures(files, checkpoint, service, capsys, mo
     [
         ({"score": "loglik", "protocol": "cot5"}, "--score loglik"),
         ({"score": "judge", "out": "x"}, "--remote-model"),
-        ({"score": "judge", "remote_model": "m"}, "--out FILE"),
+        ({"score": "judge", "service": Service("m")}, "--out FILE"),
         ({"limit": 0}, "--limit 0"),
         ({"max_new_tokens": 0}, "--max-new-tokens 0"),
     ],
@@ -340,7 +325,7 @@ def test_every_protocol_and_score_is_guided(files, checkpoint, service, monkeypa
     spy = lambda real: lambda model, requests, *rest, **more: (seen.extend(requests), real(model, requests, *rest, **more))[1]
     monkeypatch.setattr(subject, "generate", spy(subject.generate))
     monkeypatch.setattr(utility, "continuation_logprobs", spy(utility.continuation_logprobs))
-    who = utility.Options(checkpoint, guidance=3.0, space="log", alpha=0.1, protocol=protocol, score=score, remote_model="m", **files)
+    who = utility.Options(checkpoint, guidance=3.0, space="log", alpha=0.1, protocol=protocol, score=score, service=Service("m"), **files)
     who.max_new_tokens = 2
     utility.run(who)
     tokenizer = subject.load_tokenizer(checkpoint)

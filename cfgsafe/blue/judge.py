@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cfgsafe.blue.intervals import Estimate, mean_interval
+from cfgsafe.remote import Question, Service, ask
 from cfgsafe.tokenizer import Messages
 
 VERDICTS = ("Correct", "Incorrect", "Can't tell")
@@ -31,13 +32,12 @@ def judge(rows: list[dict], texts: list[str], ask: Ask) -> list[str | None]:
     return [verdict(reply) for reply in ask([conversation(row, text) for row, text in zip(rows, texts, strict=True)])]
 
 
-def remote(model: str, cache: Path) -> Ask:
+def remote(service: Service, cache: Path) -> Ask:
     """Replies of a model behind an OpenAI-compatible endpoint, kept in `cache` as they come."""
-    from cfgsafe.remote import Question, Service, ask
 
     def reply(conversations: list[Messages]) -> list[str]:
         questions = [Question(messages=c, prompt=None, max_tokens=LONGEST_REPLY, temperature=0.0) for c in conversations]
-        return ask(Service(remote_model=model), questions, cache, "judge")
+        return ask(service, questions, cache, "judge")
 
     return reply
 

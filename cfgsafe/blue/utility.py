@@ -15,10 +15,11 @@ Run it: python eval.py utility --model cfgsafe/demo/leaky
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +30,7 @@ from cfgsafe.blue.scoring import check_fits, continuation_logprobs
 from cfgsafe.blue.subject import Subject, answers, load, request_for
 from cfgsafe.errors import InputError, check_at_least, make_folder, write_jsonl
 from cfgsafe.llama import Llama
+from cfgsafe.remote import Service, check_service
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 INSTRUCTION = "Provide a short answer to the question: "
@@ -49,8 +51,8 @@ class Options(Subject):
     """Where cot5 takes the examples from, as for --questions."""
     score: Literal["exact", "loglik", "judge"] = "exact"
     """exact: the option named, or the letter. loglik: the likeliest option's text, no answer needed. judge: by the --remote-model."""
-    remote_model: str | None = None
-    """Model that judges, behind the OpenAI-compatible endpoint of the environment."""
+    service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
+    """The judge's endpoint."""
     out: str | None = None
     """JSONL for the answers and their scores."""
     limit: int | None = None
@@ -79,8 +81,10 @@ def check_options(options: Options) -> None:
     check_at_least(1, options, "limit", "max_new_tokens")
     if options.score == "loglik" and options.protocol == "cot5":
         raise InputError("--score loglik: a chain of thought has no fixed answer to score; use --protocol short")
-    if options.score == "judge" and not (options.remote_model and options.out):
+    if options.score == "judge" and not (options.service.remote_model and options.out):
         raise InputError("--score judge: needs --remote-model NAME, the judge, and --out FILE, beside which its replies are kept")
+    if options.score == "judge":
+        check_service(options.service)
 
 
 def placed_questions(path: str | None) -> Placed:
@@ -130,7 +134,7 @@ def by_answer(
     unparsed = mean_interval([100 * (grade is None) for grade in grades])
     if options.score == "exact":
         return to_json({"utility": percentage, "unparsed": unparsed}), columns
-    verdicts = judge.judge(rows, texts, judge.remote(options.remote_model, Path(f"{options.out}.judge")))
+    verdicts = judge.judge(rows, texts, judge.remote(options.service, Path(f"{options.out}.judge")))
     estimates, agreement = judge.summarise(verdicts, grades)
     figures = {**to_json({**estimates, "exact": percentage, "unparsed": unparsed}), **agreement}
     return figures, [{**column, "verdict": verdict} for column, verdict in zip(columns, verdicts, strict=True)]
