@@ -1,6 +1,7 @@
 """Questions from files and the hub, both protocols and the three scores; guidance on each of them."""
 
 import json
+import sys
 
 import huggingface_hub
 import pytest
