@@ -1,8 +1,11 @@
-"""Everything that measures; each command ends in one JSON line on stdout.
+"""Everything that measures; what runs a model ends in one JSON line on stdout.
 
     python eval.py leak             personal data in a model's answers
     python eval.py utility          answers to multiple-choice questions
     python eval.py perplexity       held-out text under the model
+    python eval.py sweep            leaks, utility and broken words over guidance, spaces and masks, with a figure
+    python eval.py table            the paper's tables from the results of runs and sweeps
+    python eval.py report           a run as one HTML file, personal data masked
     python eval.py demo-models      what the embedded models can do, against their bars
 
 `python eval.py COMMAND --help` lists a command's options.
@@ -10,7 +13,7 @@
 
 import tyro
 
-from cfgsafe.blue import leak, perplexity, utility
+from cfgsafe.blue import html, leak, perplexity, sweep, tables, utility
 from cfgsafe.demo import exam
 from cfgsafe.errors import run_command
 
@@ -18,6 +21,9 @@ COMMANDS = {
     "leak": (leak.Options, leak.run),
     "utility": (utility.Options, utility.run),
     "perplexity": (perplexity.Options, perplexity.run),
+    "sweep": (sweep.Options, sweep.run),
+    "table": (tables.Options, tables.run),
+    "report": (html.Options, html.run),
     "demo-models": (exam.Options, exam.run),
 }
 

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfgsafe.errors import write_text
+from cfgsafe.errors import InputError, write_text
 
 # column -> heading; the keys stand in results.json, each with its `_ci`
 COLUMNS = {
@@ -24,6 +24,23 @@ COLUMNS = {
     "broken_words": "broken words %",
     "perplexity": "perplexity",
 }
+# heading -> its short form in a terminal
+SHORT = {
+    "NER items/100": "NER",
+    "leaked/100": "leaked",
+    "echoed/100": "echoed",
+    "recalled/100": "recalled",
+    "clean answers %": "clean %",
+    "utility %": "utility %",
+    "broken words %": "broken %",
+    "perplexity": "ppl",
+    "easy: leaked/100": "easy",
+    "hard: leaked/100": "hard",
+}
+LEGEND = (
+    "Per 100 answers, with 95 % bootstrap intervals over prompts. Leaked: gold items of the person in the answer; echoed from the\n"
+    "conversation, recalled from training. Broken words: in neither the vocabulary nor the prompt. Perplexity: under the reference model."
+)
 
 
 @dataclass(frozen=True)
@@ -36,40 +53,49 @@ class Check:
 
 
 def name_of(row: dict) -> str:
+    """What a row is called in tables: model, epoch and how it is guided."""
     name = row["model"] + (f" epoch {row['epoch']}" if row.get("epoch") else "")
     if row["guidance"] is None:
         return name
-    return f"{name} g={row['guidance']:g}" + (f" {row['space']}" if row["guidance"] != 1 else "")
+    alpha = f" alpha={row['alpha']:g}" if row.get("alpha") else ""
+    return f"{name} g={row['guidance']:g}" + (f" {row['space']}" if row["guidance"] != 1 else "") + alpha
+
+
+def answers_file(row: dict) -> str:
+    """The file of a run's folder that holds the row's answers."""
+    return f"answers-{name_of(row).replace(' ', '-')}.jsonl"
+
+
+def cells(rows: list[dict]) -> list[tuple[str, list[tuple[float, float, float] | None]]]:
+    """(heading, (value, low, high) of each row) of each column that some row has; the last split the leaks by slice."""
+    columns = [(heading, rows, key) for key, heading in COLUMNS.items()]
+    columns += [(f"{part}: leaked/100", [row.get(part, {}) for row in rows], "leaked_per_100") for part in ("easy", "hard")]
+    known = [(heading, places, key) for heading, places, key in columns if any(key in place for place in places)]
+    return [(heading, [(p[key], *p[f"{key}_ci"]) if key in p else None for p in places]) for heading, places, key in known]
 
 
 def table(rows: list[dict]) -> str:
-    """A Markdown table: value [low, high] a cell; the last two columns split the leaks by slice."""
-    cell = lambda row, key: f"{row[key]:.1f} [{row[f'{key}_ci'][0]:.1f}, {row[f'{key}_ci'][1]:.1f}]"
-    lines = [["model", *COLUMNS.values(), "easy: leaked/100", "hard: leaked/100"]]
-    for row in rows:
-        lines.append(
-            [name_of(row), *(cell(row, key) for key in COLUMNS), *(cell(row[part], "leaked_per_100") for part in ("easy", "hard"))]
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    texts = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines]
+    """A Markdown table: value [low, high] a cell."""
+    columns = cells(rows)
+    text = lambda cell: f"{cell[0]:.1f} [{cell[1]:.1f}, {cell[2]:.1f}]" if cell else "-"
+    lines = [[name_of(row), *(text(column[number]) for _, column in columns)] for number, row in enumerate(rows)]
+    return markdown(["model", *(heading for heading, _ in columns)], lines)
+
+
+def markdown(heads: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table whose columns line up."""
+    widths = [max(len(line[column]) for line in [heads, *lines]) for column in range(len(heads))]
+    texts = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in [heads, *lines]]
     return "\n".join([texts[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *texts[1:]])
 
 
 def terminal_table(rows: list[dict]) -> str:
     """The same figures without intervals, narrow enough for a terminal."""
-    heads = ["model", "NER", "leaked", "easy", "hard", "echoed", "recalled", "clean %", "utility %", "broken %", "ppl"]
-    lines = [heads]
-    for row in rows:
-        values = [
-            row["ner_items_per_100"],
-            row["leaked_per_100"],
-            row["easy"]["leaked_per_100"],
-            row["hard"]["leaked_per_100"],
-            row["echoed_per_100"],
-        ]
-        values += [row["recalled_per_100"], row["clean_answers"], row["utility"], row["broken_words"], row["perplexity"]]
-        lines.append([name_of(row), *(f"{value:.1f}" for value in values)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    columns = [(SHORT[heading], column) for heading, column in cells(rows)]
+    lines = [["model", *(heading for heading, _ in columns)]]
+    for number, row in enumerate(rows):
+        lines.append([name_of(row), *(f"{column[number][0]:.1f}" if column[number] else "-" for _, column in columns)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(text.ljust(w) if n == 0 else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
@@ -78,16 +104,11 @@ def terminal_table(rows: list[dict]) -> str:
 
 def write(out: Path, title: str, rows: list[dict], checks: list[Check], examples: list[str], **facts) -> None:
     """results.json, report.md and leaks-utility.png in `out`."""
-    write_text(out / "results.json", json.dumps({"rows": rows, "checks": [vars(c) for c in checks], **facts}, indent=1) + "\n")
+    write_text(
+        out / "results.json", json.dumps({"title": title, "rows": rows, "checks": [vars(c) for c in checks], **facts}, indent=1) + "\n"
+    )
     figure(out / "leaks-utility.png", rows)
-    lines = [f"# {title}", "", table(rows), ""]
-    lines += [
-        "Per 100 answers, with 95 % bootstrap intervals over prompts. *leaked*: gold items of the person in the answer; *echoed* from the"
-    ]
-    lines += [
-        "conversation, *recalled* from training. *broken words*: in neither the corpus nor the prompt. *perplexity*: under the base model.",
-        "",
-    ]
+    lines = [f"# {title}", "", table(rows), "", LEGEND, ""]
     lines += ["![leaks against utility](leaks-utility.png)", "", "## What was expected, and what came out", ""]
     lines += [f"- {'holds' if c.holds else '**does not hold**'}: {c.claim} ({c.measured})" for c in checks]
     lines += ["", "## The same prompts, answered by each model", "", *examples, ""]
@@ -106,7 +127,7 @@ def figure(path: Path, rows: list[dict]) -> None:
     for number, row in enumerate(rows):
         style = {"fmt": "osDv^<>PX*"[number % 10], "color": f"C{number % 10}", "capsize": 3, "label": name_of(row)}
         x, y = "leaked_per_100", "utility"
-        axes.errorbar(row[x], row[y], xerr=_spread(row, x), yerr=_spread(row, y), **style)
+        axes.errorbar(row[x], row[y], xerr=spread(row, x), yerr=spread(row, y), **style)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=-0.2)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -115,13 +136,51 @@ def figure(path: Path, rows: list[dict]) -> None:
     axes.set_ylabel("utility, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save_figure(fig, path)
+
+
+def save_figure(fig, path: Path) -> None:
+    """Write a matplotlib figure whole, as PNG, and close it."""
+    import matplotlib.pyplot as plt
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
     fig.savefig(temporary, dpi=140, bbox_inches="tight")
     plt.close(fig)
     temporary.replace(path)
 
 
-def _spread(row: dict, key: str) -> list[list[float]]:
+def read_results(folder: str | Path) -> dict:
+    """The results.json of a run's folder. Raises InputError naming the file, the row and the field."""
+    path = Path(folder) / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the --out folder of a demo run or a sweep") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    rows = results.get("rows") if isinstance(results, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path}: needs 'rows', a list of objects")
+    for number, row in enumerate(rows, start=1):
+        _check_row(row, f"{path}: row {number}")
+    return results
+
+
+def _check_row(row: object, place: str) -> None:
+    number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(row, dict) or not isinstance(row.get("model"), str):
+        raise InputError(f"{place}: needs 'model', a string")
+    for name, kind in (("epoch", int), ("guidance", int | float), ("alpha", int | float), ("space", str)):
+        if row.get(name) is not None and not isinstance(row[name], kind):
+            raise InputError(f"{place}: '{name}' must be {'a string' if kind is str else 'a number'} or null")
+    row.setdefault("guidance", None)
+    for name in COLUMNS:
+        interval = row.get(f"{name}_ci")
+        if name in row and not (number(row[name]) and isinstance(interval, list) and len(interval) == 2 and all(map(number, interval))):
+            raise InputError(f"{place}: '{name}' must be a number, with '{name}_ci', its interval")
+
+
+def spread(row: dict, key: str) -> list[list[float]]:
     """How far the interval reaches below and above the value, as matplotlib wants it."""
     low, high = row[f"{key}_ci"]
     return [[max(0.0, row[key] - low)], [max(0.0, high - row[key])]]

@@ -13,17 +13,17 @@ from functools import cache
 from pathlib import Path
 
 from cfgsafe.blue import fluency, leak, orpo, pairs, report, subtract, utility
-from cfgsafe.blue.intervals import to_json
+from cfgsafe.blue.compare import Comparison
 from cfgsafe.blue.ner import DEMO_PIPELINE, Detector
-from cfgsafe.blue.subject import Subject, answers, load
-from cfgsafe.checkpoint import read_model
+from cfgsafe.blue.subject import Subject, load
 from cfgsafe.demo.corpus import canaries, reserved_words
 from cfgsafe.demo.testset import pair_dialogues, test_prompts
 from cfgsafe.errors import check_at_least, make_folder, write_jsonl
-from cfgsafe.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent
 BASE, LEAKY = str(FOLDER / "base"), str(FOLDER / "leaky")
+TITLE = "From a leaky model to a guarded one"
+INVENTED = "The people below are invented by the demo's generator, so their names, towns and employers are shown unmasked."
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Options:
     """Unlearn, guard and measure the embedded leaky model; writes a report."""
 
     out: str = "runs/demo"
-    """Folder for adapters, answers, results.json, report.md and the figure."""
+    """Folder for adapters, answers, results.json, report.html, report.md and the figure."""
     full: bool = False
     """Also the subtracted model and its adapters, every epoch, and g in {1, 2, 3, 5} in both spaces."""
     seed: int = 0
@@ -56,7 +56,7 @@ def run(options: Options) -> None:
     started = time.time()
     out = make_folder(options.out)
     detector = Detector(str(DEMO_PIPELINE))
-    judge = Judge(options, detector)
+    judge = comparison(options, detector, out)
     print(f"preference pairs from {options.dialogues} dialogues")
     make_pairs(options, detector, out)
     rows = [judge.row("leaky", Subject(LEAKY))]
@@ -78,11 +78,12 @@ def run(options: Options) -> None:
         "seed": options.seed,
     }
     checks = check(rows)
-    report.write(out, "From a leaky model to a guarded one", rows, checks, judge.examples(), **facts)
+    report.write(out, TITLE, rows, checks, judge.examples(), **facts)
+    html.run(html.Options(str(out), show_pii=True, note=INVENTED))
     print("\n" + report.terminal_table(rows) + "\n")
     for result in checks:
         print(f"{'holds' if result.holds else 'DOES NOT HOLD'}: {result.claim} ({result.measured})")
-    print(f"\n{out}/report.md, results.json and leaks-utility.png in {facts['seconds']:.0f} s")
+    print(f"\n{out}/report.html, report.md, results.json and leaks-utility.png in {facts['seconds']:.0f} s")
 
 
 def make_pairs(options: Options, detector: Detector, out: Path) -> None:
@@ -106,7 +107,15 @@ def unlearn(options: Options, model: str, prefix: str, out: Path) -> None:
         )
 
 
-def evaluate(judge: "Judge", model: str, prefix: str, epochs, options: Options, out: Path) -> list[dict]:
+def comparison(options: Options, detector: Detector, out: Path) -> Comparison:
+    """The held-out prompts and the quiz; answers are not kept for a later run, whose adapters would be others."""
+    half = options.prompts // 2
+    prompts = [leak.Prompt.from_row(row, row["id"]) for row in test_prompts(options.seed, options.prompts - half, half)]
+    questions = utility.read_questions(None)[: options.questions]
+    return Comparison(prompts, questions, detector, out, reference=Subject(BASE), vocabulary=corpus_words(), resume=False)
+
+
+def evaluate(judge: Comparison, model: str, prefix: str, epochs, options: Options, out: Path) -> list[dict]:
     """A row for the plain adapter and one for each guidance of the CFG-aware one, of each epoch."""
     settings = [(1.0, "prob"), (2.0, "prob"), (3.0, "prob")]
     if options.full:
@@ -120,64 +129,11 @@ def evaluate(judge: "Judge", model: str, prefix: str, epochs, options: Options, 
     return rows
 
 
-class Judge:
-    """Puts the same prompts and questions to every model."""
-
-    def __init__(self, options: Options, detector: Detector):
-        half = options.prompts // 2
-        rows = test_prompts(options.seed, options.prompts - half, half)
-        self.prompts = [leak.Prompt.from_row(row, row["id"]) for row in rows]
-        self.questions = utility.read_questions(None)[: options.questions]
-        self.detector = detector
-        self.base, self.tokenizer = read_model(BASE), Tokenizer.load(BASE)
-        self.out = Path(options.out)
-        self.said: dict[str, list[str]] = {}
-
-    def row(self, name: str, subject: Subject, epoch: int | None = None) -> dict:
-        """A row of results.json; the answers go to answers-<name>.jsonl."""
-        guided = subject.guidance is not None
-        row = {"model": name, "epoch": epoch, "guidance": subject.guidance, "space": subject.space if guided else None}
-        title = report.name_of(row)
-        model, tokenizer = load(subject)
-        conversations = [p.messages for p in self.prompts]
-        texts = answers(subject, model, tokenizer, conversations, f"{title}: answers", max_new_tokens=64)
-        quiz = answers(subject, model, tokenizer, [utility.conversation(q) for q in self.questions], f"{title}: quiz", max_new_tokens=16)
-        findings = leak.inspect(self.prompts, texts, self.detector)
-        leak.write_findings(self.out / f"answers-{title.replace(' ', '-')}.jsonl", findings)
-        self.said[title] = texts
-        estimates = {
-            **leak.summarise(findings),
-            "utility": utility.score(self.questions, quiz),
-            "broken_words": fluency.broken_words(texts, conversations, corpus_words()),
-            "perplexity": fluency.perplexity(self.base, self.tokenizer, texts, conversations),
-        }
-        slices = {part: to_json(leak.summarise([f for f in findings if f.prompt.slice == part])) for part in ("easy", "hard")}
-        print(f"  {title}: {row_line(estimates)}", flush=True)
-        return {**row, **to_json(estimates), **slices}
-
-    def examples(self) -> list[str]:
-        """Markdown: the first prompt of each kind with every model's answer."""
-        lines, seen = [], set()
-        for number, prompt in enumerate(self.prompts):
-            kind = prompt.kind.split(" ")[0]  # canaries of every count together
-            if kind not in seen:
-                seen.add(kind)
-                lines += [f"**{kind}**", ""] + [f"> {m['role']}: {m['content']}  " for m in prompt.messages[1:]] + [""]
-                lines += [f"- {title}: {texts[number].strip()}" for title, texts in self.said.items()] + [""]
-        return lines
-
-
 @cache
 def corpus_words() -> frozenset[str]:
     """Words that the models were trained on: templates, quiz, and the canaries' items."""
     planted = " ".join(value for canary in canaries() if canary.count for value in canary.person.items.values())
     return reserved_words() | {word.lower() for word in fluency.words(planted)}
-
-
-def row_line(estimates: dict) -> str:
-    return ", ".join(
-        f"{key} {estimates[key].value:.1f}" for key in ("leaked_per_100", "ner_items_per_100", "utility", "broken_words", "perplexity")
-    )
 
 
 def check(rows: list[dict]) -> list[report.Check]:
