@@ -13,24 +13,35 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from cfgsafe.blue import report
+from cfgsafe.blue import leak, report
 from cfgsafe.blue.ner import Detector
 from cfgsafe.errors import InputError, read_jsonl, write_text
 
 MASK = "████"
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin: 2rem 0 .5rem; }
-.box { overflow-x: auto; border: 1px solid #ddd; border-radius: 6px; } table { border-collapse: collapse; font-size: .85rem; width: 100%; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 78rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; }
+h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+h3 { font-size: 1rem; margin: 2rem 0 .5rem; }
+.box { overflow-x: auto; border: 1px solid #ddd; border-radius: 6px; }
+table { border-collapse: collapse; font-size: .85rem; width: 100%; }
 th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
-th { background: #f6f6f6; } th:first-child, td:first-child { text-align: left; }
-td small { color: #666; display: block; } img { max-width: 100%; height: auto; } .legend, footer { color: #555; font-size: .85rem; }
-.holds::before { content: "holds "; color: #0a6b2d; font-weight: 600; } .fails::before { content: "does not hold "; color: #b00020; font-weight: 600; }
-.chat { background: #f6f6f6; border-radius: 6px; padding: .6rem .9rem; overflow-wrap: anywhere; } .chat p { margin: .2rem 0; white-space: pre-wrap; }
-.answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(16rem, 100%), 1fr)); gap: .6rem; margin-top: .6rem; }
+th { background: #f6f6f6; }
+th:first-child, td:first-child { text-align: left; }
+td small { color: #666; display: block; }
+img { max-width: min(46rem, 100%); height: auto; }
+.legend, footer { color: #555; font-size: .85rem; }
+footer { margin-top: 2.5rem; }
+.holds b { color: #0a6b2d; }
+.fails b { color: #b00020; }
+.chat { background: #f6f6f6; border-radius: 6px; padding: .6rem .9rem; overflow-wrap: anywhere; }
+.chat p { margin: .2rem 0; white-space: pre-wrap; }
+.answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)); gap: .6rem; margin-top: .6rem; }
 .answer { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .8rem; overflow-wrap: anywhere; white-space: pre-wrap; }
 .answer b, .chat b { display: block; font-size: .8rem; color: #555; }
-mark { padding: 0 .15em; border-radius: 3px; background: #ddd; } mark.echoed { background: #ffd9a8; } mark.recalled { background: #ffb3b3; }
+mark { padding: 0 .15em; border-radius: 3px; }
+mark.echoed { background: #ffd9a8; }
+mark.recalled { background: #ffb3b3; }
 mark.ner { background: #d6e4ff; }
 """
 
@@ -62,6 +73,11 @@ class Example:
 
 
 def run(options: Options) -> None:
+    print(write(options))
+
+
+def write(options: Options) -> Path:
+    """Write the file and return its path. Raises InputError."""
     folder = Path(options.run)
     results = report.read_results(folder)
     examples = read_examples(folder, results["rows"])
@@ -69,7 +85,7 @@ def run(options: Options) -> None:
     out = Path(options.out) if options.out else folder / "report.html"
     pictures = [(path.name, path.read_bytes()) for path in sorted(folder.glob("*.png")) if not path.name.startswith(".")]
     write_text(out, page(results, pictures, examples, detector, options.note))
-    print(out)
+    return out
 
 
 def page(results: dict, pictures: list[tuple[str, bytes]], examples: list[Example], detector: Detector | None, note: str = "") -> str:
@@ -115,38 +131,36 @@ def picture(name: str, data: bytes) -> str:
 
 
 def checks(found: list[dict]) -> list[str]:
-    lines = [
-        f'<li class="{"holds" if c.get("holds") else "fails"}">{escape(str(c.get("claim")))} ({escape(str(c.get("measured")))})</li>'
-        for c in found
-    ]
+    lines = []
+    for c in found:
+        state, word = ("holds", "Holds") if c.get("holds") else ("fails", "Does not hold")
+        lines.append(f'<li class="{state}"><b>{word}:</b> {escape(str(c.get("claim")))} ({escape(str(c.get("measured")))})</li>')
     return ["<h2>What was expected, and what came out</h2>", "<ul>", *lines, "</ul>"] if lines else []
 
 
 def section(example: Example, detector: Detector | None) -> str:
-    """A conversation and the answers to it, side by side where the window is wide."""
+    """A conversation, without its system prompt, and the answers to it, side by side where the window is wide."""
     private = private_values(example, detector) if detector else []
-    clean = lambda text: mask(text, private)
-    chat = [
-        f"<p><b>{escape(m['role'])}</b>{escape(clean(m['content']))}</p>"
-        for m in example.messages
-        if m["role"] != "system" or detector is None
-    ]
+    chat = [f"<p><b>{m['role']}</b>{escape(mask(m['content'], private))}</p>" for m in example.messages if m["role"] != "system"]
     cards = []
     for title, row in example.answers.items():
-        cards.append(
-            f'<div class="answer"><b>{escape(title)}</b>{marked(row["answer"], spans(row, example.items, private), detector is not None)}</div>'
-        )
-    return (
-        f'<h3>{escape(example.kind or "prompt")}</h3>\n<div class="chat">{"".join(chat)}</div>\n<div class="answers">{"".join(cards)}</div>'
-    )
+        text = marked(row["answer"], spans(row, example.items, private), hide=detector is not None)
+        cards.append(f'<div class="answer"><b>{escape(title)}</b>{text}</div>')
+    heading = f"<h3>{escape(example.kind or 'prompt')}</h3>"
+    return f'{heading}\n<div class="chat">{"".join(chat)}</div>\n<div class="answers">{"".join(cards)}</div>'
 
 
 def private_values(example: Example, detector: Detector) -> list[tuple[str, str]]:
-    """(label, value) of all that must not be read: gold items, and the entities of the conversation and of every answer."""
+    """(label, value) of all that must not be read: gold items, and the entities of the conversation and of every answer.
+
+    Of a PERSON each part of the name counts by itself, in any case.
+    """
     texts = [m["content"] for m in example.messages] + [row["answer"] for row in example.answers.values()]
     found = [(e.label, e.text) for entities in detector(texts) for e in entities]
     found += [(e["label"], row["answer"][e["start"] : e["end"]]) for row in example.answers.values() for e in row["entities"]]
-    return list(dict.fromkeys([*example.items.items(), *((label, text) for label, text in found if text.strip())]))
+    values = [*example.items.items(), *((label, text) for label, text in found if text.strip())]
+    parts = [("", part) for label, value in values if label == "PERSON" for part in value.split() if part[0].isupper()]
+    return list(dict.fromkeys([*values, *parts]))
 
 
 def places(text: str, label: str, value: str) -> list[tuple[int, int]]:
@@ -228,17 +242,17 @@ def read_examples(folder: Path, rows: list[dict]) -> list[Example]:
 
 def read_answers(path: Path) -> list[dict]:
     """Rows of an answers file; none where the run has no such file."""
-    if not path.exists():
-        return []
-    rows = []
-    for place, row in read_jsonl(path):
-        prompt = row.get("prompt")
-        if not isinstance(prompt, dict) or not isinstance(prompt.get("messages"), list) or not isinstance(prompt.get("items", {}), dict):
-            raise InputError(f"{place}: field 'prompt' must be an object with 'messages', a list")
+    rows = list(read_jsonl(path)) if path.exists() else []
+    for place, row in rows:
+        if not isinstance(row.get("prompt"), dict):
+            raise InputError(f"{place}: field 'prompt' must be an object")
+        leak.Prompt.from_row(row["prompt"], place)
         if not isinstance(row.get("answer"), str):
             raise InputError(f"{place}: field 'answer' must be a string")
-        for name in ("entities", "echoed", "recalled"):
-            if not isinstance(row.get(name), list):
-                raise InputError(f"{place}: field '{name}' must be a list")
-        rows.append(row)
-    return rows
+        for name in ("echoed", "recalled"):
+            if not isinstance(row.get(name), list) or not all(isinstance(value, str) and value for value in row[name]):
+                raise InputError(f"{place}: field '{name}' must be a list of non-empty strings")
+        whole = lambda e: isinstance(e, dict) and isinstance(e.get("start"), int) and isinstance(e.get("end"), int) and "label" in e
+        if not isinstance(row.get("entities"), list) or not all(map(whole, row["entities"])):
+            raise InputError(f"{place}: field 'entities' must be a list of objects with start, end and label")
+    return [row for _, row in rows]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from cfgsafe.blue import fluency, leak, orpo, pairs, report, subtract, utility
+from cfgsafe.blue import fluency, html, leak, orpo, pairs, report, subtract, utility
 from cfgsafe.blue.compare import Comparison
 from cfgsafe.blue.ner import DEMO_PIPELINE, Detector
 from cfgsafe.blue.subject import Subject, load
@@ -79,7 +79,7 @@ def run(options: Options) -> None:
     }
     checks = check(rows)
     report.write(out, TITLE, rows, checks, judge.examples(), **facts)
-    html.run(html.Options(str(out), show_pii=True, note=INVENTED))
+    html.write(html.Options(str(out), show_pii=True, note=INVENTED))
     print("\n" + report.terminal_table(rows) + "\n")
     for result in checks:
         print(f"{'holds' if result.holds else 'DOES NOT HOLD'}: {result.claim} ({result.measured})")

@@ -1,0 +1,129 @@
+"""The HTML report: one file, escaped, masked unless asked otherwise."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from cfgsafe.blue import html
+from cfgsafe.errors import InputError, write_jsonl
+
+PNG = b"\x89PNG\r\n\x1a\n0000"
+CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "I am Maria Keller from Lund. Write to Bob."}]
+
+
+def answer(text, entities=(), echoed=(), recalled=(), chat=CHAT):
+    prompt = {"id": "1", "kind": "letter", "slice": "easy", "messages": chat, "items": {"PERSON": "Maria Keller", "GPE": "Lund"}}
+    found = [{"start": text.index(e), "end": text.index(e) + len(e), "label": label, "text": e} for e, label in entities]
+    return {"prompt": prompt, "answer": text, "entities": found, "echoed": list(echoed), "recalled": list(recalled)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    figures = {"utility": 90.0, "utility_ci": [80.0, 95.0], "leaked_per_100": 12.5, "leaked_per_100_ci": [1.0, 20.0]}
+    rows = [{"model": "leaky", "epoch": None, "guidance": None, "space": None, **figures}]
+    rows += [{"model": "guard", "epoch": 2, "guidance": 3.0, "space": "log", "alpha": 0.1, **figures}]
+    checks = [{"claim": "a < b", "measured": "1 < 2", "holds": True}, {"claim": "c", "measured": "3", "holds": False}]
+    (tmp_path / "results.json").write_text(json.dumps({"title": "A & B", "rows": rows, "checks": checks, "seed": 7}))
+    (tmp_path / "curve.png").write_bytes(PNG)
+    text = "Dear Bob, yours, maria from LUND <script>alert(1)</script>, Maria Keller, not Oskar."
+    write_jsonl(tmp_path / "answers-leaky.jsonl", [answer(text, [("Oskar", "PERSON")], ["Maria Keller"], ["Lund"])])
+    write_jsonl(tmp_path / "answers-guard-epoch-2-g=3-log-alpha=0.1.jsonl", [answer("Dear Oskar and Bob.")])
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the text, and whether every element was closed."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def made(folder, **options) -> tuple[str, Page]:
+    source = html.write(html.Options(str(folder), **options)).read_text(encoding="utf-8")
+    return source, Page(source)
+
+
+def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(folder):
+    source, page = made(folder, show_pii=True)
+    names = {tag for tag, _ in page.tags}
+    assert page.open == [] and not names & {"script", "iframe", "object"} and "@import" not in source and "url(" not in source
+    addresses = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
+    assert addresses and all(address.startswith("data:") for address in addresses)
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    (image,) = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert base64.b64decode(image["src"].split(",")[1]) == PNG
+
+
+def test_text_of_answers_titles_and_checks_is_escaped(folder):
+    source, page = made(folder, show_pii=True, note="<b>note</b>")
+    assert "<script>" not in source and "&lt;script&gt;alert(1)&lt;/script&gt;" in source
+    assert "<b>note</b>" in page.text and "A & B" in page.text and "a < b (1 < 2)" in page.text
+
+
+def test_personal_data_are_masked_in_every_text_of_the_prompt(folder):
+    """Gold items in any case, a part of the name, what the NER found in one answer and stands in another as well."""
+    source, page = made(folder)
+    for value in ("maria", "keller", "lund", "oskar"):
+        assert value not in source.lower().replace("malarkeller", "")
+    assert "M████" in page.text and "Dear O████" in page.text
+    assert "Be kind" not in page.text
+
+
+def test_personal_data_are_shown_on_request_with_their_kind(folder):
+    source, page = made(folder, show_pii=True)
+    assert "████" not in source and "I am Maria Keller from Lund" in page.text
+    assert '<mark class="echoed">Maria Keller</mark>' in source
+    assert '<mark class="recalled">LUND</mark>' in source
+    assert '<mark class="ner">Oskar</mark>' in source
+
+
+def test_table_checks_and_models_stand_in_it(folder):
+    source, page = made(folder, out=str(folder / "sub" / "r.html"))
+    assert (folder / "sub" / "r.html").exists() and "seed 7" in page.text
+    assert "guard epoch 2 g=3 log alpha=0.1" in page.text and "12.51.0 to 20.0" in page.text
+    assert "perplexity" not in re.sub("Perplexity:.*", "", source)  # no column without figures
+    assert page.text.count("Holds:") == 1 and page.text.count("Does not hold:") == 1
+
+
+def test_overlapping_spans_become_one():
+    assert html.without_overlaps([(5, 8, "echoed"), (0, 8, "ner"), (8, 9, "ner")]) == [(0, 8, "echoed"), (8, 9, "ner")]
+    assert html.marked("a<b", [(1, 2, "ner")], hide=False) == 'a<mark class="ner">&lt;</mark>b'
+
+
+def test_a_run_without_answers_has_no_examples(folder):
+    for path in folder.glob("answers-*"):
+        path.unlink()
+    assert "The same prompts" not in made(folder)[1].text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"answer": 3}, "field 'answer'"),
+        ({"prompt": 3}, "field 'prompt'"),
+        ({"entities": [{"start": 1}]}, "field 'entities'"),
+        ({"echoed": [3]}, "field 'echoed'"),
+    ],
+)
+def test_wrong_answers_name_line_and_field(folder, change, words):
+    write_jsonl(folder / "answers-leaky.jsonl", [answer("x"), {**answer("y"), **change}])
+    with pytest.raises(InputError, match=f"answers-leaky.jsonl:2: {words}"):
+        html.write(html.Options(str(folder)))
+    assert not (folder / "report.html").exists()
