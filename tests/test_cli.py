@@ -91,6 +91,7 @@ def test_the_readmes_commands_run_top_to_bottom(command, tmp_path, monkeypatch):
     assert {"prompts", "seconds", "seed"} <= set(results)
     assert (tmp_path / "demo" / "leaks-utility.png").read_bytes().startswith(b"\x89PNG")
     assert "| leaky" in (tmp_path / "demo" / "report.md").read_text()
+    assert "invented by the demo" in (tmp_path / "demo" / "report.html").read_text()
 
 
 def test_a_name_is_answered_in_three_seconds():
@@ -169,6 +170,9 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
         ("eval.py leak --model {LEAKY} --prompts {tmp}/bad.jsonl", "bad.jsonl:1: not JSON"),
         ("eval.py leak --model {LEAKY} --ner nowhere --limit 1", "--ner nowhere: not a spaCy pipeline"),
         ("eval.py utility --model {LEAKY} --questions {tmp}/typed.jsonl", "typed.jsonl:1: needs 'question'"),
+        ("eval.py sweep --models {LEAKY} --out {tmp}/out", "must be NAME=FOLDER"),
+        ("eval.py table --runs {tmp}", "results.json: cannot be read"),
+        ("eval.py report --run {tmp}", "results.json: cannot be read"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(command, tmp_path, line, words):

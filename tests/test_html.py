@@ -81,7 +81,7 @@ def test_personal_data_are_masked_in_every_text_of_the_prompt(folder):
     """Gold items in any case, a part of the name, what the NER found in one answer and stands in another as well."""
     source, page = made(folder)
     for value in ("maria", "keller", "lund", "oskar"):
-        assert value not in source.lower().replace("malarkeller", "")
+        assert value not in source.lower()
     assert "M████" in page.text and "Dear O████" in page.text
     assert "Be kind" not in page.text
 
@@ -105,6 +105,7 @@ def test_table_checks_and_models_stand_in_it(folder):
 def test_overlapping_spans_become_one():
     assert html.without_overlaps([(5, 8, "echoed"), (0, 8, "ner"), (8, 9, "ner")]) == [(0, 8, "echoed"), (8, 9, "ner")]
     assert html.marked("a<b", [(1, 2, "ner")], hide=False) == 'a<mark class="ner">&lt;</mark>b'
+    assert html.marked("<a>b<c>", [(3, 4, "ner")], hide=True) == '&lt;a&gt;<mark class="ner">b████</mark>&lt;c&gt;'
 
 
 def test_a_run_without_answers_has_no_examples(folder):

@@ -26,7 +26,7 @@ h3 { font-size: 1rem; margin: 2rem 0 .5rem; }
 .box { overflow-x: auto; border: 1px solid #ddd; border-radius: 6px; }
 table { border-collapse: collapse; font-size: .85rem; width: 100%; }
 th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
-th { background: #f6f6f6; }
+th { background: #f6f6f6; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 td small { color: #666; display: block; }
 img { max-width: min(46rem, 100%); height: auto; }

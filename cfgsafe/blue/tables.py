@@ -106,10 +106,10 @@ def table_1(grid: Grid) -> list[str]:
     lines, met = [], set()
     for model in grid.models:
         epoch = grid.epochs(model)[-1]
-        paper = paper_figures(grid, model)
+        paper = last_epoch(paper_name(grid, model))
         met.add(paper_name(grid, model))
-        steps = [g for g in grid.guidances("log") if grid.row(model, epoch, g, "log") or g in paper]
-        for g in sorted({*steps, *paper}, key=lambda g: (g is not None, g or 0)):
+        run = [g for g in grid.guidances("log") if grid.row(model, epoch, g, "log")]
+        for g in sorted({*run, *paper}, key=lambda g: (g is not None, g or 0)):
             row = grid.row(model, epoch, g, "log")
             theirs = [f"{paper[g][0]:g}", f"{paper[g][1]}"] if g in paper else [UNKNOWN, UNKNOWN]
             lines.append([setting(model, epoch, g), cell(row, "utility"), cell(row, "ner_items_per_100", 0.5), *theirs])
@@ -183,10 +183,6 @@ def last_epoch(name: str | None) -> dict[float | None, tuple[float, int]]:
     """g -> the paper's figures of a model at its last epoch."""
     epochs = [epoch or 0 for n, epoch, _ in PAPER if n == name]
     return {g: figures for (n, epoch, g), figures in PAPER.items() if n == name and (epoch or 0) == max(epochs)}
-
-
-def paper_figures(grid: Grid, model: str) -> dict[float | None, tuple[float, int]]:
-    return last_epoch(paper_name(grid, model))
 
 
 def cell(row: dict | None, key: str, scale: float = 1.0) -> str:
