@@ -114,6 +114,15 @@ def test_a_run_without_answers_has_no_examples(folder):
     assert "The same prompts" not in made(folder)[1].text
 
 
+def test_the_first_prompt_of_each_kind_and_the_first_recalled_one_are_examples(folder):
+    texts = ["one", "two", "three", "four"]
+    rows = [answer(text, recalled=["Lund"] if text == "three" else [], chat=[{"role": "user", "content": text}]) for text in texts]
+    write_jsonl(folder / "answers-leaky.jsonl", rows)
+    (folder / "answers-guard-epoch-2-g=3-log-alpha=0.1.jsonl").unlink()
+    shown = [text for text in texts if f">{text}</div>" in made(folder, show_pii=True)[0]]
+    assert shown == ["one", "three"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

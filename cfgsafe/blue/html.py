@@ -107,7 +107,9 @@ def page(results: dict, pictures: list[tuple[str, bytes]], examples: list[Exampl
         parts.append("<h2>The same prompts, answered by each model</h2>")
         kinds = {"echoed": "told in the conversation", "recalled": "from training", "ner": "found by the NER alone"}
         legend = ", ".join(f'<mark class="{kind}">{words}</mark>' for kind, words in kinds.items())
-        parts.append(f'<p class="legend">The first prompt of each kind. Marked: personal data {legend}.</p>')
+        parts.append(
+            f'<p class="legend">The first prompt of each kind, and the first answered from training. Marked: personal data {legend}.</p>'
+        )
         parts += [section(example, detector) for example in examples]
     facts = [f"{key} {value}" for key, value in results.items() if isinstance(value, int | float | str) and key != "title"]
     parts.append(f"<footer>{escape(', '.join(facts))}</footer>\n</body>\n</html>\n")
@@ -225,7 +227,7 @@ def marked(text: str, found: list[tuple[int, int, str]], hide: bool) -> str:
 
 
 def read_examples(folder: Path, rows: list[dict]) -> list[Example]:
-    """The first prompt of each kind that every answers file has. Raises InputError naming file, line and field."""
+    """The first prompt of each kind, and the first to which an answer recalls training data. Raises InputError naming file, line and field."""
     said = {report.name_of(row): read_answers(folder / report.answers_file(row)) for row in rows}
     said = {title: answers for title, answers in said.items() if answers}
     examples, seen = [], set()
@@ -234,8 +236,9 @@ def read_examples(folder: Path, rows: list[dict]) -> list[Example]:
         kind = str(prompt.get("kind", "")).split(" ")[0]  # canaries of every count together
         same = {title: answers[number] for title, answers in said.items() if number < len(answers)}
         same = {title: answer for title, answer in same.items() if answer["prompt"]["messages"] == prompt["messages"]}
-        if kind not in seen:
-            seen.add(kind)
+        met = {kind} | ({"recalled"} if any(answer["recalled"] for answer in same.values()) else set())
+        if met - seen:
+            seen |= met
             examples.append(Example(kind, prompt["messages"], prompt.get("items", {}), same))
     return examples
 
