@@ -227,7 +227,7 @@ def marked(text: str, found: list[tuple[int, int, str]], hide: bool) -> str:
 
 
 def read_examples(folder: Path, rows: list[dict]) -> list[Example]:
-    """The first prompt of each kind, and the first to which an answer recalls training data. Raises InputError naming file, line and field."""
+    """The first prompt of each kind, and the first to which an answer recalls training data. Raises InputError."""
     said = {report.name_of(row): read_answers(folder / report.answers_file(row)) for row in rows}
     said = {title: answers for title, answers in said.items() if answers}
     examples, seen = [], set()
