@@ -3,9 +3,12 @@
     python eval.py leak             personal data in a model's answers
     python eval.py utility          answers to multiple-choice questions
     python eval.py perplexity       held-out text under the model
+    python eval.py extract          attacks that ask for the items masked in scrubbed dialogues
+    python eval.py canaries         are planted persons more likely than their never-trained twins?
     python eval.py sweep            leaks, utility and broken words over guidance, spaces and masks, with a figure
     python eval.py table            the paper's tables from the results of runs and sweeps
     python eval.py report           a run as one HTML file, personal data masked
+    python eval.py detectors        precision and recall of what finds personal data
     python eval.py demo-models      what the embedded models can do, against their bars
 
 `python eval.py COMMAND --help` lists a command's options.
@@ -13,7 +16,7 @@
 
 import tyro
 
-from cfgsafe.blue import html, leak, perplexity, sweep, tables, utility
+from cfgsafe.blue import canaries, detectors, extract, html, leak, perplexity, sweep, tables, utility
 from cfgsafe.demo import exam
 from cfgsafe.errors import run_command
 
@@ -21,9 +24,12 @@ COMMANDS = {
     "leak": (leak.Options, leak.run),
     "utility": (utility.Options, utility.run),
     "perplexity": (perplexity.Options, perplexity.run),
+    "extract": (extract.Options, extract.run),
+    "canaries": (canaries.Options, canaries.run),
     "sweep": (sweep.Options, sweep.run),
     "table": (tables.Options, tables.run),
     "report": (html.Options, html.run),
+    "detectors": (detectors.Options, detectors.run),
     "demo-models": (exam.Options, exam.run),
 }
 

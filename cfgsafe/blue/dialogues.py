@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 from cfgsafe.blue import llm_pc
 from cfgsafe.blue.ner import Detector
+from cfgsafe.blue.spans import Span, check_spans
 from cfgsafe.errors import InputError, read_jsonl
 from cfgsafe.tokenizer import Messages, check_messages
-
-Span = tuple[int, int, int, str]  # message, start, end, label
 
 
 @dataclass
@@ -56,7 +55,7 @@ def read_dialogues(path: str, detector: Detector, items: str | None = None) -> l
     else:
         rows = [(place, check_messages(row.get("messages"), place), row.get("spans")) for place, row in read_jsonl(path)]
         dialogues = [
-            Dialogue(messages, _find_spans(messages, detector) if spans is None else _check_spans(spans, messages, place), place)
+            Dialogue(messages, _find_spans(messages, detector) if spans is None else check_spans(spans, messages, place), place)
             for place, messages, spans in rows
         ]
     if not dialogues:
@@ -119,18 +118,6 @@ def shared_values(training: list[Dialogue], test: list[Dialogue]) -> tuple[set[s
     trained, tested = ({item for dialogue in side for item in dialogue.values()} for side in (training, test))
     both = trained & tested
     return {value for label, value in both if label == "PERSON"}, {value for label, value in both if label != "PERSON"}
-
-
-def _check_spans(spans: object, messages: Messages, place: str) -> list[Span]:
-    found = []
-    for span in spans if isinstance(spans, list) else [None]:
-        if not isinstance(span, list) or len(span) != 4 or not all(isinstance(x, int) for x in span[:3]) or not isinstance(span[3], str):
-            raise InputError(f"{place}: 'spans' must be a list of [message, start, end, label]")
-        number, start, end, label = span
-        if not (0 <= number < len(messages) and 0 <= start < end <= len(messages[number]["content"])):
-            raise InputError(f"{place}: span {span} lies outside the messages")
-        found.append((number, start, end, label))
-    return found
 
 
 def _find_spans(messages: Messages, detector: Detector) -> list[Span]:

@@ -1,6 +1,7 @@
-"""Means with 95 % bootstrap intervals.
+"""Means, differences and AUCs with 95 % bootstrap intervals.
 
-Source: Efron's percentile bootstrap over prompts, 2,000 resamples from a fixed seed.
+Source: Efron's percentile bootstrap over prompts, 2,000 resamples from a fixed seed; Fisher's paired permutation test, which flips the
+sign of each prompt's difference. Where no prompt, or every prompt, counts, the interval has no width: the bootstrap cannot know better.
 
 Run it: python eval.py leak --model cfgsafe/demo/leaky
 """
@@ -44,3 +45,34 @@ def ratio_interval(tops: Sequence[float], bottoms: Sequence[float]) -> Estimate:
     resampled = tops[picks].sum(1) / np.maximum(bottoms[picks].sum(1), 1e-12)
     low, high = np.quantile(resampled, (0.025, 0.975))
     return Estimate(float(tops.sum() / bottoms.sum()), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference with its 95 % interval, and how often chance alone gives one at least as large."""
+
+    estimate: Estimate
+    p_value: float
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """Mean of ours[i] - theirs[i], two figures of the same prompt; the p-value is two-sided and at least 1 / (RESAMPLES + 1)."""
+    differences = np.asarray(ours, float) - np.asarray(theirs, float)
+    rng = np.random.default_rng(1)
+    flipped = np.array([differences @ rng.choice((-1.0, 1.0), len(differences)) for _ in range(RESAMPLES)])
+    as_large = np.abs(flipped) >= abs(differences.sum()) - 1e-9
+    return Difference(mean_interval(differences), float((1 + as_large.sum()) / (1 + RESAMPLES)))
+
+
+def auc_interval(positives: Sequence[Sequence[float]], negatives: Sequence[Sequence[float]]) -> Estimate:
+    """Chance that a positive's score lies above a negative's, ties half, averaged over the kinds of scores.
+
+    positives (P, K) and negatives (N, K): K scores of each person, compared kind by kind; persons are resampled, with all of their scores.
+    """
+    above, below = np.asarray(positives, float)[:, None], np.asarray(negatives, float)[None]
+    wins = ((above > below) + (above == below) / 2).mean(-1)  # (P, N)
+    rng = np.random.default_rng(0)
+    pick = lambda count: rng.integers(0, count, count)
+    resampled = [wins[np.ix_(pick(wins.shape[0]), pick(wins.shape[1]))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return Estimate(float(wins.mean()), float(low), float(high))

@@ -61,7 +61,7 @@ class Options:
     cfg_aware: bool = True
     """Each pair twice, under the positive and, swapped, under the negative system prompt."""
     ner: str | None = None
-    """spaCy pipeline; by default en_core_web_trf where installed, else the demo's."""
+    """spaCy pipelines or presidio, with commas between; by default en_core_web_trf where installed, else the demo's."""
     temperature: float = 0.7
     """Of the chosen side."""
     max_new_tokens: int = 96
