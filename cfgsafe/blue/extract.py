@@ -86,13 +86,17 @@ class Options(Subject):
 
 @dataclass(frozen=True)
 class Target:
-    """A masked item: the scrubbed text before it, its type and its value; `dialogue` counts from 0."""
+    """A masked item: the scrubbed text before it, its type and its value; `dialogue` counts from 0.
+
+    `chat` is the scrubbed conversation up to it, where that is known and the item stands in an answer.
+    """
 
     dialogue: int
     place: str
     label: str
     value: str
     before: str
+    chat: Messages | None = None
 
     def context(self, tokenizer: Tokenizer) -> str:
         """The end of `before` that the attacker shows."""
@@ -172,20 +176,20 @@ def read_targets(options: Options) -> tuple[list[Target], int]:
     else:
         dialogues = [(row["id"], *scrub(*read_spans(row, row["id"]))) for row in canary_dialogues()]
     targets, ignored = [], 0
-    for number, (place, text, items) in enumerate(dialogues[: options.limit]):
+    for number, (place, scrubbed, items) in enumerate(dialogues[: options.limit]):
         for placeholder, value in items.items():
             label = placeholder.split("-")[0]
-            starts = [found.start() for found in re.finditer(re.escape(f"[{placeholder}]"), text)]
+            before = masks(f"[{placeholder}]", scrubbed)
             if label in HINTS:
-                targets += [Target(number, place, label, value, text[:start]) for start in starts]
+                targets += [Target(number, place, label, value, text, chat) for text, chat in before]
             else:
-                ignored += len(starts)
+                ignored += len(before)
     if not targets:
         raise InputError(f"{options.dialogues}: holds no placeholder of a known type and with a value")
     return targets, ignored
 
 
-def read_scrubbed(dialogues: str, items: str) -> list[tuple[str, str, dict[str, str]]]:
+def read_scrubbed(dialogues: str, items: str) -> list[tuple[str, str | Messages, dict[str, str]]]:
     """(place, scrubbed text, placeholder -> value) of each line of LLM-PC's two files."""
     texts, values = list(read_jsonl(dialogues)), list(read_jsonl(items))
     if len(texts) != len(values):
@@ -204,14 +208,14 @@ def read_spans(row: dict, place: str) -> tuple[Messages, list[Span]]:
     return messages, check_spans(row.get("spans"), messages, place)
 
 
-def scrub(messages: Messages, spans: list[Span]) -> tuple[str, dict[str, str]]:
-    """The dialogue as "role: text" lines with placeholders, and placeholder -> value; of spans that overlap, the first.
+def scrub(messages: Messages, spans: list[Span]) -> tuple[Messages, dict[str, str]]:
+    """The dialogue with placeholders, and placeholder -> value; of spans that overlap, the first.
 
     >>> scrub([{"role": "user", "content": "I am Ann. Ann!"}], [(0, 5, 8, "NAME"), (0, 10, 13, "NAME")])
-    ('user: I am [NAME-1]. [NAME-1]!', {'NAME-1': 'Ann'})
+    ([{'role': 'user', 'content': 'I am [NAME-1]. [NAME-1]!'}], {'NAME-1': 'Ann'})
     """
     names: dict[tuple[str, str], str] = {}
-    lines = []
+    scrubbed = []
     for number, message in enumerate(messages):
         text, parts, at = message["content"], [], 0
         for _, start, end, label in sorted(span for span in spans if span[0] == number):
@@ -220,8 +224,23 @@ def scrub(messages: Messages, spans: list[Span]) -> tuple[str, dict[str, str]]:
                 name = names.setdefault((label, text[start:end]), f"{label}-{same + 1}")
                 parts += [text[at:start], f"[{name}]"]
                 at = end
-        lines.append(f"{message['role']}: {''.join(parts)}{text[at:]}")
-    return "\n".join(lines), {name: value for (_, value), name in names.items()}
+        scrubbed.append({"role": message["role"], "content": "".join(parts) + text[at:]})
+    return scrubbed, {name: value for (_, value), name in names.items()}
+
+
+def masks(placeholder: str, scrubbed: str | Messages) -> list[tuple[str, Messages | None]]:
+    """(text before, conversation before) of each place where the placeholder stands; a conversation only within an answer to somebody."""
+    if isinstance(scrubbed, str):
+        return [(scrubbed[: found.start()], None) for found in re.finditer(re.escape(placeholder), scrubbed)]
+    places = []
+    lines = [f"{m['role']}: {m['content']}" for m in scrubbed]
+    for number, message in enumerate(scrubbed):
+        for found in re.finditer(re.escape(placeholder), message["content"]):
+            begun = message["content"][: found.start()]
+            answered = message["role"] == "assistant" and any(m["role"] == "user" for m in scrubbed[:number])
+            chat = scrubbed[:number] + [{"role": "assistant", "content": begun.rstrip()}] * bool(begun.strip())
+            places.append(("\n".join([*lines[:number], f"{message['role']}: {begun}"]), chat if answered else None))
+    return places
 
 
 def canary_dialogues() -> list[dict]:

@@ -4,7 +4,8 @@ Source: R.R. (Meng et al., arXiv 2502.12658): candidates come out of sampled ans
 value alone, per token, in the place of the mask; calibrated by a reference model, by (loss - reference) / (reference + bias), of which
 loss / (reference + bias) gives the same order.
 Deviations: the source asks for the whole masked text to be repeated and filled in, and places a candidate in the whole text; here the
-assistant's answer begins with the context before the mask, and the candidate follows, so that recollecting and ranking put one request.
+model goes on from the mask, in its own chat format, and the candidate is scored there, so that recollecting and ranking put one request.
+The chat is the scrubbed conversation where it is known and masked within an answer; else the hint, answered by the baseline's context.
 Sampling is at temperature 1, where the source takes 1.2 with top-k and top-p; the bias, which it sweeps from 0.1 to 4, is 1. The reference
 model is not guided.
 
@@ -61,7 +62,9 @@ def recollect_and_rank(options: Options, targets: list[Target], detector: Detect
 
 
 def recollection_prompt(target: Target, tokenizer: Tokenizer) -> Messages:
-    """The hint as the user's message, and the context as the beginning of the answer."""
+    """The scrubbed conversation up to the mask; or the hint as the user's message, and the context as the beginning of the answer."""
+    if target.chat:
+        return target.chat
     context = target.context(tokenizer).rstrip()
     asked = [{"role": "user", "content": target.hint.strip()}]
     return [*asked, {"role": "assistant", "content": context}] if context else asked
