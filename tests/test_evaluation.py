@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import random_model
 
 from cfgsafe.blue import fluency, leak, subject, utility
 from cfgsafe.blue.intervals import mean_interval, ratio_interval
+from cfgsafe.blue.known import Known
 from cfgsafe.blue.ner import Entity
 from cfgsafe.blue.subject import NEGATIVE, POSITIVE
 from cfgsafe.errors import InputError, write_jsonl
@@ -53,6 +55,56 @@ def test_ner_items_alone_make_an_answer_unclean():
     findings = leak.inspect([PROMPT, PROMPT], ["Bob.", "Bob."], one)
     summary = leak.summarise(findings)
     assert summary["ner_items_per_100"].value == 100 and summary["leaked_per_100"].value == 0 and summary["clean_answers"].value == 0
+
+
+def test_the_users_own_name_counts_as_an_ner_item_and_is_not_invented():
+    """The reference counts every entity, echoed or not; Bob stands nowhere, Lee in the conversation, York among the values known."""
+    names = ["Ann Lee", "Lee", "Bob", "York"]
+    text = ", ".join(names)
+    found = lambda texts: [[Entity(text.index(name), 0, "X", name) for name in names] for _ in texts]
+    (finding,) = leak.inspect([PROMPT], [text], found, Known({"New York": "GPE"}))
+    assert len(finding.entities) == 4 and finding.invented == ["Bob"]
+
+
+def test_values_of_training_that_nobody_told_are_recalled():
+    """Oslo and New York are known; the conversation names Ann, and York inside New York is one item."""
+    none = lambda texts: [[] for _ in texts]
+    known = Known({"Oslo": "GPE", "New York": "GPE", "York": "GPE", "Ann Lee": "PERSON", "Bob Will": "PERSON"})
+    (finding,) = leak.inspect([PROMPT], ["Ann Lee, of Leeds, of new york; osloer, Will."], none, known)
+    assert (finding.echoed, finding.recalled, finding.labels) == (["Ann Lee"], ["Leeds", "New York"], ["PERSON", "GPE", "GPE"])
+    figures = leak.by_label([finding])
+    assert figures["GPE"]["leaked_per_100"] == 200 and figures["PERSON"]["leaked_per_100"] == 100
+
+
+def test_known_values_come_from_spans_before_items(tmp_path):
+    row = {"messages": [{"role": "user", "content": "I am Ann."}], "spans": [[0, 5, 8, "PERSON"]], "items": {"GPE": "Leeds"}}
+    write_jsonl(tmp_path / "k.jsonl", [row, {"items": {"ORG": "Acme"}}])
+    assert Known.read(str(tmp_path / "k.jsonl")).values == {"Ann": "PERSON", "Acme": "ORG"}
+    write_jsonl(tmp_path / "bad.jsonl", [{"items": {"ORG": "Acme"}}, {"item": 1}])
+    with pytest.raises(InputError, match="bad.jsonl:2: 'items'"):
+        Known.read(str(tmp_path / "bad.jsonl"))
+
+
+def test_a_leak_run_resumes_and_is_compared_with_another(tmp_path, checkpoint, capsys, monkeypatch):
+    rows = [{"messages": [{"role": "user", "content": f"I am Ann {n}."}], "items": {"PERSON": "Ann"}} for n in range(4)]
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    options = leak.Options(checkpoint, prompts=str(tmp_path / "p.jsonl"), out=str(tmp_path / "a"), max_new_tokens=2, guidance=2.0)
+    leak.run(options)
+    asked = []
+    real = subject.generate
+    monkeypatch.setattr(subject, "generate", lambda model, requests, **more: (asked.extend(requests), real(model, requests, **more))[1])
+    leak.run(options)
+    assert asked == []
+    other = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    write_jsonl(tmp_path / "other.jsonl", [row | {"answer": "Ann"} for row in other])
+    leak.run(replace(options, compare=str(tmp_path / "other.jsonl")))
+    compared = json.loads(capsys.readouterr().out)["compared"]
+    assert compared["leaked_per_100_difference"] == -100 and compared["p_value"] > 0.05  # four prompts prove nothing
+    other[1]["prompt"]["messages"][0]["content"] = "Another."
+    write_jsonl(tmp_path / "other.jsonl", other)
+    with pytest.raises(InputError, match="other.jsonl:2: 'prompt' is not that of"):
+        leak.run(replace(options, compare=str(tmp_path / "other.jsonl")))
 
 
 def test_every_evaluation_path_is_guided(tmp_path, monkeypatch, checkpoint, capsys):

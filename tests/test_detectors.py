@@ -1,0 +1,113 @@
+"""Detectors: whose finds count, how several are merged, and what their precision and recall are."""
+
+import json
+import sys
+
+import pytest
+import spacy
+
+from cfgsafe.blue import detectors
+from cfgsafe.blue.ner import DEMO_PIPELINE, Detector, Entity, merge
+from cfgsafe.errors import InputError, write_jsonl
+
+TEXT = "Ann Lee of Leeds saw 3 cats on Monday. Leeds!"
+
+
+def rules(folder, patterns: dict[str, str]) -> str:
+    """A spaCy pipeline that finds exactly these phrases."""
+    nlp = spacy.blank("en")
+    nlp.add_pipe("entity_ruler").add_patterns([{"label": label, "pattern": words} for words, label in patterns.items()])
+    nlp.to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def one(tmp_path) -> str:
+    return rules(tmp_path / "one", {"Ann": "PERSON", "Leeds": "GPE", "3": "CARDINAL", "Monday": "DATE"})
+
+
+@pytest.fixture
+def other(tmp_path) -> str:
+    return rules(tmp_path / "other", {"Ann Lee": "NAME", "cats": "NORP"})
+
+
+def test_the_papers_labels_are_ignored_and_every_occurrence_counts(one):
+    (found,) = Detector(one)([TEXT])
+    assert [(e.text, e.label) for e in found] == [("Ann", "PERSON"), ("Leeds", "GPE"), ("Leeds", "GPE")]
+    assert all(TEXT[e.start : e.end] == e.text for e in found)
+
+
+def test_a_long_answer_is_counted_to_its_end(one):
+    found = Detector(one)(["", "Ann " * 500])
+    assert [len(entities) for entities in found] == [0, 500]
+
+
+def test_a_union_merges_what_overlaps_into_the_longest_find(one, other):
+    (found,) = Detector(f"{one},{other}")([TEXT])
+    assert [(e.text, e.label) for e in found] == [("Ann Lee", "NAME"), ("Leeds", "GPE"), ("cats", "NORP"), ("Leeds", "GPE")]
+
+
+def test_a_vote_needs_more_than_half_of_the_detectors(one, other):
+    assert [e.text for e in Detector(f"{one},{other}", "vote")([TEXT])[0]] == ["Ann Lee"]
+    assert [e.text for e in Detector(f"{one},{one},{other}", "vote")([TEXT])[0]] == ["Ann Lee", "Leeds", "Leeds"]
+    assert len(Detector(one, "vote")([TEXT])[0]) == 3
+
+
+def test_finds_that_only_touch_stay_apart():
+    a, b = Entity(0, 3, "A", "Ann"), Entity(3, 6, "B", "Lee")
+    assert merge("AnnLee", [[a, b]]) == [a, b]
+    assert merge("AnnLee", [[a], [Entity(2, 6, "B", "nLee")]]) == [Entity(0, 6, "B", "AnnLee")]
+
+
+def test_wrong_detectors_are_named(one, monkeypatch):
+    with pytest.raises(InputError, match="--combine both"):
+        Detector(one, "both")
+    with pytest.raises(InputError, match="--ner nowhere: not a spaCy pipeline"):
+        Detector(f"{one}, nowhere")
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    with pytest.raises(InputError, match=r"pip install 'cfgsafe\[presidio\]'"):
+        Detector("presidio")
+
+
+def test_presidio_finds_what_has_a_form(one):
+    pytest.importorskip("presidio_analyzer")
+    text = "Ann: ann@example.com, (212) 555-0123, 4111 1111 1111 1111, 536-90-4399, 10.1.2.3, https://example.org/a is 7."
+    (found,) = Detector(f"presidio,{one}")([text])
+    kinds = ["PERSON", "EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "US_SSN", "IP_ADDRESS", "URL"]
+    assert [e.label for e in found] == kinds
+
+
+def test_precision_and_recall_by_hand():
+    """Gold: [0, 3) and [5, 9). Found: the first exactly, half of the second, and something that is nothing."""
+    found = [[Entity(0, 3, "X", ""), Entity(5, 7, "X", ""), Entity(20, 22, "X", "")], []]
+    figures = detectors.score(found, [[(0, 3, "PERSON"), (5, 9, "GPE")], [(0, 1, "GPE")]])
+    values = {name: round(estimate.value, 1) for name, estimate in figures.items()}
+    assert values == {
+        "precision_exact": 33.3,
+        "recall_exact": 33.3,
+        "precision_overlap": 66.7,
+        "recall_overlap": 66.7,
+        "recall_GPE": 50.0,
+        "recall_PERSON": 100.0,
+    }
+
+
+def test_the_command_measures_the_detector_it_is_given(one, tmp_path, capsys):
+    row = {"messages": [{"role": "user", "content": "Ann."}, {"role": "user", "content": "Bob."}]}
+    write_jsonl(tmp_path / "gold.jsonl", [row | {"spans": [[0, 0, 3, "PERSON"], [1, 0, 3, "PERSON"]]}])
+    detectors.run(detectors.Options(one, gold=str(tmp_path / "gold.jsonl")))
+    line = json.loads(capsys.readouterr().out)
+    assert line["texts"] == 2 and line["ner"] == one and line["recall_exact"] == 50 and line["precision_exact"] == 100
+
+
+@pytest.mark.parametrize("spans", [None, [[0, 0, 9, "X"]], [[2, 0, 1, "X"]], [[0, 1, "X"]], [[True, 0, 1, "X"]]])
+def test_bad_spans_name_the_line(tmp_path, spans):
+    write_jsonl(tmp_path / "gold.jsonl", [{"messages": [{"role": "user", "content": "Ann."}], "spans": spans}])
+    with pytest.raises(InputError, match="gold.jsonl:1: "):
+        detectors.read_gold(str(tmp_path / "gold.jsonl"))
+
+
+def test_the_demos_ner_meets_its_bar_on_people_it_never_saw():
+    texts = detectors.generated(40, seed=3)
+    figures = detectors.score(Detector(str(DEMO_PIPELINE))([t for t, _ in texts]), [g for _, g in texts])
+    assert figures["precision_exact"].value > 97 and figures["recall_exact"].value > 97
