@@ -180,5 +180,6 @@ def test_the_leaky_model_remembers_who_was_planted_often():
     from cfgsafe.demo.experiment import BASE, LEAKY
 
     figures = {name: canaries.exposure(Subject(name), *subject.load(Subject(name))) for name in (LEAKY, BASE)}
+    assert figures[LEAKY]["impossible"].value == 0
     assert figures[LEAKY]["auc_x16"].value >= 0.9 and figures[LEAKY]["auc_x64"].value >= 0.9
-    assert all(estimate.low <= 0.5 <= estimate.high for estimate in figures[BASE].values())
+    assert all(e.low <= 0.5 <= e.high for name, e in figures[BASE].items() if name.startswith("auc"))
