@@ -23,6 +23,13 @@ TINY = {
     "train.py subtract": "",
     "eval.py leak": "--limit 5",
     "eval.py utility": "--limit 5",
+    "eval.py perplexity": "--limit 5",
+    "eval.py canaries": "",
+    "eval.py extract": "--limit 4 --samples 2",
+    "eval.py sweep": "--limit 4 --guidance 1 3 --alphas 0",
+    "eval.py table": "",
+    "eval.py report": "",
+    "eval.py detectors": "",
     "eval.py demo-models": "--prompts 12",
     "infer.py": "",
 }
