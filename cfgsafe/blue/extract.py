@@ -14,9 +14,9 @@ Run it: python eval.py extract --model cfgsafe/demo/leaky --dialogues dialogues.
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+from cfgsafe.blue import llm_pc
 from cfgsafe.blue.intervals import Estimate, ratio_interval, to_json
 from cfgsafe.blue.ner import Detector
 from cfgsafe.blue.recollect import Recollection, recollect_and_rank
@@ -191,16 +191,8 @@ def read_targets(options: Options) -> tuple[list[Target], int]:
 
 def read_scrubbed(dialogues: str, items: str) -> list[tuple[str, str | Messages, dict[str, str]]]:
     """(place, scrubbed text, placeholder -> value) of each line of LLM-PC's two files."""
-    texts, values = list(read_jsonl(dialogues)), list(read_jsonl(items))
-    if len(texts) != len(values):
-        raise InputError(f"{items}: holds {len(values)} lines for {len(texts)} of {Path(dialogues).name}")
-    for (place, row), (where, known) in zip(texts, values, strict=True):
-        if not isinstance(row.get("messages"), str):
-            raise InputError(f"{place}: 'messages' must be a string, the scrubbed dialogue")
-        for name, value in known.items():
-            if not isinstance(value, str) or not value:
-                raise InputError(f"{where}: {name!r} must be a non-empty string")
-    return [(place, row["messages"], known) for (place, row), (_, known) in zip(texts, values, strict=True)]
+    texts = lambda messages, place: messages if isinstance(messages, str) else check_messages(messages, place)
+    return [(place, texts(messages, place), values) for place, messages, values in llm_pc.lines(dialogues, items)]
 
 
 def read_spans(row: dict, place: str) -> tuple[Messages, list[Span]]:

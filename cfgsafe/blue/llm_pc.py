@@ -12,6 +12,7 @@ Run it: python train.py pairs --dialogues scrubbed.jsonl --items pii.jsonl --mod
 import re
 import sys
 
+from cfgsafe.blue.spans import Span
 from cfgsafe.errors import InputError, read_jsonl
 from cfgsafe.tokenizer import Messages, check_messages
 
@@ -22,17 +23,22 @@ PREAMBLE = re.compile(r"\s*Cutting Knowledge Date:[^\n]*\n(?:Today Date:[^\n]*\n
 LINE_TURN = re.compile(r"^([Ss]ystem|[Uu]ser|[Aa]ssistant):", re.MULTILINE)
 
 
-def read(dialogues: str, items: str) -> list[tuple[Messages, list[tuple[int, int, int, str]], str]]:
-    """(messages with the values filled in, their spans [message, start, end, label], file:line) of each dialogue.
-
-    A placeholder without a value stays; stderr says how many. Raises InputError naming file, line and field.
-    """
+def lines(dialogues: str, items: str) -> list[tuple[str, object, dict[str, str]]]:
+    """(file:line, "messages" as they stand, placeholder -> value) of each dialogue. Raises InputError naming file, line and field."""
     rows, values = list(read_jsonl(dialogues)), list(read_jsonl(items))
     if len(rows) != len(values):
         raise InputError(f"{dialogues} has {len(rows)} lines and {items} {len(values)}; line k of one must belong to line k of the other")
+    return [(place, row.get("messages"), by_placeholder(found, where)) for (place, row), (where, found) in zip(rows, values, strict=True)]
+
+
+def read(dialogues: str, items: str) -> list[tuple[Messages, list[Span], str]]:
+    """(messages with the values filled in, their spans, file:line) of each dialogue.
+
+    A placeholder without a value stays; stderr says how many. Raises InputError naming file, line and field.
+    """
     filled, missing = [], 0
-    for (place, row), (items_place, found) in zip(rows, values, strict=True):
-        messages, spans, without = fill(turns(row.get("messages"), place), by_placeholder(found, items_place))
+    for place, scrubbed, values in lines(dialogues, items):
+        messages, spans, without = fill(turns(scrubbed, place), values)
         filled.append((messages, spans, place))
         missing += without
     if missing:
@@ -69,7 +75,7 @@ def by_placeholder(found: dict, place: str) -> dict[str, str]:
     return values
 
 
-def fill(messages: Messages, values: dict[str, str]) -> tuple[Messages, list[tuple[int, int, int, str]], int]:
+def fill(messages: Messages, values: dict[str, str]) -> tuple[Messages, list[Span], int]:
     """Messages with values for placeholders, the values' spans, and how many placeholders have none."""
     filled, spans, missing = [], [], 0
     for number, message in enumerate(messages):
