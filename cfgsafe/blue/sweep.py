@@ -1,6 +1,6 @@
 """What guidance buys and what it costs: every model at every coefficient, space and plausibility mask, with a figure.
 
-Source: Smirnov (arXiv 2412.06846), section 5: high guidance breaks words in log space and not in probability space, there seen by eye.
+Source: Smirnov (arXiv 2412.06846): high guidance breaks words in log space and not in probability space, there seen by eye.
 Deviations: broken words are counted; the plausibility mask of contrastive decoding (arXiv 2210.15097) is swept as well. At g = 1 the
 guided distribution is the positive prompt's own and greedy answers know no mask, so g = 1 is one row for all spaces and masks.
 
