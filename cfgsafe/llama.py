@@ -164,7 +164,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
-        if rows > 16 or x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
+        if rows > 64 or x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
             return super().forward(x)
         columns = x.reshape(rows, -1) if rows > 1 else x.reshape(1, -1).expand(2, -1)  # a single one is slow
         y = F.linear(self.weight, columns)[:, :rows].t().reshape(*x.shape[:-1], self.out_features)
