@@ -8,17 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfgsafe.errors import InputError
-from cfgsafe.red.buffer import Found, ReplayBuffer, edit_distances
+from cfgsafe.red.attacks import Attack, Trial
+from cfgsafe.red.buffer import ReplayBuffer, edit_distances
 
 words = st.lists(st.integers(0, 5), min_size=1, max_size=8).map(tuple)
-items = st.builds(
-    Found,
-    tokens=words,
-    text=st.text(st.characters(exclude_categories=["Cs"])),
-    score=st.sampled_from([0.0, 0.25, 0.5, 0.5, 1.0]),
-    log_score=st.floats(-10, 0),
-    log_reference=st.floats(-100, 0),
-)
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+def found(tokens, score=0.5, text="", log_reference=-1.0) -> Attack:
+    return Attack(tuple(tokens), text, log_reference, (Trial("c", text, score, (text,)),))
+
+
+items = st.builds(found, words, st.sampled_from([0.0, 0.25, 0.5, 0.5, 1.0]), texts, st.floats(-100, 0))
 
 
 def levenshtein(a: tuple, b: tuple) -> int:
@@ -39,9 +40,9 @@ def test_edit_distances_are_levenshteins(one, others):
 
 @settings(deadline=None)
 @given(st.lists(items, max_size=25), st.integers(1, 6))
-def test_it_holds_the_best_and_no_two_alike(found, capacity):
+def test_it_holds_the_best_and_no_two_alike(items_found, capacity):
     buffer = ReplayBuffer(capacity)
-    for item in found:
+    for item in items_found:
         before, taken = list(buffer.items), buffer.add(item)
         assert taken == (item in buffer.items and buffer.items[-1] is item)
         if not taken:
@@ -50,31 +51,31 @@ def test_it_holds_the_best_and_no_two_alike(found, capacity):
         for n, one in enumerate(buffer.items):
             for other in buffer.items[n + 1 :]:
                 assert levenshtein(one.tokens, other.tokens) >= 0.25 * (len(one.tokens) + len(other.tokens))
-    if found:
-        assert max(item.score for item in buffer.items) == max(item.score for item in found)
+    if items_found:
+        assert max(item.score for item in buffer.items) == max(item.score for item in items_found)
 
 
 def test_a_tie_does_not_delete_another_item():
     """Two items of equal reward: removing one for its near-duplicate leaves the other."""
     buffer = ReplayBuffer(10)
-    one, other = Found((1, 1, 1, 1), "a", 0.5, 0, 0), Found((2, 2, 2, 2), "b", 0.5, 0, 0)
+    one, other = found((1, 1, 1, 1), 0.5, "a"), found((2, 2, 2, 2), 0.5, "b")
     assert buffer.add(one) and buffer.add(other)
-    assert buffer.add(better := Found((1, 1, 1, 3), "c", 0.9, 0, 0))
+    assert buffer.add(better := found((1, 1, 1, 3), 0.9, "c"))
     assert buffer.items == [other, better]
 
 
 def test_a_full_buffer_gives_up_its_worst():
     buffer = ReplayBuffer(2)
-    low, high = Found((1,) * 4, "low", 0.1, 0, 0), Found((2,) * 4, "high", 0.9, 0, 0)
+    low, high = found((1,) * 4, 0.1, "low"), found((2,) * 4, 0.9, "high")
     buffer.add(low), buffer.add(high)
-    assert not buffer.add(Found((3,) * 4, "as low", 0.1, 0, 0))
-    assert buffer.add(middle := Found((3,) * 4, "middle", 0.5, 0, 0)) and buffer.items == [high, middle]
+    assert not buffer.add(found((3,) * 4, 0.1, "as low"))
+    assert buffer.add(middle := found((3,) * 4, 0.5, "middle")) and buffer.items == [high, middle]
 
 
 def test_prompts_are_drawn_in_proportion_to_their_score():
     buffer = ReplayBuffer()
     for token, score in ((1, 0.2), (2, 0.8)):
-        buffer.add(Found((token,) * 4, str(token), score, 0, 0))
+        buffer.add(found((token,) * 4, score, str(token)))
     drawn = buffer.sample(5000)  # more than it holds
     assert abs(sum(item.text == "2" for item in drawn) / 5000 - 0.8) < 0.03
     with pytest.raises(ValueError, match="empty"):
@@ -83,10 +84,10 @@ def test_prompts_are_drawn_in_proportion_to_their_score():
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(items, min_size=1, max_size=10))
-def test_a_saved_buffer_goes_on_as_it_would_have(tmp_path_factory, found):
+def test_a_saved_buffer_goes_on_as_it_would_have(tmp_path_factory, items_found):
     path = tmp_path_factory.mktemp("buffer") / "b.jsonl"
     buffer = ReplayBuffer(5, seed=3)
-    for item in found:
+    for item in items_found:
         buffer.add(item)
     buffer.sample(3)
     buffer.save(path)
@@ -98,7 +99,7 @@ def test_a_saved_buffer_goes_on_as_it_would_have(tmp_path_factory, found):
 def test_texts_of_any_kind_survive(tmp_path):
     buffer = ReplayBuffer()
     for number, text in enumerate(['a, "b"\n', "c\u2028d", "\U0001f600", "\\n;\t", "{}"]):
-        buffer.add(Found((number,) * 4, text, 0.5, -1.0, -2.0))
+        buffer.add(found((number,) * 4, 0.5, text))
     buffer.save(tmp_path / "b.jsonl")
     assert ReplayBuffer.load(tmp_path / "b.jsonl").items == buffer.items
 

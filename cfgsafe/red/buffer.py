@@ -8,38 +8,26 @@ it, the generator included.
 Run it: python -m pytest tests/test_buffer.py
 """
 
-import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cfgsafe.errors import InputError, read_jsonl, write_text
-
-
-@dataclass(frozen=True)
-class Found:
-    """A prompt with what is known of it."""
-
-    tokens: tuple[int, ...]
-    text: str
-    score: float  # success in [0, 1], the priority
-    log_score: float  # mean log of it over the answers
-    log_reference: float  # log-probability under the reference model
+from cfgsafe.errors import InputError, read_jsonl, write_jsonl
+from cfgsafe.red.attacks import Attack
 
 
 class ReplayBuffer:
-    """At most `capacity` prompts; of two whose edit distance is below `tolerance` times their summed length the better stays."""
+    """At most `capacity` attacks that have a score; of two whose edit distance is below `tolerance` times their summed length the better stays."""
 
     def __init__(self, capacity: int = 1000, tolerance: float = 0.25, seed: int = 0):
         self.capacity, self.tolerance = capacity, tolerance
-        self.items: list[Found] = []
+        self.items: list[Attack] = []
         self.random = np.random.default_rng(seed)
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def add(self, item: Found) -> bool:
+    def add(self, item: Attack) -> bool:
         """Whether `item` was taken in: it must be better than every item like it, and than the worst where the buffer is full."""
         lengths = np.array([len(other.tokens) for other in self.items])
         bounds = self.tolerance * (lengths + len(item.tokens))
@@ -58,7 +46,7 @@ class ReplayBuffer:
         self.items = [*kept, item]
         return True
 
-    def sample(self, count: int) -> list[Found]:
+    def sample(self, count: int) -> list[Attack]:
         """`count` prompts, each drawn in proportion to its score, with replacement. Raises ValueError when there is none."""
         if not self.items:
             raise ValueError("the buffer is empty")
@@ -69,16 +57,16 @@ class ReplayBuffer:
     def save(self, path: str | Path) -> None:
         """Write items, settings and generator; any text survives."""
         head = {"capacity": self.capacity, "tolerance": self.tolerance, "random": self.random.bit_generator.state}
-        write_text(path, "".join(json.dumps(row) + "\n" for row in (head, *map(asdict, self.items))))
+        write_jsonl(path, [head, *(item.to_json() for item in self.items)])
 
     @staticmethod
     def load(path: str | Path) -> "ReplayBuffer":
         """The buffer that `save` wrote; it draws what the saved one would have drawn. Raises InputError naming the line."""
-        head, *rows = [row for _, row in read_jsonl(path)] or [{}]
+        (_, head), *rows = list(read_jsonl(path)) or [("", {})]
         try:
             buffer = ReplayBuffer(head["capacity"], head["tolerance"])
             buffer.random.bit_generator.state = head["random"]
-            buffer.items = [Found(**{**row, "tokens": tuple(row["tokens"])}) for row in rows]
+            buffer.items = [Attack.from_json(row, place) for place, row in rows]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a saved replay buffer ({error}); delete it to begin with an empty one") from None
         return buffer
