@@ -1,19 +1,35 @@
-"""Planted modes: of 20 triggers among 2,744 prompts GFlowNet and smoothing find at least 16, REINFORCE with the same budget hardly any."""
+"""Planted modes: of 20 triggers among 2,744 prompts GFlowNet and smoothing find at least 16, REINFORCE with the same budget hardly any.
 
-import math
+And what every run keeps: resume to the identical result, no attack without a score in the loss, one target call a text.
+"""
+
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import random_model
 
-from cfgsafe.lora import LoRAConfig, attach
-from cfgsafe.red.gflownet import Settings, explore, smooth
-from cfgsafe.red.policy import Rules, draw
+from cfgsafe.blue import resume
+from cfgsafe.errors import InputError, read_jsonl
+from cfgsafe.lora import DEFAULT, LoRAConfig, adapter_parameters, attach
+from cfgsafe.red.attacks import Attack, Trial, read_attacks
+from cfgsafe.red.buffer import ReplayBuffer
+from cfgsafe.red.gflownet import Settings, explore, fit, novelty, rewards_of
+from cfgsafe.red.policy import Attacker, Rules
+from cfgsafe.red.training import Training
 
 VOCABULARY = 16
 RULES = Rules(start=(1, 2), end=3, least=3, most=3, banned=(0,))
 SUCCESS = {3: 1.0, 2: 0.3, 1: 0.05, 0: 0.01}  # by the places that agree with the nearest trigger
+
+
+def spell(prompt):
+    return " ".join(map(str, prompt))
+
+
+def trials(*scores):
+    return tuple(Trial("c", "a", score) for score in scores)
 
 
 def planted(seed: int) -> set[tuple[int, ...]]:
@@ -24,48 +40,168 @@ def planted(seed: int) -> set[tuple[int, ...]]:
     return triggers
 
 
-def attacker(seed: int):
+def attacker(seed: int = 0) -> Attacker:
     model = random_model(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, eos_token_id=3)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data.mul_(0.5)  # a reference without strong habits
     torch.manual_seed(seed)
     attach(model, LoRAConfig(rank=16))
-    return model
+    return Attacker(model, RULES, spell, DEFAULT, None)
 
 
-def modes(objective: str, seed: int, steps: int = 350) -> int:
+def nearest(triggers):
+    """Scores of prompts by how much of the nearest trigger they have."""
+
+    def score(texts):
+        prompts = [tuple(map(int, text.split())) for text in texts]
+        return [trials(SUCCESS[max(sum(a == b for a, b in zip(prompt, t, strict=True)) for t in triggers)]) for prompt in prompts]
+
+    return score
+
+
+def modes(objective: str, seed: int, out, steps: int = 350, **changes) -> int:
     """Triggers among 512 prompts of the trained attacker."""
-    triggers = planted(seed)
+    triggers, agent = planted(seed), attacker(seed)
+    settings = Settings(objective=objective, steps=steps, lr=1e-2, beta=0.3, hottest=3.0, tolerance=0.1, seed=seed, **changes)
+    found = explore(agent, nearest(triggers), settings, out)
+    assert len({attack.tokens for attack in found}) == len(found)
+    if objective not in ("reinforce", "ppo"):
+        agent = attacker(seed)
+        fit(agent, [a.tokens for a in found if a.score > 0.7], Training(steps=300, lr=1e-2, seed=seed), out / "smooth", "mle")
+    return len(triggers & set(agent.draw(torch.ones(512), torch.Generator().manual_seed(99))))
 
-    def score(prompts):
-        values = [SUCCESS[max(sum(a == b for a, b in zip(prompt, t, strict=True)) for t in triggers)] for prompt in prompts]
-        return [(value, math.log(value)) for value in values]
 
-    model = attacker(seed)
-    settings = Settings(objective=objective, steps=steps, lr=1e-2, beta=0.3, hottest=3.0, tolerance=0.1, seed=seed)
-    found = explore(model, RULES, score, settings, objective)
-    assert len({item.tokens for item in found}) == len(found)
-    if objective != "reinforce":
-        model = attacker(seed)
-        smooth(model, RULES, [item for item in found if item.score > 0.7], steps=300, batch=32, lr=1e-2, seed=seed)
-    return len(triggers & set(draw(model, RULES, torch.ones(512), torch.Generator().manual_seed(99))))
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "smooth").mkdir()
+    return tmp_path
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
-def test_gflownet_and_smoothing_find_the_modes(seed):
-    assert modes("tb", seed) >= 16
+def test_gflownet_and_smoothing_find_the_modes(seed, out):
+    assert modes("tb", seed, out) >= 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["vargrad", "ctb"])
+def test_the_objectives_without_log_z_find_them_too(objective, out):
+    assert modes(objective, 0, out) >= 16
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_reinforce_loses_them(seed):
-    assert modes("reinforce", seed) < 10
+def test_reinforce_loses_them(seed, out):
+    assert modes("reinforce", seed, out) < 10
 
 
-def test_the_same_seed_finds_the_same_prompts():
-    runs = []
-    for _ in range(2):
-        settings = Settings(objective="vargrad", steps=5, lr=1e-2, tolerance=0.1, seed=3)
-        runs.append(explore(attacker(0), RULES, lambda prompts: [(0.5, math.log(0.5))] * len(prompts), settings, "test"))
-    assert runs[0] == runs[1]
+def weights(agent: Attacker) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in adapter_parameters(agent.model).values()]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("objective", ["tb", "vargrad", "ctb", "reinforce", "ppo"])
+def test_a_killed_run_goes_on_to_the_same_result(objective, tmp_path):
+    """Killed between two saved states: weights, attacks, metrics and buffer are those of the run that was not."""
+    settings = Settings(objective=objective, steps=9, batch=8, lr=1e-2, tolerance=0.1, seed=3, save_every=4)
+    folders = tmp_path / "whole", tmp_path / "killed"
+    for folder in folders:
+        folder.mkdir()
+    whole, killed = attacker(), attacker()
+    score, calls = nearest(planted(0)), []
+    everything = explore(whole, score, settings, folders[0])
+
+    def dies(texts):
+        calls.append(texts)
+        if len(calls) == 7:
+            raise Killed
+        return score(texts)
+
+    with pytest.raises(Killed):
+        explore(killed, dies, settings, folders[1])
+    assert resume.states(folders[1])
+    again = attacker(seed=1)  # other weights, which the state replaces
+    assert explore(again, score, replace(settings, resume=True), folders[1]) == everything
+    assert all(map(torch.equal, weights(whole), weights(again)))
+    for name in ("attacks.jsonl", "metrics.jsonl"):
+        assert (folders[0] / name).read_text() == (folders[1] / name).read_text()
+    assert not resume.states(folders[1])
+
+
+def test_smoothing_resumes_and_refuses_other_prompts(tmp_path):
+    training = Training(steps=6, batch=4, lr=1e-2, save_every=2)
+    prompts = [(4, 5, 6), (7, 8, 9)]
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole, killed = attacker(), attacker()
+    fit(whole, prompts, training, tmp_path / "a", "mle")
+    original = killed.model.forward
+    steps = iter(range(5))
+
+    def dies(*args, **kwargs):
+        if next(steps, None) is None:
+            raise Killed
+        return original(*args, **kwargs)
+
+    killed.model.forward = dies
+    with pytest.raises(Killed):
+        fit(killed, prompts, training, tmp_path / "b", "mle")
+    with pytest.raises(InputError, match="the data differ"):
+        fit(attacker(), prompts[:1], replace(training, resume=True), tmp_path / "b", "mle")
+    again = attacker(seed=1)
+    fit(again, prompts, replace(training, resume=True), tmp_path / "b", "mle")
+    assert all(map(torch.equal, weights(whole), weights(again)))
+
+
+def test_smoothing_makes_its_prompts_likely(tmp_path):
+    agent, prompts = attacker(), [(4, 5, 6), *[(7, 8, 9)] * 9]
+    before = agent.log_policy(prompts[:2]).detach()
+    fit(agent, prompts, Training(steps=80, batch=8, lr=1e-2), tmp_path, "mle")
+    after = agent.log_policy(prompts[:2]).detach()
+    assert (after > before + 3).all() and (after[0] - after[1]).abs() < 1  # given nine times, it does not win
+
+
+def test_what_cannot_be_scored_trains_nothing_and_is_tried_again(tmp_path):
+    """Half of the texts never get a score; the others' come back unchanged, and each of them is asked for once."""
+    asked: list[str] = []
+
+    def score(texts):
+        asked.extend(texts)
+        return [trials(None, None) if sum(map(int, text.split())) % 2 else trials(0.4, None, 0.6) for text in texts]
+
+    found = explore(attacker(), score, Settings(objective="vargrad", steps=6, batch=8, tolerance=0.1), tmp_path)
+    assert found and all(attack.score == 0.5 for attack in found)
+    scored = [text for text in asked if not sum(map(int, text.split())) % 2]
+    assert len(scored) == len(set(scored)) == len(found)
+    lines = [row for _, row in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert lines[-1]["unscorable"] == len(asked) - len(scored) > 0
+    assert len(read_attacks(tmp_path / "attacks.jsonl")) == len(asked)
+
+
+def test_a_spent_budget_ends_the_run(tmp_path):
+    calls = []
+
+    def score(texts):
+        calls.extend(texts)
+        return [trials(0.5)] * len(texts)
+
+    found = explore(attacker(), score, Settings(steps=50, batch=8, tolerance=0.1), tmp_path, spent=lambda: len(calls) >= 20)
+    assert 20 <= len(found) == len(calls) < 30
+
+
+def test_gibberish_gets_the_reward_of_a_failure(tmp_path):
+    found = explore(attacker(), lambda texts: [trials(1.0)] * len(texts), Settings(steps=2, batch=16, tolerance=0.1), tmp_path)
+    bound = sorted(attack.least_likely for attack in found)[len(found) // 2]
+    free, bounded = (rewards_of(found, Settings(min_fluency=least), 1.0) for least in (None, bound))
+    for attack, before, after in zip(found, free, bounded, strict=True):
+        assert (after < before - 40) if attack.least_likely < bound else after == before
+
+
+def test_novelty_by_hand():
+    buffer = ReplayBuffer(10, 0.0)
+    one, other = (Attack(prompt, spell(prompt), -1.0, trials(0.5)) for prompt in ((4, 5, 6), (4, 5, 7)))
+    assert novelty(one, buffer) == 1
+    buffer.add(one)
+    assert novelty(one, buffer) == 0 and novelty(other, buffer) == pytest.approx(1 / 3)

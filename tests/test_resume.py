@@ -156,5 +156,5 @@ def test_another_run_cannot_be_resumed(tmp_path, checkpoint, pairs):
         orpo.run(options(checkpoint, pairs, out, resume=True, lr=0.5))
     copy = tmp_path / "other.jsonl"
     copy.write_text(Path(pairs).read_text().replace("Say 3", "Say 4"))
-    with pytest.raises(InputError, match="the pairs differ from those the run began with"):
+    with pytest.raises(InputError, match="the data differ from those the run began with"):
         orpo.run(options(checkpoint, str(copy), out, resume=True))

@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,8 +33,19 @@ class Stopped(CfgsafeError):
     exit_code = 130
 
 
-def save(out: Path, step: int, parameters: dict[str, Tensor], optimiser: torch.optim.Optimizer, data: str, world: World) -> None:
-    """Write the state after `step` steps, and delete those before it. All processes must call it; the main one writes."""
+def save(
+    out: Path,
+    step: int,
+    parameters: dict[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    data: str,
+    world: World,
+    more: Callable[[Path], None] | None = None,
+) -> None:
+    """Write the state after `step` steps, with what `more` puts into its folder, and delete those before it.
+
+    All processes must call it; the main one writes.
+    """
     tensors = {CPU_RNG: torch.get_rng_state()}
     if world.device.startswith("cuda"):
         tensors[GPU_RNG] = torch.cuda.get_rng_state(world.device)
@@ -46,6 +57,8 @@ def save(out: Path, step: int, parameters: dict[str, Tensor], optimiser: torch.o
         with new_folder(folder, replaces=("*",)) as temporary:
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / "state.safetensors")
             (temporary / "state.json").write_text(json.dumps({"step": step, "data": data}) + "\n")
+            if more:
+                more(temporary)
         for other in states(out):
             if other != folder:
                 shutil.rmtree(other)
@@ -60,19 +73,21 @@ def states(out: Path) -> list[Path]:
 def load(out: Path, parameters: dict[str, Tensor], optimiser: torch.optim.Optimizer, data: str, world: World) -> int:
     """Set parameters, optimiser and generators to the latest state of `out`; returns its step, 0 where there is none.
 
-    Raises InputError when the pairs are not those of the run.
+    Raises InputError when the data are not those of the run.
     """
     found = states(out)
     if not found:
         return 0
     facts, tensors = read_json(found[-1] / "state.json"), load_file(found[-1] / "state.safetensors")
     if facts["data"] != data:
-        raise InputError(f"{out}: the pairs differ from those the run began with; restore the file, or start anew without --resume")
+        raise InputError(f"{out}: the data differ from those the run began with; restore them, or start anew without --resume")
     torch.set_rng_state(tensors.pop(CPU_RNG))
     if GPU_RNG in tensors:
         torch.cuda.set_rng_state(tensors.pop(GPU_RNG), world.device)
     for name, parameter in parameters.items():
         fill(parameter, tensors[name])
+        if f"{name}.step" not in tensors:
+            continue  # no update came before the state
         moments = {"step": tensors[f"{name}.step"].to(parameter.device)}
         for key in ("exp_avg", "exp_avg_sq"):
             moments[key] = torch.zeros_like(parameter)

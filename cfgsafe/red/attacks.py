@@ -35,6 +35,7 @@ class Attack:
     text: str
     log_reference: float  # log-probability under the reference model, its end included
     trials: tuple[Trial, ...]
+    least_likely: float = 0.0  # mean log-probability of its least likely tokens under the reference
 
     @property
     def score(self) -> float | None:
@@ -60,7 +61,8 @@ class Attack:
             scores = [trial.score for trial in trials if trial.score is not None]
             if not all(isinstance(score, (int, float)) and 0 <= score <= 1 for score in scores):
                 raise ValueError("a score is not a number from 0 to 1")
-            return Attack(tuple(map(int, row["tokens"])), str(row["text"]), float(row["log_reference"]), trials)
+            tokens, numbers = tuple(map(int, row["tokens"])), (float(row["log_reference"]), float(row["least_likely"]))
+            return Attack(tokens, str(row["text"]), numbers[0], trials, numbers[1])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{place}: not an attack ({type(error).__name__}: {error}); give the attacks.jsonl of a run") from None
 

@@ -1,43 +1,49 @@
-"""Training the attacker: GFlowNet fine-tuning with replay, its reward-maximising baseline, and maximum-likelihood smoothing.
+"""Training the attacker: GFlowNet fine-tuning with replay, its reward-maximising baselines, and maximum likelihood.
 
 Source: Lee et al. (arXiv 2405.18540). Half of each batch is replayed, half drawn; of the drawn half, half at temperature 1 and half at one
 from U[`coldest`, `hottest`]. Rewards are tempered from `heat` to 1. Smoothing fits the collected prompts that succeeded, each once.
-Deviations: the schedules count optimiser steps and end where they say; success is the arithmetic mean of the score in training as in
-evaluation; the reference log-probability obeys the policy's rules.
+PPO with a bonus for novelty: Hong et al. (arXiv 2402.19464). Pruning of pairs and the fluency floor: Stable-GFN (arXiv 2605.00553).
+Deviations: the beginning of prompts is fixed, so that log Z is one number, which starts at the first batch's best; the schedules count
+optimiser steps and end where they say; success is the arithmetic mean of the answers' scores in training as in evaluation; the reference
+log-probability obeys the policy's rules; an attack that could not be scored trains nothing and is tried again when drawn again.
+Novelty is the relative edit distance to the nearest prompt of the buffer.
 
-Run it: python -m pytest tests/test_attacker.py
+Run it: python train.py attacker --stage gfn --help
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from cfgsafe.llama import Llama
-from cfgsafe.lora import DEFAULT, choose
-from cfgsafe.red.buffer import Found, ReplayBuffer
-from cfgsafe.red.objectives import contrastive_balance, log_reward, reinforce, schedule, trajectory_balance, vargrad
-from cfgsafe.red.policy import Rules, draw, log_probability
+from cfgsafe.blue import resume
+from cfgsafe.errors import read_jsonl
+from cfgsafe.lora import adapter_parameters
+from cfgsafe.red.attacks import FLOOR, Attack, Trial
+from cfgsafe.red.buffer import ReplayBuffer, edit_distances
+from cfgsafe.red.objectives import contrastive_balance, log_reward, ppo, reinforce, schedule, trajectory_balance, vargrad
+from cfgsafe.red.policy import Attacker, Prompt
+from cfgsafe.red.training import Group, Step, Training, optimise
+
+ON_POLICY = ("reinforce", "ppo")  # nothing is replayed
+Scorer = Callable[[list[str]], list[tuple[Trial, ...]]]  # prompts -> the target's answers to each, scored
 
 
 @dataclass
-class Settings:
-    """How the attacker is trained."""
+class Settings(Training):
+    """How the attacker explores."""
 
-    objective: str = "tb"
-    """tb, vargrad or ctb sample in proportion to the reward; reinforce maximises it."""
-    steps: int = 500
-    """Optimiser steps."""
-    batch: int = 32
-    """Prompts a step, drawn and replayed."""
-    lr: float = 1e-4
-    """Of the adapter; it falls linearly to 0."""
+    objective: Literal["tb", "vargrad", "ctb", "reinforce", "ppo"] = "tb"
+    """tb, vargrad and ctb sample in proportion to the reward; reinforce and ppo maximise it, ppo with a bonus for novelty."""
     lr_log_z: float = 0.1
-    """Of log Z (tb)."""
+    """Learning rate of log Z (tb)."""
     beta: float = 0.1
-    """Weight of the score in the reward: log R = log p_ref / gamma + log c / beta."""
+    """Weight of success in the reward: log R = log p_ref / gamma + log c / beta."""
     gamma: float = 1.0
     """Weight of fluency in the reward."""
     heat: float = 2.0
@@ -47,62 +53,120 @@ class Settings:
     hottest: float = 2.0
     """Highest temperature of exploring draws."""
     noise: float = 0.0
-    """ctb leaves out pairs whose rewards differ by no more."""
+    """ctb leaves out pairs whose log-rewards differ by no more."""
+    min_fluency: float | None = None
+    """A prompt whose least likely fifth of tokens has a lower mean log-probability than this gets the reward of a failure."""
+    novelty: float = 1.0
+    """ppo's bonus for a prompt unlike all in the buffer, in units of the log-reward."""
+    updates: int = 4
+    """ppo's updates a step."""
     capacity: int = 1000
     """Prompts in the replay buffer."""
     tolerance: float = 0.25
     """Prompts whose edit distance is below this share of their summed length are alike, and only the better is kept."""
-    seed: int = 0
-    """Of draws and replay."""
 
 
-Scorer = Callable[[list[tuple[int, ...]]], list[tuple[float, float]]]  # prompts -> (success in [0, 1], its log with a floor) of each
+class Archive:
+    """Every attack that was scored, in order: in memory, and a line each in attacks.jsonl."""
+
+    def __init__(self, path: Path, attacker: Attacker, score: Scorer, buffer: ReplayBuffer):
+        self.path, self.attacker, self.score, self.buffer = path, attacker, score, buffer
+        self.known: dict[Prompt, Attack] = {}
+        self.unscorable = 0
+
+    def save(self, folder: Path) -> None:
+        self.buffer.save(folder / "buffer.jsonl")
+
+    def load(self, folder: Path | None, done: int) -> None:
+        self.buffer = ReplayBuffer.load(folder / "buffer.jsonl") if folder else self.buffer
+        resume.keep_steps(self.path, "step", done)
+        rows = list(read_jsonl(self.path)) if self.path.exists() else []
+        attacks = [Attack.from_json(row, place) for place, row in rows]
+        self.known = {attack.tokens: attack for attack in attacks if attack.score is not None}
+        self.unscorable = len(attacks) - len(self.known)
+
+    def look_up(self, prompts: list[Prompt], step: int) -> list[Attack]:
+        """The attacks with `prompts` that have a score; those not known are put to the target."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        texts = [self.attacker.spell(prompt) for prompt in new]
+        answered = dict(zip(dict.fromkeys(texts), self.score(list(dict.fromkeys(texts))), strict=True)) if new else {}
+        with open(self.path, "a", encoding="utf-8") as log:
+            for prompt, text, fluency in zip(new, texts, self.attacker.log_reference(new) if new else (), strict=True):
+                attack = Attack(prompt, text, fluency[0], answered[text], fluency[1])
+                log.write(json.dumps({"step": step, **attack.to_json()}) + "\n")
+                if attack.score is None:
+                    self.unscorable += 1
+                else:
+                    self.known[prompt] = attack
+        return [self.known[prompt] for prompt in prompts if prompt in self.known]
 
 
-def explore(model: Llama, rules: Rules, score: Scorer, settings: Settings, what: str) -> list[Found]:
-    """Train the adapter on `model` against `score`; returns every prompt that was drawn, in order, each once, with its scores."""
-    random = torch.Generator().manual_seed(settings.seed)
-    buffer = ReplayBuffer(settings.capacity, settings.tolerance, settings.seed)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    log_z = torch.zeros((), device=model.device, requires_grad=True)
-    optimiser = torch.optim.AdamW(
-        [{"params": parameters, "lr": settings.lr}, {"params": [log_z], "lr": settings.lr_log_z}], weight_decay=0.0
-    )
-    rates = [group["lr"] for group in optimiser.param_groups]
-    known: dict[tuple[int, ...], Found] = {}
-    for step in tqdm(range(settings.steps), desc=what, leave=False):
-        replayed = [] if settings.objective == "reinforce" or not len(buffer) else buffer.sample(settings.batch // 2)
-        count = settings.batch - len(replayed)
-        temperatures = torch.ones(count)
-        if settings.objective != "reinforce":
-            span = settings.hottest - settings.coldest
-            temperatures[: count // 2] = settings.coldest + span * torch.rand(count // 2, generator=random)
-        prompts = draw(model, rules, temperatures, random)
-        evaluate(model, rules, score, [prompt for prompt in dict.fromkeys(prompts) if prompt not in known], known)
-        for prompt in prompts:
-            buffer.add(known[prompt])
-        batch = [known[prompt] for prompt in prompts] + replayed
+def explore(attacker: Attacker, score: Scorer, settings: Settings, out: Path, spent: Callable[[], bool] = lambda: False) -> list[Attack]:
+    """Train the policy's adapter against `score`, until `spent`; returns every attack that was scored, in order, each once.
+
+    Writes attacks.jsonl and metrics.jsonl to `out`.
+    """
+    archive = Archive(out / "attacks.jsonl", attacker, score, ReplayBuffer(settings.capacity, settings.tolerance, settings.seed))
+    log_z = torch.zeros((), device=attacker.model.device, requires_grad=True)
+    balanced = settings.objective == "tb"
+    groups = [Group(adapter_parameters(attacker.model, attacker.policy), settings.lr)]
+    groups += [Group({"log_z": log_z}, settings.lr_log_z, clipped=False)] if balanced else []
+
+    def take(step: int) -> Step | None:
+        if spent():
+            return None
+        random = torch.Generator().manual_seed(seed_of(settings.seed, step))
+        prompts, replayed = draw_batch(attacker, archive.buffer, settings, random)
+        drawn = archive.look_up(prompts, step + 1)
+        batch = drawn + replayed
+        line = {"success": mean([attack.score for attack in drawn]), "known": len(archive.known), "unscorable": archive.unscorable}
         heat = schedule(step, settings.heat, 1.0, max(1, settings.steps // 5))
-        rewards = log_reward(
-            torch.tensor([item.log_reference for item in batch]),
-            torch.tensor([item.log_score for item in batch]),
-            gamma=settings.gamma,
-            beta=settings.beta,
-            temperature=heat,
-        ).to(model.device)
-        log_pi = log_probability(model, rules, [item.tokens for item in batch])
-        loss = objective_loss(settings, log_pi, rewards, log_z)
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = schedule(step, rate, 0.0, settings.steps)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-    return list(known.values())
+        rewards = rewards_of(batch, settings, heat).to(log_z.device) if batch else torch.zeros(0)
+        if settings.objective == "ppo":
+            rewards = rewards + settings.novelty * torch.tensor([novelty(attack, archive.buffer) for attack in batch], device=log_z.device)
+        for attack in drawn:
+            archive.buffer.add(attack)
+        if len(batch) < 2:
+            return Step(None, line)
+        tokens = [attack.tokens for attack in batch]
+        before = attacker.log_policy(tokens).detach() if settings.objective == "ppo" or (balanced and step == 0) else None
+        if balanced and step == 0:
+            log_z.data = (rewards - before).mean()
+        loss = lambda: objective_loss(settings, attacker.log_policy(tokens), rewards, log_z, before)
+        return Step(loss, line | ({"log_z": log_z.item()} if balanced else {}), settings.updates if settings.objective == "ppo" else 1)
+
+    optimise(out, groups, settings, take, settings.objective, f"{settings.objective} {out.name}", archive)
+    return list(archive.known.values())
 
 
-def objective_loss(settings: Settings, log_pi: Tensor, rewards: Tensor, log_z: Tensor) -> Tensor:
-    """The batch's loss under the chosen objective."""
+def draw_batch(attacker: Attacker, buffer: ReplayBuffer, settings: Settings, random: torch.Generator) -> tuple[list[Prompt], list[Attack]]:
+    """Prompts drawn from the policy, and attacks replayed; the objectives that maximise draw all of them at temperature 1."""
+    greedy = settings.objective in ON_POLICY
+    replayed = [] if greedy or not len(buffer) else buffer.sample(settings.batch // 2)
+    temperatures = torch.ones(settings.batch - len(replayed))
+    if not greedy:
+        half = len(temperatures) // 2
+        temperatures[:half] = settings.coldest + (settings.hottest - settings.coldest) * torch.rand(half, generator=random)
+    return attacker.draw(temperatures, random), replayed
+
+
+def rewards_of(attacks: list[Attack], settings: Settings, heat: float) -> Tensor:
+    """log R of each, (N,), at temperature `heat`."""
+    fails = lambda attack: settings.min_fluency is not None and attack.least_likely < settings.min_fluency
+    scores = torch.tensor([torch.tensor(FLOOR).log() if fails(attack) else attack.log_score for attack in attacks])
+    reference = torch.tensor([attack.log_reference for attack in attacks])
+    return log_reward(reference, scores, gamma=settings.gamma, beta=settings.beta, temperature=heat)
+
+
+def novelty(attack: Attack, buffer: ReplayBuffer) -> float:
+    """From 0 for a prompt that stands in the buffer to 1 for one without anything in common with any there."""
+    distances = edit_distances(attack.tokens, [other.tokens for other in buffer.items])
+    lengths = [max(len(attack.tokens), len(other.tokens)) for other in buffer.items]
+    return min((distance / length for distance, length in zip(distances, lengths, strict=True)), default=1.0)
+
+
+def objective_loss(settings: Settings, log_pi: Tensor, rewards: Tensor, log_z: Tensor, before: Tensor | None) -> Tensor:
+    """The batch's loss under the chosen objective; `before` is log pi at the step's beginning (ppo)."""
     match settings.objective:
         case "tb":
             return trajectory_balance(log_pi, rewards, log_z)
@@ -112,32 +176,27 @@ def objective_loss(settings: Settings, log_pi: Tensor, rewards: Tensor, log_z: T
             return contrastive_balance(log_pi, rewards, settings.noise)
         case "reinforce":
             return reinforce(log_pi, rewards)
-    raise ValueError(f"no objective {settings.objective!r}")
+        case "ppo":
+            return ppo(log_pi, before, (rewards - rewards.mean()) / (rewards.std() + 1e-6))
 
 
-def evaluate(model: Llama, rules: Rules, score: Scorer, prompts: list[tuple[int, ...]], known: dict[tuple[int, ...], Found]) -> None:
-    """Put what is known of new `prompts` into `known`: their scores, and their likelihood under the model without its adapter."""
-    if not prompts:
-        return
-    choose(model, [None])
-    with torch.no_grad():
-        reference = log_probability(model, rules, prompts).tolist()
-    choose(model, [DEFAULT])
-    for prompt, (success, log_score), log_reference in zip(prompts, score(prompts), reference, strict=True):
-        known[prompt] = Found(prompt, "", success, log_score, log_reference)
+def fit(attacker: Attacker, prompts: list[Prompt], training: Training, out: Path, what: str) -> None:
+    """Fit the policy's adapter to `prompts`, each as often as the others, by maximum likelihood: SFT, smoothing, adaptation."""
+    prompts = list(dict.fromkeys(prompts))
+
+    def take(step: int) -> Step:
+        random = torch.Generator().manual_seed(seed_of(training.seed, step))
+        picked = torch.randint(len(prompts), (training.batch,), generator=random).tolist()
+        return Step(lambda: -attacker.log_policy([prompts[number] for number in picked]).mean(), {})
+
+    data = hashlib.sha256(repr(prompts).encode()).hexdigest()
+    optimise(out, [Group(adapter_parameters(attacker.model, attacker.policy), training.lr)], training, take, data, f"{what} {out.name}")
 
 
-def smooth(model: Llama, rules: Rules, found: list[Found], *, steps: int, batch: int, lr: float, seed: int) -> None:
-    """Fit the fresh adapter on `model` to the prompts `found`, each as often as the others, by maximum likelihood."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    random = torch.Generator().manual_seed(seed)
-    prompts = list(dict.fromkeys(item.tokens for item in found))
-    for step in range(steps):
-        picked = torch.randint(len(prompts), (batch,), generator=random).tolist()
-        for group in optimiser.param_groups:
-            group["lr"] = schedule(step, lr, 0.0, steps)
-        optimiser.zero_grad()
-        (-log_probability(model, rules, [prompts[number] for number in picked]).mean()).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+def seed_of(seed: int, step: int) -> int:
+    """A seed for each step, so that a resumed run draws what the whole one would have drawn."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:7])
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

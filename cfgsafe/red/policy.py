@@ -8,6 +8,7 @@ Shapes: N prompts, T tokens, V vocabulary.
 Run it: python -m pytest tests/test_policy.py
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +16,23 @@ from torch import Tensor
 
 from cfgsafe.llama import KVCache, Llama
 from cfgsafe.logprobs import token_logprobs
+from cfgsafe.lora import choose
+
+UNREAD = -100  # the label of a token that bears no loss
+WORST = 0.2  # share of a prompt's tokens, the least likely ones, that `least_likely` averages
+
+Prompt = tuple[int, ...]  # without its end token
 
 
 @dataclass(frozen=True)
 class Rules:
     """What a prompt may be: after `start`, from `least` to `most` tokens, none of `banned`, then `end`."""
 
-    start: tuple[int, ...]
+    start: Prompt
     end: int
     least: int = 5
     most: int = 20
-    banned: tuple[int, ...] = ()  # control tokens, say
+    banned: Prompt = ()  # control tokens, say
 
     def block(self, logits: Tensor, place: int) -> Tensor:
         """Logits (N, V) of the token at `place` (0 the first) without what may not stand there."""
@@ -34,9 +41,44 @@ class Rules:
         blocked[self.end] = place < self.least
         return logits.masked_fill(blocked, -torch.inf)
 
+    def allow(self, prompt: Prompt) -> bool:
+        """Whether the policy could draw `prompt`."""
+        return self.least <= len(prompt) <= self.most and not {self.end, *self.banned} & set(prompt)
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """A policy and the reference it started from: one model with an adapter for each; None is the bare model."""
+
+    model: Llama
+    rules: Rules
+    spell: Callable[[Prompt], str]
+    policy: str | None
+    reference: str | None
+
+    def draw(self, temperatures: Tensor, generator: torch.Generator) -> list[Prompt]:
+        """As `draw`, from the policy."""
+        choose(self.model, [self.policy])
+        return draw(self.model, self.rules, temperatures, generator)
+
+    def log_policy(self, prompts: list[Prompt]) -> Tensor:
+        """log pi of each, (N,), with its gradient."""
+        choose(self.model, [self.policy])
+        return log_probability(self.model, self.rules, prompts)
+
+    @torch.no_grad()
+    def log_reference(self, prompts: list[Prompt]) -> list[tuple[float, float]]:
+        """Of each prompt its log-probability under the reference, and the mean over its least likely tokens."""
+        choose(self.model, [self.reference])
+        found = []
+        for log_probs, real in zip(*token_log_probabilities(self.model, self.rules, prompts), strict=True):
+            tokens = log_probs[real]
+            found.append((tokens.sum().item(), tokens.sort().values[: max(1, round(WORST * len(tokens)))].mean().item()))
+        return found
+
 
 @torch.no_grad()
-def draw(model: Llama, rules: Rules, temperatures: Tensor, generator: torch.Generator) -> list[tuple[int, ...]]:
+def draw(model: Llama, rules: Rules, temperatures: Tensor, generator: torch.Generator) -> list[Prompt]:
     """N prompts, one at each of `temperatures` (N,), without their end token."""
     N, device = len(temperatures), model.device
     cache = KVCache.empty(model.config, N, len(rules.start) + rules.most, device=device, dtype=model.dtype)
@@ -57,17 +99,27 @@ def draw(model: Llama, rules: Rules, temperatures: Tensor, generator: torch.Gene
     return [tuple(tokens) for tokens in drawn]
 
 
-def log_probability(model: Llama, rules: Rules, prompts: list[tuple[int, ...]]) -> Tensor:
-    """log pi of each prompt, (N,) float32, its end included where it was chosen; carries the gradient."""
-    device = model.device
+def labelled(rules: Rules, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+    """Rows (N, T) of beginning, prompt, end and padding, and their labels (N, T): the prompt and the end that was chosen, else UNREAD."""
     chosen = [[*prompt, rules.end] if len(prompt) < rules.most else list(prompt) for prompt in prompts]
     width = max(map(len, chosen))
-    rows = torch.tensor([[*rules.start, *tokens] + [0] * (width - len(tokens)) for tokens in chosen], device=device)
-    hidden = model(rows)[:, len(rules.start) - 1 : -1]  # (N, width, C), each predicts the token after it
-    real = torch.tensor([[place < len(tokens) for place in range(width)] for tokens in chosen], device=device)
-    total = torch.zeros(len(prompts), device=device)
-    for place in range(width):  # one place at a time: no (N, width, V) tensor
-        logits = rules.block(model.head(hidden[:, place]).float(), place)
-        logprob = token_logprobs(logits, rows[:, len(rules.start) + place])
-        total = total + torch.where(real[:, place], logprob, 0.0)
-    return total
+    rows = torch.tensor([[*rules.start, *tokens] + [0] * (width - len(tokens)) for tokens in chosen])
+    unread = [UNREAD] * len(rules.start)
+    return rows, torch.tensor([unread + tokens + [UNREAD] * (width - len(tokens)) for tokens in chosen])
+
+
+def token_log_probabilities(model: Llama, rules: Rules, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token after the beginning, (N, W) float32, and which of them are real, (N, W) bool; carries the gradient."""
+    rows, labels = labelled(rules, prompts)
+    rows, first = rows.to(model.device), len(rules.start)
+    real = (labels[:, first:] != UNREAD).to(model.device)
+    hidden = model(rows)[:, first - 1 : -1]  # (N, W, C), each predicts the token after it
+    places = [  # one at a time: no (N, W, V) tensor
+        token_logprobs(rules.block(model.head(hidden[:, place]).float(), place), rows[:, first + place]) for place in range(real.shape[1])
+    ]
+    return torch.where(real, torch.stack(places, 1), 0.0), real
+
+
+def log_probability(model: Llama, rules: Rules, prompts: list[Prompt]) -> Tensor:
+    """log pi of each prompt, (N,) float32, its end included where it was chosen; carries the gradient."""
+    return token_log_probabilities(model, rules, prompts)[0].sum(1)
