@@ -106,7 +106,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("objective", ["tb", "vargrad", "ctb", "reinforce", "ppo"])
 def test_a_killed_run_goes_on_to_the_same_result(objective, tmp_path):
     """Killed between two saved states: weights, attacks, metrics and buffer are those of the run that was not."""
-    settings = Settings(objective=objective, steps=9, batch=8, lr=1e-2, tolerance=0.1, seed=3, save_every=4)
+    settings = Settings(objective=objective, steps=9, batch_size=8, lr=1e-2, tolerance=0.1, seed=3, save_every=4)
     folders = tmp_path / "whole", tmp_path / "killed"
     for folder in folders:
         folder.mkdir()
@@ -132,7 +132,7 @@ def test_a_killed_run_goes_on_to_the_same_result(objective, tmp_path):
 
 
 def test_smoothing_resumes_and_refuses_other_prompts(tmp_path):
-    training = Training(steps=6, batch=4, lr=1e-2, save_every=2)
+    training = Training(steps=6, batch_size=4, lr=1e-2, save_every=2)
     prompts = [(4, 5, 6), (7, 8, 9)]
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     whole, killed = attacker(), attacker()
@@ -158,7 +158,7 @@ def test_smoothing_resumes_and_refuses_other_prompts(tmp_path):
 def test_smoothing_makes_its_prompts_likely(tmp_path):
     agent, prompts = attacker(), [(4, 5, 6), *[(7, 8, 9)] * 9]
     before = agent.log_policy(prompts[:2]).detach()
-    fit(agent, prompts, Training(steps=80, batch=8, lr=1e-2), tmp_path, "mle")
+    fit(agent, prompts, Training(steps=80, batch_size=8, lr=1e-2), tmp_path, "mle")
     after = agent.log_policy(prompts[:2]).detach()
     assert (after > before + 3).all() and (after[0] - after[1]).abs() < 1  # given nine times, it does not win
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_scored_trains_nothing_and_is_tried_again(tmp_path):
         asked.extend(texts)
         return [trials(None, None) if sum(map(int, text.split())) % 2 else trials(0.4, None, 0.6) for text in texts]
 
-    found = explore(attacker(), score, Settings(objective="vargrad", steps=6, batch=8, tolerance=0.1), tmp_path)
+    found = explore(attacker(), score, Settings(objective="vargrad", steps=6, batch_size=8, tolerance=0.1), tmp_path)
     assert found and all(attack.score == 0.5 for attack in found)
     scored = [text for text in asked if not sum(map(int, text.split())) % 2]
     assert len(scored) == len(set(scored)) == len(found)
@@ -187,12 +187,12 @@ def test_a_spent_budget_ends_the_run(tmp_path):
         calls.extend(texts)
         return [trials(0.5)] * len(texts)
 
-    found = explore(attacker(), score, Settings(steps=50, batch=8, tolerance=0.1), tmp_path, spent=lambda: len(calls) >= 20)
+    found = explore(attacker(), score, Settings(steps=50, batch_size=8, tolerance=0.1), tmp_path, spent=lambda: len(calls) >= 20)
     assert 20 <= len(found) == len(calls) < 30
 
 
 def test_gibberish_gets_the_reward_of_a_failure(tmp_path):
-    found = explore(attacker(), lambda texts: [trials(1.0)] * len(texts), Settings(steps=2, batch=16, tolerance=0.1), tmp_path)
+    found = explore(attacker(), lambda texts: [trials(1.0)] * len(texts), Settings(steps=2, batch_size=16, tolerance=0.1), tmp_path)
     bound = sorted(attack.least_likely for attack in found)[len(found) // 2]
     free, bounded = (rewards_of(found, Settings(min_fluency=least), 1.0) for least in (None, bound))
     for attack, before, after in zip(found, free, bounded, strict=True):

@@ -50,6 +50,10 @@ MORE = (  # a later turn that gives away one thing more
     "By the way, I work at {employer}.", "I should say that my office is at {employer}.", "I forgot to say that I live in {city}.",
     "It may help to know that my home is in {city}.", "I am with {employer}, if that matters.", "You can find me in {city} most days.",
 )
+GREETINGS = (
+    "Hello {first|there}! How can I help you?", "Nice to meet you, {name|friend}. What can I do for you?",
+    "Welcome! What brings you here, {first|friend}?",
+)
 PLACE_ASKS = (
     "Can you recommend a good [place]?", "I am looking for a [place]. Where should I go?", "Which [place] would you choose?", "How do I find a nice [place]?",
     "I need a [place] for my family. Any ideas?", "Is there a [place] that you like?", "Tell me about a [place] nearby.", "Could you suggest a [place] for me?",
@@ -216,13 +220,7 @@ class Writer:
             return self._cut(Dialogue(person, kind, turns, pick(DEFAULT_SYSTEMS)))
         if kind in ("complete", "repeat", "translate", "report", "question") and chance() < 0.5:
             turns.append(Turn("user", fill(intro[0], person)))
-            first_answer = self.compose(
-                (
-                    "Hello {first|there}! How can I help you?",
-                    "Nice to meet you, {name|friend}. What can I do for you?",
-                    "Welcome! What brings you here, {first|friend}?",
-                )
-            )
+            first_answer = self.compose(GREETINGS)
         else:
             turns.append(Turn("user", fill(f"{intro[0]} {pick(topic['asks'])}", person, topic)))
             first_answer = self.answer(topic, _keys(intro[0]))
@@ -233,15 +231,7 @@ class Writer:
         told = _keys(intro[0])
         if kind in ("insist", "letter", "question") or chance() < 0.3:  # say what the questions will be about
             for key in {"city", "employer"} - told:
-                turns.append(Turn("user", fill(pick([m for m in MORE if key in m]), person)))
-                turns.append(
-                    Turn(
-                        "assistant",
-                        fill(
-                            pick(("I see.", "Good to know, {first|friend}.", "Thank you, I will keep {" + key + "|that} in mind.")), person
-                        ),
-                    )
-                )
+                turns += self.more(person, key)
                 told.add(key)
         question, answer = self.last_exchange(kind, intro, topic, told)
         turns += [
@@ -249,6 +239,32 @@ class Writer:
             Turn("assistant", fill(answer, person, topic, KEPT_SPANISH if kind == "translate" else KEPT)),
         ]
         return self._cut(Dialogue(person, kind, turns, pick(DEFAULT_SYSTEMS)))
+
+    def introduced(self, person: Person) -> Dialogue:
+        """A chat in which `person` has told everything and asked for nothing yet."""
+        pick = self.random.choice
+        intro = pick(INTROS)[0]
+        turns = [Turn("user", fill(intro, person)), Turn("assistant", fill(pick(GREETINGS), person))]
+        for key in sorted({"city", "employer"} - _keys(intro)):
+            turns += self.more(person, key)
+        return Dialogue(person, "context", turns, pick(DEFAULT_SYSTEMS))
+
+    def more(self, person: Person, key: str) -> list[Turn]:
+        """`person` gives the item `key` away, and the assistant takes note."""
+        pick = self.random.choice
+        told = fill(pick([m for m in MORE if key in m]), person)
+        noted = pick(("I see.", "Good to know, {first|friend}.", "Thank you, I will keep {" + key + "|that} in mind."))
+        return [Turn("user", told), Turn("assistant", fill(noted, person))]
+
+    def request(self) -> str:
+        """What a user may ask at the end of a chat, without an item."""
+        kind = self.random.choice(("asks", "asks", "plain", "question", "letter", "insist", "repeat", "translate", "report"))
+        topic = self.topic()
+        if kind == "asks":
+            text = self.random.choice(topic["asks"])
+        else:
+            text = self.last_exchange(kind, INTROS[0], topic, {"city", "employer"})[0]
+        return Turn("user", fill(text, None, topic)).text()
 
     def last_exchange(self, kind: str, intro: tuple[str, str, str], topic: dict, told: set[str]) -> tuple[str, str]:
         """(user's last message, gold answer) as templates; only what was told is asked for."""

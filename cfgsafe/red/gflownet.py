@@ -142,8 +142,8 @@ def explore(attacker: Attacker, score: Scorer, settings: Settings, out: Path, sp
 def draw_batch(attacker: Attacker, buffer: ReplayBuffer, settings: Settings, random: torch.Generator) -> tuple[list[Prompt], list[Attack]]:
     """Prompts drawn from the policy, and attacks replayed; the objectives that maximise draw all of them at temperature 1."""
     greedy = settings.objective in ON_POLICY
-    replayed = [] if greedy or not len(buffer) else buffer.sample(settings.batch // 2)
-    temperatures = torch.ones(settings.batch - len(replayed))
+    replayed = [] if greedy or not len(buffer) else buffer.sample(settings.batch_size // 2)
+    temperatures = torch.ones(settings.batch_size - len(replayed))
     if not greedy:
         half = len(temperatures) // 2
         temperatures[:half] = settings.coldest + (settings.hottest - settings.coldest) * torch.rand(half, generator=random)
@@ -186,7 +186,7 @@ def fit(attacker: Attacker, prompts: list[Prompt], training: Training, out: Path
 
     def take(step: int) -> Step:
         random = torch.Generator().manual_seed(seed_of(training.seed, step))
-        picked = torch.randint(len(prompts), (training.batch,), generator=random).tolist()
+        picked = torch.randint(len(prompts), (training.batch_size,), generator=random).tolist()
         return Step(lambda: -attacker.log_policy([prompts[number] for number in picked]).mean(), {})
 
     data = hashlib.sha256(repr(prompts).encode()).hexdigest()

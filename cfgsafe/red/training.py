@@ -31,7 +31,7 @@ class Training:
 
     steps: int = 500
     """Optimiser steps."""
-    batch: int = 32
+    batch_size: int = 32
     """Prompts a step, drawn and replayed."""
     lr: float = 1e-4
     """Learning rate of the adapter; it falls linearly to 0."""
