@@ -5,7 +5,8 @@ globals that transformers gives it.
 Deviation: `apply_chat_template(tokenize=True)` of transformers parses the whole rendered string, so that `<|eot_id|>` typed by a
 user ends the turn. Here the control tokens are renamed in the tokenizer to strings that nobody can know, new in each process; of a
 rendered conversation only the template's own control tokens are renamed likewise before it is encoded. What a user typed is therefore
-text to the tokenizer, whatever it is. Text without control tokens gets the same ids as in transformers.
+text to the tokenizer, whatever it is. Text without control tokens gets the same ids as in transformers. A template that passes over
+strings and reads lists of parts, as Llama-Guard-3-1B's, is given these; transformers would render a conversation without its texts.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --prompt "<|eot_id|> is text here"
 """
@@ -62,7 +63,8 @@ class Tokenizer:
         nonce = secrets.token_hex(16)
         self._renamed = {content: f"\ue000{nonce}:{number}\ue000" for content, number in self.special.items()}
         self.backend = Backend.from_str(json.dumps(_rename(files, self._renamed)))
-        self._render = _compile(template)
+        self._template = _compile(template)
+        self._in_parts = self._wants_parts()
         self._pattern = re.compile("|".join(re.escape(s) for s in sorted(self.special, key=len, reverse=True)))
         self._first = re.compile("[" + "".join(re.escape(c) for c in sorted({s[0] for s in self.special})) + "]")
         ends = {s[:k] for s in self.special for k in range(1, len(s))}, {s[k:] for s in self.special for k in range(1, len(s))}
@@ -142,13 +144,27 @@ class Tokenizer:
         end = _unused(messages, skip=1) + " "
         if going_on:  # cut what the template closes the turn with; a template that trims also trims the blank behind the mark
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}]
-        text = self._render(messages=messages, tools=None, documents=None, add_generation_prompt=not going_on, **self.names)
+        if self._in_parts:
+            messages = [{**m, "content": _parts(m["content"])} for m in messages]
+        text = self._render(messages, add_generation_prompt=not going_on)
         if going_on:
             cut = text.rfind(end.strip())
             if cut < 0:
                 raise InputError("the chat template leaves out the assistant's message that is to be continued")
             text = text[:cut] if text[cut:].startswith(end) else text[:cut].rstrip()
         return text
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        return self._template(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self.names)
+
+    def _wants_parts(self) -> bool:
+        """Whether the template shows a text in a list of parts, but not as a string."""
+        probe = _unused([])
+        shown = lambda content: probe in self._render([{"role": "user", "content": content}], add_generation_prompt=True)
+        try:
+            return not shown(probe) and shown(_parts(probe))
+        except Exception:  # a template may fail in any way at a conversation or content that it does not know
+            return False
 
     def _encode_trusted(self, text: str, mark: str = "") -> list[int]:
         text = self._pattern.sub(lambda found: self._renamed[found.group()], text)
@@ -186,6 +202,10 @@ def _compile(template: str):
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template).render
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _unused(messages: Messages, skip: int = 0) -> str:

@@ -188,3 +188,22 @@ def test_a_last_answer_is_judged_not_continued_when_asked(tmp_path):
     silent = variant(tmp_path, "{{ bos_token }}nothing")
     with pytest.raises(InputError, match="leaves out"):
         silent.encode_chat(chat)
+
+
+PARTS = SIMPLE.replace("CONTENT", "(m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join).strip()")
+
+
+def test_templates_that_pass_over_strings_get_the_text_in_parts(tmp_path, tokenizer):
+    parts = variant(tmp_path, PARTS)
+    chat = [{"role": "user", "content": " a <|eot_id|> b "}, {"role": "assistant", "content": "so I"}]
+    bos, end = (tokenizer.special[f"<|{name}|>"] for name in ("begin_of_text", "eot_id"))
+    text, begun = tokenizer.encode("a <|eot_id|> b"), tokenizer.encode("so I")
+    assert parts.encode_chat(chat, go_on=False) == [bos, *text, end, *begun, end]
+    assert parts.encode_chat(chat) == [bos, *text, end, *begun]
+
+
+@pytest.mark.parametrize("template", ["{{ messages[1].content }}", "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"])
+def test_a_template_that_passes_over_a_question_gets_strings(tmp_path, template):
+    asked = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    tokenizer = variant(tmp_path, template)
+    assert tokenizer.decode(tokenizer.encode_chat(asked)) == "b"
