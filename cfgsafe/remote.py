@@ -29,6 +29,7 @@ from cfgsafe.tokenizer import Messages
 FIRST_WAIT = 0.5  # seconds before the second attempt; doubles with each
 LONGEST_WAIT = 300.0  # seconds; whatever Retry-After says
 OUTAGE = 8  # questions failed in a row, after which the endpoint counts as down
+QUESTION_REFUSED = (400, 413, 422)  # statuses that speak of one question; other refusals are of the key, the model or all questions
 
 
 @dataclass
@@ -58,6 +59,32 @@ class Question:
     max_tokens: int
     temperature: float
     seed: int | None = None
+    top_p: float | None = None
+
+
+class Meter:
+    """Counts what is asked, retries too, and allows `limit` of it; threads may share one."""
+
+    def __init__(self, limit: int | None = None):
+        self.limit, self.made = limit, 0
+        self._lock = threading.Lock()
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing more is allowed."""
+        return self.limit is not None and self.made >= self.limit
+
+    def take(self) -> bool:
+        """Count one more; False, and nothing is counted, where the limit does not allow it."""
+        with self._lock:
+            if self.spent:
+                return False
+            self.made += 1
+            return True
+
+
+class _Refused(InputError):
+    """The endpoint will not answer this question; it may answer others."""
 
 
 class _Failed(Exception):
@@ -81,11 +108,13 @@ def check_service(service: Service) -> None:
     _client(service).close()
 
 
-def ask(service: Service, questions: list[Question], cache: Path, what: str) -> list[str]:
+def ask(service: Service, questions: list[Question], cache: Path, what: str, meter: Meter | None = None) -> list[str | None]:
     """The answer to each question, in order. `what` names the questions in messages.
 
     Answers are kept in the JSONL file `cache` as they come; a question that has one there is not asked again, and one that stands
     twice in `questions` is asked once. Raises InputError where the endpoint refuses, or does not answer in `attempts` attempts.
+    With a `meter` of its requests it raises for a refused key or model only: any other question without an answer has None, also one for
+    which the meter allows no request.
     """
     check_service(service)
     make_folder(cache.parent)
@@ -93,14 +122,18 @@ def ask(service: Service, questions: list[Question], cache: Path, what: str) -> 
     known = read_answers(cache)
     todo = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
     if todo:
-        print(f"{what}: {_estimate(service, list(todo.values()), len(set(keys)) - len(todo))}", file=sys.stderr)
-        _ask_all(service, todo, known, cache, what)
-    return [known[key] for key in keys]
+        if meter is None:
+            print(f"{what}: {_estimate(service, list(todo.values()), len(set(keys)) - len(todo))}", file=sys.stderr)
+        _ask_all(service, todo, known, cache, what, meter)
+    return [known.get(key) for key in keys]
 
 
 def key_of(service: Service, question: Question) -> str:
     """Of model and question; what an answer is kept under."""
-    return hashlib.sha256(json.dumps([service.remote_model, asdict(question)], sort_keys=True).encode()).hexdigest()[:32]
+    asked = asdict(question)
+    if question.top_p is None:
+        del asked["top_p"]  # answers that were kept before there was a top_p
+    return hashlib.sha256(json.dumps([service.remote_model, asked], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _estimate(service: Service, questions: list[Question], kept: int) -> str:
@@ -113,19 +146,26 @@ def _estimate(service: Service, questions: list[Question], kept: int) -> str:
     return f"{line}, at most about {(tokens_in * service.price_in + tokens_out * service.price_out) / 1e6:.2f} USD"
 
 
-def _ask_all(service: Service, todo: dict[str, Question], known: dict[str, str], cache: Path, what: str) -> None:
-    """Answers to `known` and `cache`. Stops where the endpoint refuses a question or is down."""
+def _ask_all(service: Service, todo: dict[str, Question], known: dict[str, str], cache: Path, what: str, meter: Meter | None) -> None:
+    """Answers to `known` and `cache`. Stops where the endpoint refuses (with a meter: the key or model), is down, or the meter is spent."""
     client, lock, stop, errors, in_a_row = _client(service), threading.Lock(), threading.Event(), [], 0
+    fatal = lambda error: isinstance(error, InputError) and (meter is None or not isinstance(error, _Refused))
+
+    def attempt(question: Question) -> str | None:
+        if meter is not None and not meter.take():
+            stop.set()
+            return None
+        return _attempt(client, service, question)
 
     def work(key: str) -> None:
         nonlocal in_a_row
         try:
-            text = None if stop.is_set() else _patiently(lambda: _attempt(client, service, todo[key]), service.attempts, stop)
+            text = None if stop.is_set() else _patiently(lambda: attempt(todo[key]), service.attempts, stop)
         except (InputError, _Failed) as error:
             with lock:
                 errors.append(error)
-                in_a_row += 1
-                if isinstance(error, InputError) or in_a_row >= OUTAGE:
+                in_a_row = 0 if isinstance(error, _Refused) else in_a_row + 1
+                if fatal(error) or in_a_row >= OUTAGE:
                     stop.set()
             return
         if text is not None:
@@ -147,16 +187,18 @@ def _ask_all(service: Service, todo: dict[str, Question], known: dict[str, str],
     client.close()
     remain = sum(key not in known for key in todo)
     for error in errors:
-        if isinstance(error, InputError):
+        if fatal(error):
             raise InputError(f"{what}: {error}; {remain} of {len(todo)} questions remain, running again resumes") from None
-    if remain:
+    if meter is not None and errors:
+        print(f"{what}: {remain} of {len(todo)} questions without an answer ({errors[-1]})", file=sys.stderr)
+    elif meter is None and remain:
         raise InputError(
             f"{what}: {remain} of {len(todo)} questions remain without an answer after {service.attempts} attempts "
             f"({errors[-1]}); running again resumes"
         )
 
 
-def _patiently(attempt: Callable[[], str], attempts: int, stop: threading.Event) -> str | None:
+def _patiently(attempt: Callable[[], str | None], attempts: int, stop: threading.Event) -> str | None:
     """What `attempt` returns, tried again after 0.5 s, 1 s, 2 s ... (each times 0.5 to 1.5) or what Retry-After says; None once stopped."""
     for number in range(attempts):
         try:
@@ -178,6 +220,8 @@ def _attempt(client, service: Service, question: Question) -> str:
     settings = {"model": service.remote_model, "max_tokens": question.max_tokens, "temperature": question.temperature}
     if question.seed is not None:
         settings["seed"] = question.seed
+    if question.top_p is not None:
+        settings["top_p"] = question.top_p
     try:
         if question.messages is None:
             response = client.completions.create(prompt=question.prompt, **settings)
@@ -191,7 +235,8 @@ def _attempt(client, service: Service, question: Question) -> str:
         status = error.status_code
         if status in (408, 409, 429) or status >= 500:
             raise _Failed(f"HTTP {status}", _retry_after(error.response.headers.get("retry-after"))) from None
-        raise InputError(_refusal(status, service.remote_model)) from None
+        refused = _Refused if status in QUESTION_REFUSED else InputError
+        raise refused(_refusal(status, service.remote_model)) from None
     except (openai.APIResponseValidationError, ValueError):
         raise _Failed("an answer that is not JSON") from None
     text = _text_of(response, chat=question.messages is not None)

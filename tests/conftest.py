@@ -1,12 +1,14 @@
-"""Fixtures: a tiny random Llama over the demo's tokenizer, saved as a checkpoint where a test needs a folder."""
+"""Fixtures: a tiny random Llama over the demo's tokenizer, saved as a checkpoint where a test needs a folder; an endpoint on loopback."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import endpoint
 import pytest
 import torch
 
+from cfgsafe import remote
 from cfgsafe.checkpoint import save_checkpoint
 from cfgsafe.demo.experiment import BASE
 from cfgsafe.llama import Llama, LlamaConfig
@@ -14,6 +16,7 @@ from cfgsafe.tokenizer import Tokenizer
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
+KEY = "sk-never-to-be-seen"
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -50,3 +53,27 @@ def checkpoint(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     save_checkpoint(folder, random_model(), tokenizer_from=BASE, dtype=torch.float32)
     return str(folder)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A key for an endpoint, and short waits between attempts."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+
+
+@pytest.fixture
+def serve(quick, monkeypatch):
+    """Start an endpoint and point the environment at it."""
+    started = []
+
+    def start(reply=lambda body: "Fine.", **settings):
+        context = endpoint.running(reply, **{"share": 0, **settings})
+        started.append(context)
+        server = context.__enter__()
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        return server
+
+    yield start
+    for context in started:
+        context.__exit__(None, None, None)

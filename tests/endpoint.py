@@ -15,7 +15,10 @@ FAULTS = ("error", "stall", "rate limit", "drop", "not JSON", "no choices", "emp
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Answers `reply(body)`; `faults` are drawn with probability `share` for the first `last_fault` attempts at a question."""
+    """Answers `reply(body)`, a text or the HTTP status of a refusal.
+
+    `faults` are drawn with probability `share` for the first `last_fault` attempts at a question.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -48,8 +51,7 @@ class Handler(BaseHTTPRequestHandler):
             server.failed[fault] += 1
         time.sleep(server.delay)
         if server.status:
-            echo = {"error": {"message": f"refused: {self.headers['authorization']}"}}
-            return self.send(server.status, json.dumps(echo).encode())
+            return self.refuse(server.status)
         if fault == "stall":
             time.sleep(server.stall)
         if fault in ("stall", "drop"):
@@ -64,11 +66,16 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "no choices":
             return self.send(200, b'{"object": "chat.completion"}')
         text = "" if fault == "empty" else server.reply(body)
+        if isinstance(text, int):
+            return self.refuse(text)
         choice = {"index": 0, "finish_reason": "stop"} | ({"text": text} if "prompt" in body else {"message": {"content": text}})
         if fault is None:
             with server.lock:
                 server.answered[raw] += 1
         self.send(200, json.dumps({"object": "x", "choices": [choice]}).encode())
+
+    def refuse(self, status):
+        self.send(status, json.dumps({"error": {"message": f"refused: {self.headers['authorization']}"}}).encode())
 
     def send(self, status, body, headers=()):
         self.send_response(status)

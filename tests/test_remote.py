@@ -6,43 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import endpoint
 import pytest
+from conftest import KEY
 
 from cfgsafe import remote
 from cfgsafe.blue import pairs
 from cfgsafe.blue.subject import read_answers
 from cfgsafe.demo.experiment import BASE
 from cfgsafe.errors import InputError, write_jsonl
-from cfgsafe.remote import Question, Service, ask
+from cfgsafe.remote import Meter, Question, Service, ask
 
 ROOT = Path(__file__).parents[1]
-KEY = "sk-never-to-be-seen"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Start an endpoint and point the environment at it."""
-    started = []
-
-    def start(reply=lambda body: "Fine.", **settings):
-        context = endpoint.running(reply, **{"share": 0, **settings})
-        started.append(context)
-        server = context.__enter__()
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        return server
-
-    yield start
-    for context in started:
-        context.__exit__(None, None, None)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def chat(text: str, **changes) -> Question:
@@ -87,6 +66,7 @@ def test_the_same_question_is_asked_once_and_an_answered_one_never_again(serve, 
         (service(), chat("a", seed=1)),
         (service(), chat("a", temperature=1.0)),
         (service(), chat("a", max_tokens=8)),
+        (service(), chat("a", top_p=0.9)),
         (service(), chat("a", messages=None, prompt="a")),
     ],
 )
@@ -98,6 +78,10 @@ def test_the_endpoints_settings_do_not_change_the_question():
     assert remote.key_of(service(concurrency=3, timeout=1, attempts=2, price_in=1, price_out=1), chat("a")) == remote.key_of(
         service(), chat("a")
     )
+
+
+def test_answers_kept_before_there_was_a_top_p_are_found():
+    assert remote.key_of(service(), chat("a")) == "813975c52c566a36b46c532afacff4b8"
 
 
 def test_a_line_that_a_crash_cut_is_asked_again(serve, tmp_path):
@@ -192,6 +176,60 @@ def test_an_endpoint_that_is_down_is_not_asked_every_question(serve, tmp_path):
     with pytest.raises(InputError, match=r"100 of 100 questions remain .*HTTP 500"):
         ask(service(attempts=2, concurrency=4), [chat(str(n)) for n in range(100)], tmp_path / "c.jsonl", "test")
     assert len(server.bodies) <= 2 * (remote.OUTAGE + 4)
+
+
+def test_a_meter_bounds_every_request_and_what_fails_has_none(serve, tmp_path, capsys):
+    server, meter = serve(echo, share=0.7, stall=1.3), Meter(70)
+    answers = ask(service(timeout=1.0, concurrency=20), [chat(str(n)) for n in range(60)], tmp_path / "c.jsonl", "test", meter)
+    assert len(server.bodies) == meter.made == 70 and meter.spent
+    assert 10 < answers.count(None) < 50 and len(server.answered) == 60 - answers.count(None)
+    assert all(answer in (None, f"re: {n}") for n, answer in enumerate(answers))
+    assert "questions to ask" not in capsys.readouterr().err
+    assert ask(service(), [chat(str(n)) for n in range(60)], tmp_path / "c.jsonl", "test", meter) == answers  # from the cache alone
+    assert len(server.bodies) == 70
+
+
+def test_a_meter_without_limit_gives_up_on_single_questions_only(serve, tmp_path, capsys):
+    replies = {"re: 0": "", "re: 1": 400, "re: 2": 422}
+    server, meter = serve(lambda body: replies.get(echo(body), echo(body))), Meter()
+    questions = [chat(str(n)) for n in range(20)]
+    answers = ask(service(attempts=3), questions, tmp_path / "c.jsonl", "test", meter)
+    assert answers == [None] * 3 + [f"re: {n}" for n in range(3, 20)]
+    assert len(server.bodies) == meter.made == 17 + 3 + 1 + 1 and not meter.spent
+    assert capsys.readouterr().err.splitlines()[-1].startswith("test: 3 of 20 questions without an answer (")
+    replies.clear()
+    assert ask(service(), questions, tmp_path / "c.jsonl", "test", meter)[:3] == ["re: 0", "re: 1", "re: 2"]
+    assert meter.made == 22 + 3
+
+
+def test_many_refused_questions_are_no_outage(serve, tmp_path):
+    serve(lambda body: 400 if int(echo(body)[4:]) < 20 else echo(body))
+    answers = ask(service(concurrency=1), [chat(str(n)) for n in range(21)], tmp_path / "c.jsonl", "test", Meter())
+    assert answers == [None] * 20 + ["re: 20"]
+
+
+def test_with_a_meter_an_outage_is_left_alone_and_a_refused_key_still_raises(serve, tmp_path):
+    server, meter = serve(faults=("error",), share=1.0, last_fault=99), Meter()
+    asked = [chat(str(n)) for n in range(100)]
+    assert ask(service(attempts=2, concurrency=4), asked, tmp_path / "c.jsonl", "test", meter) == [None] * 100
+    assert len(server.bodies) == meter.made <= 2 * (remote.OUTAGE + 4)
+    server.status = 401
+    with pytest.raises(InputError, match="set OPENAI_API_KEY"):
+        ask(service(), asked, tmp_path / "c.jsonl", "test", meter)
+
+
+def test_threads_never_take_more_than_a_meter_has():
+    class Slow(Meter):
+        @property
+        def spent(self):
+            spent = super().spent
+            time.sleep(0.001)
+            return spent
+
+    meter = Slow(20)
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda _: meter.take(), range(40)))
+    assert sum(taken) == meter.made == 20
 
 
 @pytest.mark.parametrize(
