@@ -107,7 +107,7 @@ def run(options: Options) -> None:
     contexts = read_contexts(options.contexts) if scored else []
     judge = judge_of(options, contexts) if scored else None
     model, tokenizer = load(Subject(facts.model, device=options.device, dtype=options.dtype))
-    target = open_target(options, out, (facts.model, model, tokenizer)) if scored else None
+    target = open_target(options, out / "answers.jsonl", (facts.model, model, tokenizer)) if scored else None
     agent, config = trainee(facts, model, tokenizer, LoRAConfig(options.lora_rank, options.lora_alpha), options.seed)
     scorer = Scorer(target, judge, contexts, options.samples, options.seed) if target else None
     figures: dict[str, object] = {}
@@ -244,13 +244,16 @@ def speller(tokenizer: Tokenizer):
     return lambda prompt: tokenizer.decode(list(prompt)).strip()
 
 
-def open_target(options: rewards.Options, out: Path, shared: tuple[str, Llama, Tokenizer]) -> Target:
-    """The target; on `shared` (checkpoint, model, tokenizer), with an adapter of its own, where it has the same checkpoint."""
+def open_target(options: rewards.Options, kept: Path, shared: tuple[str, Llama, Tokenizer] | None) -> Target:
+    """The target; on `shared` (checkpoint, model, tokenizer), with an adapter of its own, where it has the same checkpoint.
+
+    What an endpoint answers goes to the file `kept`.
+    """
     if options.service.remote_model:
-        return RemoteTarget(options, rewards.answers_file(out))
-    checkpoint, model, tokenizer = shared
-    if resolve(options.model) != resolve(checkpoint):
+        return RemoteTarget(options, kept)
+    if shared is None or resolve(options.model) != resolve(shared[0]):
         return LocalTarget(options, *load(options), DEFAULT if options.adapter else None)
+    _, model, tokenizer = shared
     if options.adapter:
         load_adapter(resolve(options.adapter), model, TARGET)
     return LocalTarget(options, model, tokenizer, TARGET if options.adapter else None)

@@ -69,7 +69,7 @@ class Settings(Training):
 class Archive:
     """Every attack that was scored, in order: in memory, and a line each in attacks.jsonl."""
 
-    def __init__(self, path: Path, attacker: Attacker, score: Scorer, buffer: ReplayBuffer):
+    def __init__(self, path: Path, attacker: Attacker, score: Scorer, buffer: ReplayBuffer | None):
         self.path, self.attacker, self.score, self.buffer = path, attacker, score, buffer
         self.known: dict[Prompt, Attack] = {}
         self.unscorable = 0
@@ -86,19 +86,18 @@ class Archive:
         self.unscorable = len(attacks) - len(self.known)
 
     def look_up(self, prompts: list[Prompt], step: int) -> list[Attack]:
-        """The attacks with `prompts` that have a score; those not known are put to the target."""
+        """The attacks with `prompts`; those without a known score are put to the target."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         texts = [self.attacker.spell(prompt) for prompt in new]
         answered = dict(zip(dict.fromkeys(texts), self.score(list(dict.fromkeys(texts))), strict=True)) if new else {}
+        unscored: dict[Prompt, Attack] = {}
         with open(self.path, "a", encoding="utf-8") as log:
             for prompt, text, fluency in zip(new, texts, self.attacker.log_reference(new) if new else (), strict=True):
                 attack = Attack(prompt, text, fluency[0], answered[text], fluency[1])
                 log.write(json.dumps({"step": step, **attack.to_json()}) + "\n")
-                if attack.score is None:
-                    self.unscorable += 1
-                else:
-                    self.known[prompt] = attack
-        return [self.known[prompt] for prompt in prompts if prompt in self.known]
+                (unscored if attack.score is None else self.known)[prompt] = attack
+        self.unscorable += len(unscored)
+        return [self.known.get(prompt) or unscored[prompt] for prompt in prompts]
 
 
 def explore(attacker: Attacker, score: Scorer, settings: Settings, out: Path, spent: Callable[[], bool] = lambda: False) -> list[Attack]:
@@ -117,7 +116,7 @@ def explore(attacker: Attacker, score: Scorer, settings: Settings, out: Path, sp
             return None
         random = torch.Generator().manual_seed(seed_of(settings.seed, step))
         prompts, replayed = draw_batch(attacker, archive.buffer, settings, random)
-        drawn = archive.look_up(prompts, step + 1)
+        drawn = [attack for attack in archive.look_up(prompts, step + 1) if attack.score is not None]
         batch = drawn + replayed
         line = {"success": mean([attack.score for attack in drawn]), "known": len(archive.known), "unscorable": archive.unscorable}
         heat = schedule(step, settings.heat, 1.0, max(1, settings.steps // 5))

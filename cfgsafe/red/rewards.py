@@ -11,7 +11,6 @@ Run it: python eval.py attack --help
 import hashlib
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 from cfgsafe.blue import leak
@@ -151,8 +150,3 @@ def check(options: Options) -> None:
     """Raise InputError for options that cannot work."""
     target.check(options)
     check_at_least(1, options, "samples")
-
-
-def answers_file(out: Path) -> Path:
-    """Where the answers of an endpoint are kept."""
-    return out / "answers.jsonl"

@@ -71,7 +71,13 @@ class Group:
 
 
 def optimise(
-    out: Path, groups: list[Group], training: Training, take: Callable[[int], Step | None], data: str, what: str, memory: Memory | None = None
+    out: Path,
+    groups: list[Group],
+    training: Training,
+    take: Callable[[int], Step | None],
+    data: str,
+    what: str,
+    memory: Memory | None = None,
 ) -> None:
     """Minimise what `take(step)` gives, for all steps or until it gives None. `data` names what a resumed run must find unchanged.
 
