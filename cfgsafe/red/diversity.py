@@ -2,13 +2,14 @@
 
 Source: Lee et al. (arXiv 2405.18540): mean pairwise cosine distance of all-MiniLM-L6-v2 embeddings; Stable-GFN (arXiv 2605.00553): unique
 attacks; distinct-n, Li et al. (arXiv 1510.03055); self-BLEU, Zhu et al. (arXiv 1802.01886).
-Deviation: where sentence-transformers is not installed, the embedding is the TF-IDF vector of a text's character 3- to 5-grams; reports
-name which one it was.
+Deviation: where sentence-transformers is not installed, the embedding counts a text's character n-grams, hashed (Weinberger et al., arXiv
+0902.2206). Like the sentence model it depends on no other text, so figures of different runs compare; reports name which one it was.
 
 Run it: python -m pytest tests/test_diversity.py
 """
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ import numpy as np
 
 SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 THRESHOLDS = (0.3, 0.5, 0.7)
+HASHED = 1024  # places of the hashed n-grams
 
 
 def embed(texts: list[str]) -> tuple[np.ndarray, str]:
@@ -23,20 +25,22 @@ def embed(texts: list[str]) -> tuple[np.ndarray, str]:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        return character_ngrams(texts), "TF-IDF of character 3- to 5-grams"
+        return character_ngrams(texts), "hashed character 3- to 5-grams"
     model = SentenceTransformer(SENTENCE_MODEL)
     return model.encode(texts, normalize_embeddings=True, show_progress_bar=False), SENTENCE_MODEL
 
 
 def character_ngrams(texts: list[str]) -> np.ndarray:
-    """TF-IDF vectors of length 1 (N, D); a text without any 3-gram is the zero vector."""
-    counts = [Counter(text.lower()[i : i + n] for n in (3, 4, 5) for i in range(len(text) - n + 1)) for text in texts]
-    seen = Counter(gram for count in counts for gram in count)
-    place = {gram: number for number, gram in enumerate(seen)}
-    vectors = np.zeros((len(texts), len(place)))
-    for row, count in enumerate(counts):
-        for gram, times in count.items():
-            vectors[row, place[gram]] = times * (1 + math.log((1 + len(texts)) / (1 + seen[gram])))
+    """Vectors of length 1 (N, HASHED); a text without any 3-gram is the zero vector.
+
+    Each n-gram, in lower case, adds 1 or -1 at a place; both are its hash's, so that n-grams that share a place cancel out on average.
+    """
+    vectors = np.zeros((len(texts), HASHED))
+    for row, text in enumerate(texts):
+        lowered = text.lower()
+        for gram in (lowered[i : i + n] for n in (3, 4, 5) for i in range(len(lowered) - n + 1)):
+            hashed = zlib.crc32(gram.encode())  # hash() differs from process to process
+            vectors[row, hashed % HASHED] += 1 if hashed >> 31 else -1
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
@@ -51,11 +55,11 @@ def mean_cosine_distance(vectors: np.ndarray) -> float:
 
 def clusters(vectors: np.ndarray, threshold: float) -> int:
     """Unique attacks: taken in order, a vector is new when its cosine distance to every new one before it is at least `threshold`."""
-    new: list[np.ndarray] = []
+    new, count = np.empty_like(vectors), 0
     for vector in vectors:
-        if not new or (1 - np.stack(new) @ vector).min() >= threshold - 1e-9:
-            new.append(vector)
-    return len(new)
+        if not count or (1 - new[:count] @ vector).min() >= threshold - 1e-9:
+            new[count], count = vector, count + 1
+    return count
 
 
 def distinct_n(texts: list[str], n: int) -> float:
@@ -69,25 +73,27 @@ def self_bleu(texts: list[str], n: int = 4) -> float:
     if len(texts) < 2:
         return 0.0
     words = [text.split() for text in texts]
-    grams = [[Counter(_grams(line, size)) for size in range(1, n + 1)] for line in words]
-    return float(np.mean([_bleu(number, words, grams) for number in range(len(texts))]))
+    lengths = Counter(map(len, words))
+    logs = np.zeros(len(texts))
+    for size in range(1, n + 1):
+        counts = [Counter(_grams(line, size)) for line in words]
+        highest: dict[tuple[str, ...], list[int]] = {}  # n-gram -> its second highest and its highest count in a text
+        for count in counts:
+            for gram, times in count.items():
+                highest[gram] = sorted([*highest.get(gram, (0, 0)), times])[1:]
+        smooth = 0 if size == 1 else 1
+        for number, count in enumerate(counts):
+            hits = sum(min(times, highest[gram][0]) for gram, times in count.items())  # no more than some other text has
+            share = (hits + smooth) / max(count.total() + smooth, 1)
+            logs[number] += math.log(share) / n if share else -math.inf
+    return float(np.mean([math.exp(log) * _brevity(len(line), lengths) for log, line in zip(logs, words, strict=True)]))
 
 
-def _bleu(number: int, words: list[list[str]], grams: list[list[Counter]]) -> float:
-    mine, length = grams[number], len(words[number])
-    others = [other for other in range(len(words)) if other != number]
-    logs = 0.0
-    for size, count in enumerate(mine):
-        best = Counter()
-        for other in others:
-            best |= grams[other][size]
-        hits, all_ = sum((count & best).values()), sum(count.values())
-        smooth = 1 if size else 0
-        if hits + smooth == 0 or all_ + smooth == 0:
-            return 0.0
-        logs += math.log((hits + smooth) / (all_ + smooth)) / len(mine)
-    closest = min((len(words[other]) for other in others), key=lambda other: (abs(other - length), other))
-    return math.exp(logs) * (1.0 if length >= closest else math.exp(1 - closest / max(length, 1)))
+def _brevity(length: int, lengths: Counter) -> float:
+    """The penalty of a text that is shorter than the closest in length of the others; of two as close the shorter one."""
+    others = lengths - Counter([length])
+    closest = min(others, key=lambda other: (abs(other - length), other))
+    return 1.0 if length >= closest else math.exp(1 - closest / max(length, 1))
 
 
 def _grams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
