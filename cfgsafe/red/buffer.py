@@ -8,6 +8,7 @@ it, the generator included.
 Run it: python -m pytest tests/test_buffer.py
 """
 
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -74,16 +75,15 @@ class ReplayBuffer:
 
 def edit_distances(one: tuple[int, ...], others: list[tuple[int, ...]]) -> np.ndarray:
     """Levenshtein distance from `one` to each of `others`, (len(others),), all of them at once."""
-    longest = max(map(len, others), default=0)
-    table = np.full((len(others), longest), -1)
-    for number, other in enumerate(others):
-        table[number, : len(other)] = other
-    row = np.tile(np.arange(longest + 1), (len(others), 1))  # distances from the empty beginning of `one`
+    if not others:
+        return np.zeros(0, int)
+    tokens = np.array(list(zip_longest(*others, fillvalue=-1)), int).reshape(-1, len(others))  # (longest, N)
+    places = np.arange(len(tokens) + 1)[:, None]
+    row = np.zeros((len(tokens) + 1, len(others)), int)  # distances from a beginning of `one`, less `places`: an insertion changes nothing
     for count, token in enumerate(one, start=1):
-        above = row
-        row = np.empty_like(above)
-        row[:, 0] = count
-        for at in range(longest):
-            replaced = above[:, at] + (table[:, at] != token)
-            row[:, at + 1] = np.minimum(np.minimum(replaced, above[:, at + 1] + 1), row[:, at] + 1)
-    return row[np.arange(len(others)), [len(other) for other in others]]
+        above, row = row, np.empty_like(row)
+        row[0] = count
+        np.minimum(above[:-1] - (tokens == token), above[1:] + 1, out=row[1:])
+        np.minimum.accumulate(row, axis=0, out=row)
+    lengths = [len(other) for other in others]
+    return (row + places)[lengths, np.arange(len(others))]
