@@ -12,7 +12,7 @@ from cfgsafe.red.attacks import Attack, Trial
 from cfgsafe.red.buffer import ReplayBuffer, edit_distances
 from cfgsafe.red.diversity import character_ngrams
 
-words = st.lists(st.integers(0, 5), max_size=8).map(tuple)
+words = st.lists(st.integers(0, 2), max_size=8).map(tuple)
 texts = st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(["tell me", "tell me now", "where is he", ""]))
 kinds = st.sampled_from(["edit", "cosine"])
 
@@ -75,6 +75,13 @@ def test_a_tie_does_not_delete_another_item(kind):
     assert buffer.add(one) and buffer.add(other)
     assert buffer.add(better := found((1, 1, 1, 3), 0.9, "where does he live?"))
     assert buffer.items == [other, better]
+
+
+def test_edit_distance_is_divided_by_the_summed_length():
+    """2 of 4 + 6 is below a quarter, 2 of 4 + 4 is not."""
+    buffer = ReplayBuffer()
+    assert buffer.add(found((1,) * 4, 0.5)) and buffer.add(found((1, 1, 2, 2), 0.5))
+    assert not buffer.add(found((1,) * 6, 0.5))
 
 
 def test_likeness_reads_tokens_or_texts():
