@@ -1,7 +1,7 @@
 """An attack with what the target answered to it, and files of attacks.
 
-Source: Lee et al. (arXiv 2405.18540): a prompt is put to the target k times; its success is the mean score of the answers, in training as in
-evaluation, and above 0.5 (0.7 for smoothing) it counts.
+Source: Lee et al. (arXiv 2405.18540): a prompt is put to the target k times; its success is the mean score of the answers, in training
+as in evaluation, and above 0.5 (0.7 for smoothing) it counts.
 Deviations: an answer that did not come, or could not be scored, counts neither as success nor as safe. Files are JSONL, so that commas,
 newlines and emoji survive.
 
@@ -61,9 +61,12 @@ class Attack:
             scores = [trial.score for trial in trials if trial.score is not None]
             if not all(isinstance(score, (int, float)) and 0 <= score <= 1 for score in scores):
                 raise ValueError("a score is not a number from 0 to 1")
+            texts = [row["text"], *(text for t in trials for text in (t.context, "" if t.answer is None else t.answer, *t.found))]
+            if not all(isinstance(text, str) for text in texts) or any(isinstance(trial["found"], str) for trial in row["trials"]):
+                raise TypeError("text, context, answer and found must be text")
             tokens, numbers = tuple(map(int, row["tokens"])), (float(row["log_reference"]), float(row["least_likely"]))
-            return Attack(tokens, str(row["text"]), numbers[0], trials, numbers[1])
-        except (KeyError, TypeError, ValueError) as error:
+            return Attack(tokens, row["text"], numbers[0], trials, numbers[1])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{place}: not an attack ({type(error).__name__}: {error}); give the attacks.jsonl of a run") from None
 
 
