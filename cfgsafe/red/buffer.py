@@ -97,9 +97,9 @@ def edit_distances(one: tuple[int, ...], others: list[tuple[int, ...]]) -> np.nd
     """Levenshtein distance from `one` to each of `others`, (len(others),), all of them at once."""
     if not others:
         return np.zeros(0, int)
-    tokens = np.array(list(zip_longest(*others, fillvalue=-1)), int).reshape(-1, len(others))  # (longest, N)
+    tokens = np.array(list(zip_longest(*others, fillvalue=-1)), np.int32).reshape(-1, len(others))  # (longest, N)
     places = np.arange(len(tokens) + 1)[:, None]
-    row = np.zeros((len(tokens) + 1, len(others)), int)  # distances from a beginning of `one`, less `places`: an insertion changes nothing
+    row = np.zeros((len(tokens) + 1, len(others)), np.int32)  # distances less `places`: an insertion is free
     for count, token in enumerate(one, start=1):
         above, row = row, np.empty_like(row)
         row[0] = count
