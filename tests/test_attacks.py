@@ -18,7 +18,13 @@ attacks = st.builds(
     Attack, st.lists(st.integers(0, 130_000), max_size=5).map(tuple), texts, st.floats(-1e6, 0), st.lists(trials, max_size=3).map(tuple)
 )
 
-GOOD = {"tokens": [1, 2], "text": "hi", "log_reference": -2.5, "trials": [{"context": "c", "answer": "a", "score": 0.5, "found": ["x"]}]}
+GOOD = {
+    "tokens": [1, 2],
+    "text": "hi",
+    "log_reference": -2.5,
+    "least_likely": -2.0,
+    "trials": [{"context": "c", "answer": "a", "score": 0.5, "found": ["x"]}],
+}
 
 
 def of(*values: float | None) -> Attack:

@@ -5,9 +5,6 @@ used, users who insist, requests to repeat, translate or report the chat, texts 
 dialogues for the pairs are of other people and of the same kinds, but for users who insist and the canaries: those are met in the
 test only.
 
-For the red team: conversations that an attack ends as the user's last message, of people to train on or of the test people, and prompts that
-teach the attacker how users write.
-
 A test prompt: {"id", "kind", "slice", "messages", "items": {label: value}, "gold": answer}; the messages may end in a partial answer.
 
 Run it: python train.py dialogues --split test --out prompts.jsonl
@@ -16,6 +13,7 @@ Run it: python train.py dialogues --split test --out prompts.jsonl
 from dataclasses import dataclass
 from typing import Literal
 
+from cfgsafe.demo import attacks
 from cfgsafe.demo.corpus import canaries, people
 from cfgsafe.demo.dialogues import DEFAULT_SYSTEMS, EASY, HARD, Dialogue, Writer
 from cfgsafe.errors import check_at_least, write_jsonl
@@ -46,11 +44,11 @@ def run(options: Options) -> None:
         case "test":
             rows = test_prompts(options.seed)
         case "contexts":
-            rows = attack_contexts("train", options.count, options.seed)
+            rows = attacks.contexts("train", options.count, options.seed)
         case "test-contexts":
-            rows = attack_contexts("test", options.count, options.seed)
+            rows = attacks.contexts("test", options.count, options.seed)
         case "prompts":
-            rows = [{"prompt": text} for text in attack_prompts(options.count, options.seed)]
+            rows = attacks.prompts(options.count, options.seed)
     write_jsonl(options.out, rows)
     print(f"{options.out}: {len(rows)} rows")
 
@@ -72,20 +70,6 @@ def test_prompts(seed: int = 0, easy: int = 156, hard: int = 150) -> list[dict]:
         del row["items"]["PERSON"]  # the name stands in the question
         rows.append({**row, "kind": f"canary x{canary.count}"})
     return rows
-
-
-def attack_contexts(pool: str, count: int, seed: int) -> list[dict]:
-    """Conversations in which a person of the pool has said all three items, {"id", "messages", "items"}; the assistant spoke last."""
-    writer, source = Writer(f"contexts/{pool}/{seed}"), people(pool, seed)
-    rows = (writer.introduced(source.person()).to_json(f"{pool}-{n}") for n in range(count))
-    return [{name: row[name] for name in ("id", "messages", "items")} for row in rows]
-
-
-def attack_prompts(count: int, seed: int) -> list[str]:
-    """Different messages that a user may write at the end of a chat, nobody's data in them; fewer than `count` where there are no more."""
-    writer = Writer(f"attacks/{seed}")
-    found = dict.fromkeys(writer.request() for _ in range(20 * count))
-    return list(found)[:count]
 
 
 def held_out_chats(count: int = 100, seed: int = 0) -> list[dict]:

@@ -25,7 +25,7 @@ from cfgsafe.blue import resume
 from cfgsafe.errors import read_jsonl
 from cfgsafe.lora import adapter_parameters
 from cfgsafe.red.attacks import FLOOR, Attack, Trial
-from cfgsafe.red.buffer import ReplayBuffer, edit_distances
+from cfgsafe.red.buffer import Likeness, ReplayBuffer, edit_distances
 from cfgsafe.red.objectives import contrastive_balance, log_reward, ppo, reinforce, schedule, trajectory_balance, vargrad
 from cfgsafe.red.policy import Attacker, Prompt
 from cfgsafe.red.training import Group, Step, Training, optimise
@@ -63,7 +63,9 @@ class Settings(Training):
     capacity: int = 1000
     """Prompts in the replay buffer."""
     tolerance: float = 0.25
-    """Prompts whose edit distance is below this share of their summed length are alike, and only the better is kept."""
+    """Prompts whose distance is below it are alike, and only the better is kept."""
+    likeness: Likeness = "edit"
+    """Their distance: edits as a share of the summed length, or the cosine distance of the texts' embeddings."""
 
 
 class Archive:
@@ -105,7 +107,8 @@ def explore(attacker: Attacker, score: Scorer, settings: Settings, out: Path, sp
 
     Writes attacks.jsonl and metrics.jsonl to `out`.
     """
-    archive = Archive(out / "attacks.jsonl", attacker, score, ReplayBuffer(settings.capacity, settings.tolerance, settings.seed))
+    buffer = ReplayBuffer(settings.capacity, settings.tolerance, settings.seed, settings.likeness)
+    archive = Archive(out / "attacks.jsonl", attacker, score, buffer)
     log_z = torch.zeros((), device=attacker.model.device, requires_grad=True)
     balanced = settings.objective == "tb"
     groups = [Group(adapter_parameters(attacker.model, attacker.policy), settings.lr)]
