@@ -56,10 +56,6 @@ class Tokenizer:
         """Of the parsed `tokenizer.json`, the names of bos_token, eos_token and so on, and a Jinja2 template."""
         self.special = {token["content"]: token["id"] for token in files["added_tokens"]}
         self.names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", **names}
-        self.end_of_turn = "<|eot_id|>" if "<|eot_id|>" in self.special else self.names["eos_token"]
-        for token in (self.names["bos_token"], self.end_of_turn):
-            if token not in self.special:
-                raise CheckpointError(f"tokenizer.json: control token {token!r} is missing")
         nonce = secrets.token_hex(16)
         self._renamed = {content: f"\ue000{nonce}:{number}\ue000" for content, number in self.special.items()}
         self.backend = Backend.from_str(json.dumps(_rename(files, self._renamed)))
@@ -69,6 +65,10 @@ class Tokenizer:
         self._first = re.compile("[" + "".join(re.escape(c) for c in sorted({s[0] for s in self.special})) + "]")
         ends = {s[:k] for s in self.special for k in range(1, len(s))}, {s[k:] for s in self.special for k in range(1, len(s))}
         self._beginnings, self._endings = map(tuple, ends)
+        self.end_of_turn = self._closing() or ("<|eot_id|>" if "<|eot_id|>" in self.special else self.names["eos_token"])
+        for token in (self.names["bos_token"], self.end_of_turn):
+            if token not in self.special:
+                raise CheckpointError(f"tokenizer.json: control token {token!r} is missing")
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":
@@ -165,6 +165,17 @@ class Tokenizer:
             return not shown(probe) and shown(_parts(probe))
         except Exception:  # a template may fail in any way at a conversation or content that it does not know
             return False
+
+    def _closing(self) -> str | None:
+        """The control token that the template puts right behind an answer."""
+        answer = "\uf8ff"
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+        try:
+            text = self._render(messages, add_generation_prompt=False)
+        except Exception:  # a template may refuse this conversation in any way
+            return None
+        found = self._pattern.match(text.partition(answer)[2].lstrip())
+        return found and found.group()
 
     def _encode_trusted(self, text: str, mark: str = "") -> list[int]:
         text = self._pattern.sub(lambda found: self._renamed[found.group()], text)

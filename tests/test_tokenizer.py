@@ -207,3 +207,16 @@ def test_a_template_that_passes_over_a_question_gets_strings(tmp_path, template)
     asked = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
     tokenizer = variant(tmp_path, template)
     assert tokenizer.decode(tokenizer.encode_chat(asked)) == "b"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("{{ bos_token }}{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}", "<|im_end|>"),
+        ("{{ bos_token }}{% for m in messages %}{{ m.content }}\n<|end_of_text|>{% endfor %}<|eot_id|>", "<|end_of_text|>"),
+        ("{{ bos_token }}{% for m in messages %}{{ m.content }} {% endfor %}Safe?<|im_end|>", "<|eot_id|>"),
+        ("{{ raise_exception('no') }}", "<|eot_id|>"),
+    ],
+)
+def test_an_answer_ends_with_the_token_that_the_template_puts_behind_it(tmp_path, template, end):
+    assert variant(tmp_path, template, ("<|im_start|>", "<|im_end|>")).end_of_turn == end
