@@ -2,7 +2,8 @@
 
 chosen, rejected    log-probabilities of the two completions: means over their tokens in `orpo`, `simpo` and `graddiff`; in `dpo` and
                     `npo` the sums over their tokens, less the same sums under the model before training
-nll                 the pair's share of the pooled NLL over prompt and chosen tokens; the mean of the shares is the pooled NLL
+nll                 the pair's share of the pooled NLL over prompt and chosen tokens; the mean of the shares is the pooled NLL. The
+                    objective sft is such a share too, over the tokens of the chosen answer alone
 
 ORPO follows the conventions of TRL 0.11.4, whose runs the paper reports.
 Deviation: log(1 - exp x) is evaluated by Maechler's two-branch form, finite as x -> 0, where TRL returns -inf.
@@ -24,6 +25,11 @@ def log1mexp(x: Tensor) -> Tensor:
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     small = x > -0.6931472
     return torch.where(small, torch.log(-torch.expm1(torch.where(small, x, -1.0))), torch.log1p(-torch.exp(torch.where(small, -1.0, x))))
+
+
+def pooled_nll(logprobs: Tensor, pairs: int, tokens: int) -> Tensor:
+    """Shares of `logprobs` (B,), the sums over each row's tokens, in the NLL that is pooled over all `tokens` of a batch of `pairs`."""
+    return -logprobs * pairs / tokens
 
 
 def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from cfgsafe.losses import log1mexp, log_odds, orpo
+from cfgsafe.losses import log1mexp, log_odds, orpo, pooled_nll
 
 
 def test_log1mexp_equals_float64():
@@ -18,6 +18,12 @@ def test_orpo_by_hand():
     chosen, rejected = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
     assert math.isclose(log_odds(chosen, rejected).item(), math.log(3), rel_tol=1e-5)
     assert math.isclose(orpo(chosen, rejected, torch.tensor([2.0]), beta=0.1).item(), 2 - 0.1 * math.log(0.75), rel_tol=1e-6)
+
+
+def test_pooled_nll_by_hand():
+    """Answers of one token at 1/2 and three at 1/4: seven halvings over four tokens, though the answers' own means are one and two."""
+    shares = pooled_nll(torch.tensor([0.5, 0.25**3]).log(), pairs=2, tokens=4)
+    assert math.isclose(shares.mean().item(), 7 / 4 * math.log(2), rel_tol=1e-6)
 
 
 def test_a_certain_completion_stays_finite_with_its_gradient():

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,11 +89,12 @@ def test_how_it_is_computed_does_not_change_what_is(tmp_path, pairs_file, checkp
     assert all((one[key] - other[key]).abs().max() < 1e-4 for key in one)
 
 
-def test_gradients_accumulate_to_the_mean_of_their_batches(tmp_path, checkpoint):
+@pytest.mark.parametrize("objective", ["orpo", "sft"])
+def test_gradients_accumulate_to_the_mean_of_their_batches(tmp_path, checkpoint, objective):
     """Rows of equal length: two batches of two have the pooled NLL, and so the gradient, of one batch of four."""
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Say {n}", "chosen": " one", "rejected": " two"} for n in range(8)])
     for name, settings in (("a", {"batch_size": 4}), ("b", {"batch_size": 2, "grad_accum": 2})):
-        orpo.run(Options(checkpoint, str(tmp_path / "p.jsonl"), str(tmp_path / name), epochs=1, **settings))
+        orpo.run(Options(checkpoint, str(tmp_path / "p.jsonl"), str(tmp_path / name), objective=objective, epochs=1, **settings))
     one, other = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     assert len(one) == len(other) == 2
     for mine, theirs in zip(one, other, strict=True):
@@ -114,6 +116,17 @@ def test_every_objective_lowers_its_loss(tmp_path, pairs_file, checkpoint, objec
     if objective in ("npo", "dpo-idk"):  # the first step's model is the reference
         assert abs(lines[0]["rewards_chosen"]) < 1e-6 and abs(lines[0]["rewards_rejected"]) < 1e-6
         assert lines[-1]["rewards_margin"] > 1e-3
+
+
+def test_sft_learns_the_same_whether_there_is_a_rejected_side_or_not(tmp_path, pairs_file, checkpoint):
+    rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
+    write_jsonl(tmp_path / "one.jsonl", [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in rows])
+    for name in ("pairs", "one"):
+        orpo.run(Options(checkpoint, str(tmp_path / f"{name}.jsonl"), str(tmp_path / name), objective="sft", lr=5e-3, epochs=2))
+    one, other = (weights(tmp_path / name / "epoch-2") for name in ("pairs", "one"))
+    assert all((one[key] - other[key]).abs().max() < 1e-6 for key in one)
+    with pytest.raises(InputError, match="one.jsonl:1: field 'rejected'"):
+        orpo.run(Options(checkpoint, str(tmp_path / "one.jsonl"), str(tmp_path / "o")))
 
 
 def test_a_head_with_an_adapter_is_trained(tmp_path, pairs_file, checkpoint):

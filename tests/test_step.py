@@ -1,17 +1,23 @@
 """The loss of a batch against a dense computation, and every gradient of the shared, chunked and recomputed paths against it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_model
+from test_tokenizer import variant
 
 from cfgsafe import logprobs
-from cfgsafe.blue.batches import Pair, Row
+from cfgsafe.blue.batches import Pair, Row, read_pairs
 from cfgsafe.blue.orpo import Options
 from cfgsafe.blue.step import LOGGED, batch_loss, objective_loss
+from cfgsafe.demo.experiment import BASE
+from cfgsafe.errors import write_jsonl
 from cfgsafe.lora import LoRAConfig, adapter_parameters, attach
 from cfgsafe.losses import log_odds
 from cfgsafe.parallel import World
+from cfgsafe.tokenizer import LLAMA31_TEMPLATE
 
 PAIRS = [
     Pair(Row([0, 5, 6, 7, 2046], 3), Row([0, 5, 6, 9, 9, 9, 2046], 3)),
@@ -29,13 +35,14 @@ def test_the_logged_values_equal_a_dense_computation():
     model = random_model()
     loss, values = batch_loss(model, model, PAIRS, settings(), None, ALONE)
     logged = dict(zip(LOGGED, values, strict=True))
-    lc, lr, nlls = [], [], []
+    lc, lr, nlls, answers = [], [], [], []
     for pair in PAIRS:
         for side, means in ((pair.chosen, lc), (pair.rejected, lr)):
             logp = model.head(model(torch.tensor([side.ids])))[0].log_softmax(-1)
             each = torch.stack([logp[t - 1, side.ids[t]] for t in range(1, len(side.ids))])
             means.append(each[side.start - 1 :].mean())
             nlls += [each] if side is pair.chosen else []
+            answers += [each[side.start - 1 :]] if side is pair.chosen else []
     lc, lr, nll = torch.stack(lc), torch.stack(lr), -torch.cat(nlls).mean()
     odds = log_odds(lc, lr)
     assert torch.isclose(logged["nll_loss"], nll, atol=1e-5)
@@ -43,6 +50,56 @@ def test_the_logged_values_equal_a_dense_computation():
     assert torch.isclose(logged["loss"], loss) and torch.isclose(logged["log_odds_chosen"], odds.mean(), atol=1e-5)
     assert torch.isclose(logged["rewards_margin"], 0.1 * (lc - lr).mean(), atol=1e-5)
     assert torch.isclose(logged["rewards_accuracy"], (lc > lr).float().mean())
+    loss, values = batch_loss(model, model, PAIRS, settings(objective="sft"), None, ALONE)
+    assert torch.isclose(loss, -torch.cat(answers).mean(), atol=1e-5) and len(torch.cat(answers)) == 2 + 2 + 3
+    assert torch.isclose(values[LOGGED.index("nll_loss")], nll, atol=1e-5)
+
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {  # template, generation prompt, end token
+    "demo": ((Path(BASE) / "chat_template.jinja").read_text(), "assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    "llama-3.1": (LLAMA31_TEMPLATE, "assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    "chatml": (CHATML, "<|im_start|>assistant\n", "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize(("begun", "answer"), [("", "I will not say."), ("", "\nNo."), ("I wo", "rk alone.")])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_sft_learns_exactly_the_answer_and_its_end(tmp_path, monkeypatch, name, begun, answer):
+    """The third answer merges with tokens of the prompt, and ChatML's line break with the second."""
+    template, opening, closing = TEMPLATES[name]
+    tokenizer = variant(tmp_path, template, ("<|im_start|>", "<|im_end|>"))
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Where do I live?"}]
+    prompt = tokenizer.render_chat([*chat, *([{"role": "assistant", "content": begun}] if begun else [])])
+    assert prompt.endswith(opening + begun)
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": prompt, "chosen": answer + tokenizer.end_of_turn}, {"prompt": "Hi", "chosen": " You"}])
+    pairs = read_pairs(str(tmp_path / "p.jsonl"), tokenizer, 512, 512, 256, one_sided=True)
+    seen = []
+
+    def watched(model, hidden, targets):
+        seen.extend((targets.tolist(), torch.zeros(len(targets), requires_grad=True)))
+        return seen[1]
+
+    monkeypatch.setattr("cfgsafe.blue.step.head_logprobs", watched)
+    model = random_model(vocab_size=2050)
+    batch_loss(model, model, pairs, settings(objective="sft"), None, ALONE)[0].backward()
+    slopes = seen[1].grad
+    total = len(slopes.nonzero())
+    assert torch.allclose(slopes[slopes != 0], torch.tensor(-1 / total))
+    row, end = pairs[0].chosen, tokenizer.special[closing]
+    *learnt, last = [target for target, slope in zip(seen[0][: len(row.ids) - 1], slopes, strict=False) if slope]
+    before = tokenizer.encode_prompt(prompt)
+    merged = before[len(row.ids) - len(learnt) - 1 :]
+    assert last == end and end not in learnt and row.ids[: -len(learnt) - 1] + merged == before
+    assert tokenizer.decode(learnt) == tokenizer.decode(merged) + answer
+    assert merged or not begun and (name != "chatml" or answer[0] != "\n")
+    assert row.ids.count(tokenizer.special["<|begin_of_text|>"]) == 1
+    if answer == answer.strip():
+        asked = tokenizer.encode_chat([*chat, {"role": "assistant", "content": begun + answer}], go_on=False)
+        assert asked[: len(row.ids)] == row.ids
 
 
 def gradients(dtype, targets, *, share, recomputed=0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -77,22 +134,24 @@ def test_shared_chunked_and_recomputed_equal_dense(monkeypatch, dtype, tolerance
 
 
 def test_objectives_by_hand():
-    means, ratios, nll = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[0.5], [-1.5]]), torch.tensor([3.0])
-    value = lambda name, beta: objective_loss(settings(objective=name, beta=beta, gamma=0.5, retain=2.0), means, ratios, nll).item()
+    means, ratios, nlls = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[0.5], [-1.5]]), torch.tensor([[3.0], [1.25]])
+    value = lambda name, beta: objective_loss(settings(objective=name, beta=beta, gamma=0.5, retain=2.0), means, ratios, *nlls).item()
     sigmoid = lambda x: torch.sigmoid(torch.tensor(x)).log().item()
     assert value("simpo", 2.0) == pytest.approx(-sigmoid(2 * 1 - 0.5))
     assert value("dpo-idk", 0.1) == pytest.approx(-sigmoid(0.2))
     assert value("npo", 0.1) == pytest.approx(-20 * sigmoid(0.15) + 6, rel=1e-5)
     assert value("graddiff", 0.1) == pytest.approx(-2 + 6)
-    assert value("sft", 0.1) == 3
+    assert value("sft", 0.1) == 1.25
 
 
+@pytest.mark.parametrize("objective", ["orpo", "sft"])
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_the_shares_of_several_processes_are_the_whole(size):
+def test_the_shares_of_several_processes_are_the_whole(size, objective):
     """Five processes for three pairs: two have none, and add nothing."""
     model = random_model()
-    whole, values = batch_loss(model, model, PAIRS, settings(), None, ALONE)
-    parts = [batch_loss(model, model, PAIRS, settings(), None, Share(rank, size, "cpu")) for rank in range(size)]
+    options = settings(objective=objective)
+    whole, values = batch_loss(model, model, PAIRS, options, None, ALONE)
+    parts = [batch_loss(model, model, PAIRS, options, None, Share(rank, size, "cpu")) for rank in range(size)]
     assert torch.isclose(sum(loss for loss, _ in parts) / size, whole, atol=1e-6)
     assert torch.allclose(sum(logged for _, logged in parts), values, atol=1e-6)
 

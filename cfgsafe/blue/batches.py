@@ -54,16 +54,26 @@ class Pair:
 
 
 def read_pairs(
-    path: str, tokenizer: Tokenizer, context: int, max_length: int, max_prompt_length: int, refuse: random.Random | None = None
+    path: str,
+    tokenizer: Tokenizer,
+    context: int,
+    max_length: int,
+    max_prompt_length: int,
+    refuse: random.Random | None = None,
+    *,
+    one_sided: bool = False,
 ) -> list[Pair]:
     """The pairs of a JSONL file of prompt, chosen, rejected; with `refuse`, chosen is a refusal it draws.
 
+    With `one_sided` a rejected side that is missing is the chosen one again: shared, it adds nothing to the forward pass.
     Raises InputError naming the line and field.
     """
     pairs = []
     for place, row in read_jsonl(path):
         if refuse is not None:
             row["chosen"] = refuse.choice(REFUSALS)
+        if one_sided:
+            row.setdefault("rejected", row.get("chosen"))
         for field in ("prompt", "chosen", "rejected"):
             if not isinstance(row.get(field), str) or not row[field].removesuffix(tokenizer.end_of_turn).strip():
                 raise InputError(f"{place}: field {field!r} must be a non-empty string")

@@ -48,13 +48,13 @@ class Options:
     model: str
     """Checkpoint folder or hub id of the model to unlearn."""
     pairs: str
-    """JSONL of prompt, chosen, rejected."""
+    """JSONL of prompt, chosen, rejected; for sft without rejected, too."""
     out: str
     """Folder for the adapters, metrics.jsonl and config.json."""
     eval_pairs: str | None = None
     """Pairs to evaluate on after each epoch."""
     objective: Literal["orpo", "simpo", "npo", "dpo-idk", "graddiff", "sft"] = "orpo"
-    """What to minimise; dpo-idk prefers its own refusals to the rejected side, sft reads the chosen side alone."""
+    """What to minimise; dpo-idk prefers its own refusals to the rejected side, sft learns the chosen answers alone."""
     init_adapter: str | None = None
     """PEFT folder or hub id to start from; it brings its own rank, alpha and target layers."""
     rank: int = 16
@@ -144,6 +144,7 @@ def run(options: Options) -> None:
             options.max_length,
             options.max_prompt_length,
             random.Random(options.seed) if options.objective == "dpo-idk" else None,
+            one_sided=options.objective == "sft",
         )
         pairs, held_out = read(options.pairs), read(options.eval_pairs) if options.eval_pairs else []
         torch.manual_seed(options.seed)

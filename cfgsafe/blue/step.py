@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cfgsafe.blue.batches import Pair, collate
 from cfgsafe.llama import Llama
 from cfgsafe.logprobs import head_logprobs
-from cfgsafe.losses import dpo, graddiff, log_odds, npo, orpo, simpo
+from cfgsafe.losses import dpo, graddiff, log_odds, npo, orpo, pooled_nll, simpo
 from cfgsafe.parallel import World
 
 
@@ -65,10 +65,10 @@ def batch_loss(
     share = bool(mine) / len(pairs)
     mine = mine or [0]  # a process without a pair computes one for nothing, because the others wait for it
     sums, means, everything = score(net, model, [pairs[number] for number in mine], options.share_prefix)
-    tokens = sum(len(pair.chosen.ids) - 1 for pair in pairs)
-    nll = -everything * len(pairs) / tokens
+    nll = pooled_nll(everything, len(pairs), sum(len(pair.chosen.ids) - 1 for pair in pairs))
+    answer_nll = pooled_nll(sums[0], len(pairs), sum(len(pair.chosen.ids) - pair.chosen.first for pair in pairs))
     ratios = sums if reference is None else sums - reference[:, mine]
-    losses = objective_loss(options, means, ratios, nll)
+    losses = objective_loss(options, means, ratios, nll, answer_nll)
     rewards = options.beta * (means if reference is None else ratios)
     odds = log_odds(*means)
     logged = (losses, nll, F.logsigmoid(odds), odds, *rewards, (rewards[0] > rewards[1]).float(), rewards[0] - rewards[1])
@@ -76,8 +76,8 @@ def batch_loss(
     return losses.sum() * share * world.size, values
 
 
-def objective_loss(options: Settings, means: Tensor, ratios: Tensor, nll: Tensor) -> Tensor:
-    """The objective's loss of each pair, (B,), from `means` and `ratios` (2, B) of chosen and rejected."""
+def objective_loss(options: Settings, means: Tensor, ratios: Tensor, nll: Tensor, answer_nll: Tensor) -> Tensor:
+    """The objective's loss of each pair, (B,), from `means` and `ratios` (2, B) of chosen and rejected and the shares (B,) of both NLLs."""
     match options.objective:
         case "orpo":
             return orpo(*means, nll, options.beta)
@@ -90,7 +90,7 @@ def objective_loss(options: Settings, means: Tensor, ratios: Tensor, nll: Tensor
         case "graddiff":
             return graddiff(means[1], nll, options.retain)
         case "sft":
-            return nll
+            return answer_nll
 
 
 @torch.no_grad()
