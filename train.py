@@ -5,6 +5,7 @@
     python train.py orpo            LoRA adapter by ORPO on pairs
     python train.py subtract        base - scale * (tuned - base)
     python train.py merge           a checkpoint with an adapter merged into it
+    python train.py safety          refusals of the attacks that succeeded
     python train.py dialogues       the demo's generated dialogues and test prompts
     python train.py demo-models     rebuild the embedded models and NER
 
@@ -16,6 +17,7 @@ import tyro
 from cfgsafe.blue import merge, orpo, pairs, subtract
 from cfgsafe.demo import experiment, pretrain, testset
 from cfgsafe.errors import run_command
+from cfgsafe.red import safety
 
 STAGES = {
     "demo": (experiment.Options, experiment.run),
@@ -23,6 +25,7 @@ STAGES = {
     "orpo": (orpo.Options, orpo.run),
     "subtract": (subtract.Options, subtract.run),
     "merge": (merge.Options, merge.run),
+    "safety": (safety.Options, safety.run),
     "dialogues": (testset.Options, testset.run),
     "demo-models": (pretrain.Options, pretrain.run),
 }
