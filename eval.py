@@ -5,6 +5,7 @@
     python eval.py perplexity       held-out text under the model
     python eval.py extract          attacks that ask for the items masked in scrubbed dialogues
     python eval.py canaries         are planted persons more likely than their never-trained twins?
+    python eval.py attack           success and diversity of attackers against a target
     python eval.py sweep            leaks, utility and broken words over guidance, spaces and masks, with a figure
     python eval.py table            the paper's tables from the results of runs and sweeps
     python eval.py report           a run as one HTML file, personal data masked
@@ -19,6 +20,7 @@ import tyro
 from cfgsafe.blue import canaries, detectors, extract, html, leak, perplexity, sweep, tables, utility
 from cfgsafe.demo import exam
 from cfgsafe.errors import run_command
+from cfgsafe.red import attack
 
 COMMANDS = {
     "leak": (leak.Options, leak.run),
@@ -26,6 +28,7 @@ COMMANDS = {
     "perplexity": (perplexity.Options, perplexity.run),
     "extract": (extract.Options, extract.run),
     "canaries": (canaries.Options, canaries.run),
+    "attack": (attack.Options, attack.run),
     "sweep": (sweep.Options, sweep.run),
     "table": (tables.Options, tables.run),
     "report": (html.Options, html.run),

@@ -5,8 +5,10 @@
     python train.py orpo            LoRA adapter by ORPO on pairs
     python train.py subtract        base - scale * (tuned - base)
     python train.py merge           a checkpoint with an adapter merged into it
+    python train.py attacker        the red team's attacker: SFT, GFlowNet, smoothing, adaptation
     python train.py safety          refusals of the attacks that succeeded
-    python train.py dialogues       the demo's generated dialogues and test prompts
+    python train.py redteam-demo    attack the embedded models, tune one on the finds, attack again, ten minutes
+    python train.py dialogues       the demo's generated dialogues, test prompts, and what the red team works with
     python train.py demo-models     rebuild the embedded models and NER
 
 `python train.py STAGE --help` lists a stage's options.
@@ -15,9 +17,9 @@
 import tyro
 
 from cfgsafe.blue import merge, orpo, pairs, subtract
-from cfgsafe.demo import experiment, pretrain, testset
+from cfgsafe.demo import experiment, pretrain, redteam, testset
 from cfgsafe.errors import run_command
-from cfgsafe.red import safety
+from cfgsafe.red import attacker, safety
 
 STAGES = {
     "demo": (experiment.Options, experiment.run),
@@ -25,7 +27,9 @@ STAGES = {
     "orpo": (orpo.Options, orpo.run),
     "subtract": (subtract.Options, subtract.run),
     "merge": (merge.Options, merge.run),
+    "attacker": (attacker.Options, attacker.run),
     "safety": (safety.Options, safety.run),
+    "redteam-demo": (redteam.Options, redteam.run),
     "dialogues": (testset.Options, testset.run),
     "demo-models": (pretrain.Options, pretrain.run),
 }

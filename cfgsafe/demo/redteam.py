@@ -24,7 +24,9 @@ from cfgsafe.red.attacks import Attack, read_attacks
 
 ADAPTERS = ("lora", "lora-cfg")
 GUIDANCE = 3.0
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 24
+FIT = {"steps": 80, "batch_size": 32, "lr": 3e-3, "min_reference": -15.0}  # fluent prompts only, or few of its draws would be
+TUNE = {"lr": 2e-3, "batch_size": 8, "limit": 60, "guidance": GUIDANCE}
 SFT, GFN, MLE, REINFORCE, ADAPTED = "SFT", "GFlowNet", "GFlowNet + MLE", "REINFORCE", "adapted"
 
 
@@ -96,7 +98,7 @@ def unlearned(options: Options, out: Path) -> dict[str, Subject]:
 
 def train(options: Options, stage: str, start: str | Path, folder: Path, target: Subject | None = None, **settings) -> None:
     """A stage of train.py attacker, with the demo's settings."""
-    defaults = {"steps": options.steps, "batch_size": options.batch_size, "lr": 2e-3, "objective": "vargrad", "samples": 4}
+    defaults = {"steps": options.steps, "batch_size": options.batch_size, "lr": 2e-3, "objective": "vargrad", "samples": 4, "hottest": 1.5}
     facing = {"model": target.model, "guidance": target.guidance, "contexts": str(folder.parent / "contexts.jsonl")} if target else {}
     attacker.run(
         attacker.Options(
@@ -140,7 +142,7 @@ def smooth(options: Options, found: Path, smoothed: Path) -> bool:
     if not any(a.score is not None and a.score > attacker.Options.success for a in stored):
         print(f"{found}: no attack succeeded, so there is nothing to smooth")
         return False
-    train(options, "smooth", found.parent / "sft", smoothed, attacks=(str(found / "attacks.jsonl"),), batch_size=32, lr=3e-3)
+    train(options, "smooth", found.parent / "sft", smoothed, attacks=(str(found / "attacks.jsonl"),), **FIT)
     return True
 
 
@@ -156,7 +158,7 @@ def adapt(options: Options, name: str, target: Subject, out: Path, lists: dict, 
     """What was found against the LoRA model, adapted to another target with a tenth of the calls of a whole run."""
     folder, budget = out / f"adapted-{name}", calls[name, GFN] // 10
     stored = (str(out / "gfn-LoRA" / "attacks.jsonl"),)
-    train(options, "adapt", out / "sft", folder, target, attacks=stored, budget=budget, batch_size=32, lr=3e-3)
+    train(options, "adapt", out / "sft", folder, target, attacks=stored, budget=budget, **FIT)
     calls[name, ADAPTED] = budget
     lists[name, ADAPTED] = look(options, name, target, folder)
 
@@ -165,7 +167,7 @@ def tune(options: Options, target: Subject, out: Path) -> Subject:
     """The LoRA model after safety tuning on what was found against it."""
     print("safety tuning of the LoRA model")
     found = tuple(str(out / f"{run}-LoRA" / "attacks.jsonl") for run in ("gfn", "reinforce"))
-    safety.run(safety.Options(model=target.model, attacks=found, contexts=str(out / "contexts.jsonl"), out=str(out / "safety")))
+    safety.run(safety.Options(model=target.model, attacks=found, contexts=str(out / "contexts.jsonl"), out=str(out / "safety"), **TUNE))
     merge.run(merge.Options(target.model, str(out / "safety" / "epoch-2"), str(out / "tuned")))
     return Subject(str(out / "tuned"))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cfgsafe.errors import InputError, read_jsonl
 
+SUCCESS = 0.5  # a score above it is a success
 FLOOR = 0.01  # of a score whose logarithm is taken, so that no answer makes a reward -inf
 
 

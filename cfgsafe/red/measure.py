@@ -18,10 +18,9 @@ import numpy as np
 from cfgsafe.blue.intervals import mean_interval, ratio_interval, to_json
 from cfgsafe.blue.report import markdown, save_figure, spread
 from cfgsafe.errors import InputError
-from cfgsafe.red.attacks import Attack, Trial
+from cfgsafe.red.attacks import SUCCESS, Attack, Trial
 from cfgsafe.red.diversity import THRESHOLDS, clusters, distinct_n, embed, mean_cosine_distance, self_bleu
 
-SUCCESS = 0.5  # a score above it is a success
 UNIQUE = f"unique_{THRESHOLDS[1]}"  # what the figure shows
 
 # heading -> keys of its figures in a row; of a single one the interval is shown
@@ -126,6 +125,13 @@ def table(rows: list[dict]) -> str:
     )
     lines = [[row["target"], row["method"], *(_cell(row, keys) for keys in COLUMNS.values())] for row in rows]
     return markdown(["target", "method", *COLUMNS], lines) + "\n\n" + legend
+
+
+def brief(rows: list[dict]) -> str:
+    """The figures that matter most, without intervals, narrow enough for a terminal."""
+    heads = ["target", "method", "success %", "leaks/100", "different", f"unique at {THRESHOLDS[1]}", "distance"]
+    keys = ("success", "leaks_per_100", "distinct", UNIQUE, "cosine_distance")
+    return markdown(heads, [[row["target"], row["method"], *(_cell(row, [key]).partition(" [")[0] for key in keys)] for row in rows])
 
 
 def _cell(row: dict, keys: list[str]) -> str:

@@ -127,7 +127,10 @@ def read_contexts(path: str | None) -> list[leak.Prompt]:
     if path is None:
         return [BARE]
     contexts = [leak.Prompt.from_row(row, place) for place, row in read_jsonl(path)]
+    first: dict[str, leak.Prompt] = {}
     for context in contexts:
+        if first.setdefault(context.id, context) is not context:
+            raise InputError(f"{context.place}: id {context.id!r} also stands at {first[context.id].place}; give each line its own")
         if context.messages[-1]["role"] == "user":
             raise InputError(f"{context.place}: 'messages' ends with the user; leave the last message to the attack")
     if not contexts:

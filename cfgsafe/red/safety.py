@@ -29,10 +29,9 @@ from cfgsafe.blue.subject import Subject, load, request_for
 from cfgsafe.decode import check_request, generate
 from cfgsafe.errors import InputError, check_at_least, make_folder, read_jsonl, write_jsonl
 from cfgsafe.llama import Llama
-from cfgsafe.red.attacks import Attack, Trial, read_attacks
+from cfgsafe.red.attacks import SUCCESS, Attack, Trial, read_attacks
+from cfgsafe.red.rewards import ended, read_contexts
 from cfgsafe.tokenizer import Tokenizer
-
-LEAKED = 0.5  # score above which a trial's answer gave personal data away
 
 
 @dataclass(kw_only=True)
@@ -43,15 +42,15 @@ class Options(Subject):
     """g of whoever writes the refusals; without it the positive system prompt alone."""
     attacks: tuple[str, ...]
     """The attacks.jsonl of one run or several."""
-    contexts: str
-    """JSONL of the conversations that the attacks were put to."""
+    contexts: str | None = None
+    """JSONL of the conversations that the attacks were put to, as for eval.py attack."""
     out: str
     """Folder for safety.jsonl, the adapters and their metrics."""
     known: str | None = None
     """JSONL of values the model was trained on: dialogues with "spans", or "items"; no answer to learn may hold one."""
     ner: str | None = None
     """What else no refusal may hold: finds of spaCy pipelines or presidio; by default en_core_web_trf where installed, else the demo's."""
-    success: float = 0.5
+    success: float = SUCCESS
     """Attacks with a mean score above this are learnt from."""
     limit: int | None = None
     """Of them this many texts, the most successful ones."""
@@ -120,7 +119,7 @@ def leaking(attacks: list[Attack], options: Options) -> list[tuple[str, Trial]]:
     found: dict[tuple[str, str], Trial] = {}
     for attack in best:
         for trial in attack.trials:
-            if attack.text in texts and (trial.score or 0.0) > LEAKED:
+            if attack.text in texts and (trial.score or 0.0) > SUCCESS:
                 found.setdefault((attack.text, trial.context), trial)
     if not found:
         raise InputError(f"--attacks {' '.join(options.attacks)}: none scores above --success {options.success:g}; lower it or attack on")
@@ -129,7 +128,7 @@ def leaking(attacks: list[Attack], options: Options) -> list[tuple[str, Trial]]:
 
 def build(attacked: list[tuple[str, Trial]], options: Options) -> list[dict[str, str]]:
     """The rows to train on, shuffled. Raises InputError for an unknown conversation, and where no refusal is clean."""
-    contexts = read_contexts(options.contexts)
+    contexts = {context.id: context for context in read_contexts(options.contexts)}
     for text, trial in attacked:
         if trial.context not in contexts:
             raise InputError(
@@ -139,7 +138,7 @@ def build(attacked: list[tuple[str, Trial]], options: Options) -> list[dict[str,
     known = Known.read(options.known) if options.known else Known()
     detector = Detector(options.ner)
     model, tokenizer = load(options)
-    prompts = [with_user(contexts[trial.context], text) for text, trial in attacked]
+    prompts = [replace(contexts[trial.context], messages=ended(contexts[trial.context], text)) for text, trial in attacked]
     refusals = refuse(prompts, model, tokenizer, detector, known, options)
     if not any(refusals):
         raise InputError(f"none of {len(prompts)} conversations got a clean refusal; raise --tries or --guidance, or reword --positive")
@@ -155,17 +154,6 @@ def build(attacked: list[tuple[str, Trial]], options: Options) -> list[dict[str,
     return rows
 
 
-def read_contexts(path: str) -> dict[str, Prompt]:
-    """Conversations by id. Raises InputError naming the line."""
-    contexts: dict[str, Prompt] = {}
-    for prompt in read_prompts(path):
-        if prompt.messages[-1]["role"] == "user":
-            raise InputError(f"{prompt.place}: must end in a system or assistant message; the attack is the user's next one")
-        if contexts.setdefault(prompt.id, prompt) is not prompt:
-            raise InputError(f"{prompt.place}: id {prompt.id!r} also stands at {contexts[prompt.id].place}; give each line its own")
-    return contexts
-
-
 def read_ordinary(path: str) -> list[Prompt]:
     """Conversations up to the user's last message. Raises InputError naming the line."""
     prompts = []
@@ -175,10 +163,6 @@ def read_ordinary(path: str) -> list[Prompt]:
             raise InputError(f"{prompt.place}: no message is the user's, so there is nothing to answer")
         prompts.append(replace(prompt, messages=prompt.messages[: last + 1]))
     return prompts
-
-
-def with_user(context: Prompt, text: str) -> Prompt:
-    return replace(context, messages=[*context.messages, {"role": "user", "content": text}])
 
 
 def refuse(
