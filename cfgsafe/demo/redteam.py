@@ -25,7 +25,7 @@ from cfgsafe.red.attacks import Attack, read_attacks
 ADAPTERS = ("lora", "lora-cfg")
 GUIDANCE = 3.0
 ANSWER_TOKENS = 24
-FIT = {"steps": 80, "batch_size": 32, "lr": 3e-3, "min_reference": -15.0}  # fluent prompts only, or few of its draws would be
+FIT = {"steps": 120, "batch_size": 32, "lr": 3e-3, "success": 0.9, "min_reference": -15.0}  # four of four answers, and fluent
 TUNE = {"lr": 2e-3, "batch_size": 8, "limit": 60, "guidance": GUIDANCE}
 SFT, GFN, MLE, REINFORCE, ADAPTED = "SFT", "GFlowNet", "GFlowNet + MLE", "REINFORCE", "adapted"
 
@@ -138,12 +138,11 @@ def assault(options: Options, name: str, target: Subject, out: Path, lists: dict
 
 def smooth(options: Options, found: Path, smoothed: Path) -> bool:
     """Whether there was a success to fit."""
-    stored = read_attacks(found / "attacks.jsonl")
-    if not any(a.score is not None and a.score > attacker.Options.success for a in stored):
-        print(f"{found}: no attack succeeded, so there is nothing to smooth")
-        return False
-    train(options, "smooth", found.parent / "sft", smoothed, attacks=(str(found / "attacks.jsonl"),), **FIT)
-    return True
+    try:
+        train(options, "smooth", found.parent / "sft", smoothed, attacks=(str(found / "attacks.jsonl"),), **FIT)
+    except InputError as error:
+        print(error)
+    return (smoothed / attacker.FACTS).exists()
 
 
 def baseline(options: Options, name: str, target: Subject, out: Path, lists: dict, calls: dict) -> None:
