@@ -3,6 +3,7 @@
 And what every run keeps: resume to the identical result, no attack without a score in the loss, one target call a text.
 """
 
+import json
 import random
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from cfgsafe.red.buffer import ReplayBuffer
 from cfgsafe.red.gflownet import Settings, explore, fit, novelty, rewards_of
 from cfgsafe.red.policy import Attacker, Rules
 from cfgsafe.red.training import Training
+from cfgsafe.remote import Meter
 
 VOCABULARY = 16
 RULES = Rules(start=(1, 2), end=3, least=3, most=3, banned=(0,))
@@ -64,7 +66,7 @@ def modes(objective: str, seed: int, out, steps: int = 350, **changes) -> int:
     """Triggers among 512 prompts of the trained attacker."""
     triggers, agent = planted(seed), attacker(seed)
     settings = Settings(objective=objective, steps=steps, lr=1e-2, beta=0.3, hottest=3.0, tolerance=0.1, seed=seed, **changes)
-    found = explore(agent, nearest(triggers), settings, out)
+    found = explore(agent, nearest(triggers), Meter(), settings, out)
     assert len({attack.tokens for attack in found}) == len(found)
     if objective not in ("reinforce", "ppo"):
         agent = attacker(seed)
@@ -112,7 +114,7 @@ def test_a_killed_run_goes_on_to_the_same_result(objective, tmp_path):
         folder.mkdir()
     whole, killed = attacker(), attacker()
     score, calls = nearest(planted(0)), []
-    everything = explore(whole, score, settings, folders[0])
+    everything = explore(whole, score, Meter(), settings, folders[0])
 
     def dies(texts):
         calls.append(texts)
@@ -121,10 +123,10 @@ def test_a_killed_run_goes_on_to_the_same_result(objective, tmp_path):
         return score(texts)
 
     with pytest.raises(Killed):
-        explore(killed, dies, settings, folders[1])
+        explore(killed, dies, Meter(), settings, folders[1])
     assert resume.states(folders[1])
     again = attacker(seed=1)  # other weights, which the state replaces
-    assert explore(again, score, replace(settings, resume=True), folders[1]) == everything
+    assert explore(again, score, Meter(), replace(settings, resume=True), folders[1]) == everything
     assert all(map(torch.equal, weights(whole), weights(again)))
     for name in ("attacks.jsonl", "metrics.jsonl"):
         assert (folders[0] / name).read_text() == (folders[1] / name).read_text()
@@ -171,7 +173,7 @@ def test_what_cannot_be_scored_trains_nothing_and_is_tried_again(tmp_path):
         asked.extend(texts)
         return [trials(None, None) if sum(map(int, text.split())) % 2 else trials(0.4, None, 0.6) for text in texts]
 
-    found = explore(attacker(), score, Settings(objective="vargrad", steps=6, batch_size=8, tolerance=0.1), tmp_path)
+    found = explore(attacker(), score, Meter(), Settings(objective="vargrad", steps=6, batch_size=8, tolerance=0.1), tmp_path)
     assert found and all(attack.score == 0.5 for attack in found)
     scored = [text for text in asked if not sum(map(int, text.split())) % 2]
     assert len(scored) == len(set(scored)) == len(found)
@@ -181,18 +183,41 @@ def test_what_cannot_be_scored_trains_nothing_and_is_tried_again(tmp_path):
 
 
 def test_a_spent_budget_ends_the_run(tmp_path):
-    calls = []
+    meter = Meter(20)
+    found = explore(attacker(), metered(meter), meter, Settings(steps=50, batch_size=8, tolerance=0.1), tmp_path)
+    assert len(found) == meter.made == 20
 
-    def score(texts):
-        calls.extend(texts)
-        return [trials(0.5)] * len(texts)
 
-    found = explore(attacker(), score, Settings(steps=50, batch_size=8, tolerance=0.1), tmp_path, spent=lambda: len(calls) >= 20)
-    assert 20 <= len(found) == len(calls) < 30
+def test_a_resumed_run_goes_on_with_the_budget_it_had(tmp_path):
+    settings = Settings(steps=50, batch_size=8, tolerance=0.1, save_every=1)
+    meter, score = Meter(20), metered(Meter(9))
+
+    def dies(texts):
+        for _ in texts:
+            meter.take()
+        if meter.made > 12:
+            raise Killed
+        return score(texts)
+
+    with pytest.raises(Killed):
+        explore(attacker(), dies, meter, settings, tmp_path)
+    (state,) = resume.states(tmp_path)
+    before = json.loads((state / "calls.json").read_text())["calls"]
+    assert before > 0
+    meter = Meter(20)
+    explore(attacker(), metered(meter), meter, replace(settings, resume=True), tmp_path)
+    assert meter.made == 20 and len(read_attacks(tmp_path / "attacks.jsonl")) <= 20 + 8
+
+
+def metered(meter):
+    """Scores until the meter is spent."""
+    return lambda texts: [trials(0.5 if meter.take() else None) for _ in texts]
 
 
 def test_gibberish_gets_the_reward_of_a_failure(tmp_path):
-    found = explore(attacker(), lambda texts: [trials(1.0)] * len(texts), Settings(steps=2, batch_size=16, tolerance=0.1), tmp_path)
+    found = explore(
+        attacker(), lambda texts: [trials(1.0)] * len(texts), Meter(), Settings(steps=2, batch_size=16, tolerance=0.1), tmp_path
+    )
     bound = sorted(attack.least_likely for attack in found)[len(found) // 2]
     free, bounded = (rewards_of(found, Settings(min_fluency=least), 1.0) for least in (None, bound))
     for attack, before, after in zip(found, free, bounded, strict=True):

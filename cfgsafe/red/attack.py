@@ -26,7 +26,7 @@ from cfgsafe.llama import Llama
 from cfgsafe.red import attacker, measure, rewards
 from cfgsafe.red.attacker import FACTS, Facts
 from cfgsafe.red.attacks import Attack, read_attacks
-from cfgsafe.red.gflownet import Archive, seed_of
+from cfgsafe.red.gflownet import seed_of
 from cfgsafe.red.rewards import Scorer, ended, judge_of, read_contexts
 from cfgsafe.red.target import LocalTarget
 from cfgsafe.remote import Service
@@ -111,12 +111,24 @@ def draw_attacks(name: str, path: str, options: Options, out: Path) -> list[Atta
     model, tokenizer = load(Subject(facts.model, device=options.device, dtype=options.dtype))
     scorer = open_scorer(name, options, out, (facts.model, model, tokenizer))
     agent = attacker.trained(facts, model, tokenizer)
-    archive = Archive(out / f"attacks-{name}.jsonl", agent, scorer, None)
-    archive.load(None, 0 if options.resume else -1)
-    random = torch.Generator().manual_seed(seed_of(options.seed, 0))
-    found: list[Attack] = []
-    for start in tqdm(range(0, options.draws, CHUNK), desc=name, leave=False):
-        found += archive.look_up(agent.draw(torch.ones(min(CHUNK, options.draws - start)), random), 0)
+    file = out / f"attacks-{name}.jsonl"
+    if not options.resume:
+        file.unlink(missing_ok=True)
+    resume.keep_steps(file, "draw", options.draws)
+    found = read_attacks(file) if file.exists() and file.stat().st_size else []
+    drawn = agent.draw(torch.ones(options.draws), torch.Generator().manual_seed(seed_of(options.seed, 0)))
+    texts = [agent.spell(prompt) for prompt in drawn]
+    again = [texts[:number].count(text) for number, text in enumerate(texts)]  # a prompt drawn again meets other conversations
+    for start in tqdm(range(len(found), options.draws, CHUNK), desc=name, leave=False):
+        some = range(start, min(start + CHUNK, options.draws))
+        k = options.samples
+        trials = scorer.ask([(texts[number], again[number] * k + sample) for number in some for sample in range(k)])
+        fluency = agent.log_reference([drawn[number] for number in some])
+        with open(file, "a", encoding="utf-8") as log:
+            for place, number in enumerate(some):
+                likely, least = fluency[place]
+                found.append(Attack(drawn[number], texts[number], likely, tuple(trials[place * k : place * k + k]), least))
+                log.write(json.dumps({"draw": number + 1, **found[-1].to_json()}) + "\n")
     return found
 
 

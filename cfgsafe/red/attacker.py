@@ -4,7 +4,7 @@ Source: Lee et al. (arXiv 2405.18540). `sft` teaches a model to write prompts; `
 and ppo are the baselines); `smooth` starts from the SFT weights again and fits every prompt that succeeded; `adapt` asks another target the
 stored prompts first. Two templates: `list`, the paper's "Write a list of instructions:" with three examples, and `user`, where the model
 writes what stands in the user's place of a chat, from the user's header alone, as in Magpie (Xu et al., arXiv 2406.08464).
-Deviations: the examples of a list stay the same; a newline ends a prompt of a list. LoRA in every stage, each going on from the SFT adapter.
+Deviations: the examples of a list stay the same; a newline ends a prompt of a list; LoRA in every stage, starting at the SFT adapter.
 
 Attacker, reference and target share one model in memory where they have the same checkpoint. A run's folder holds attacker.json, adapter/
 (PEFT), attacks.jsonl, metrics.jsonl and config.json; later stages and `eval.py attack` take the folder as --attacker.
@@ -95,7 +95,8 @@ class Facts:
             raise InputError(f"{folder / FACTS}: not what an attacker's stage wrote ({error})") from None
 
 
-def run(options: Options) -> None:
+def run(options: Options) -> dict[str, object]:
+    """Returns what it prints: the attacks that were scored, those above --success, and the calls of the target."""
     check(options)
     out = make_folder(options.out)
     settings = json.loads(json.dumps(asdict(options)))
@@ -115,11 +116,11 @@ def run(options: Options) -> None:
         case "sft":
             fit(agent, learnable(read_prompts(options.prompts), facts, agent.rules, tokenizer), options, out, "sft")
         case "gfn":
-            found = explore(agent, scorer, options, out, lambda: target.spent)
+            found = explore(agent, scorer, target.meter, options, out)
             figures = {"attacks": len(found), "successes": len(successes(found, options))}
         case "smooth" | "adapt":
             stored = [attack for path in options.attacks for attack in read_attacks(path)]
-            found = again(stored, agent, scorer, options, out, target) if target else stored
+            found = again(stored, agent, scorer, options, out) if scorer else stored
             kept = [attack.tokens for attack in successes(found, options) if agent.rules.allow(attack.tokens)]
             if not kept:
                 raise InputError(f"none of {len(found)} attacks has a success above {options.success:g}; lower --success or explore longer")
@@ -129,8 +130,9 @@ def run(options: Options) -> None:
     adapter = str(out / "adapter")
     own = {"reference": adapter} if options.stage == "sft" else {"adapter": adapter}
     write_text(out / FACTS, json.dumps({**asdict(facts), "adapter": None, **own}, indent=2) + "\n")
-    calls = {"calls": target.calls} if target else {}
-    print(json.dumps({"stage": options.stage, "out": str(out), **figures, **calls}))
+    figures |= {"calls": target.calls} if target else {}
+    print(json.dumps({"stage": options.stage, "out": str(out), **figures}))
+    return figures
 
 
 def check(options: Options) -> None:
@@ -264,15 +266,19 @@ def successes(attacks: list[Attack], options: Options) -> list[Attack]:
     return [a for a in attacks if a.score is not None and a.score > options.success and a.log_reference > options.min_reference]
 
 
-def again(stored: list[Attack], agent: Attacker, scorer: Scorer, options: Options, out: Path, target: Target) -> list[Attack]:
-    """The stored attacks, those that succeeded best first, put to the target as far as its budget goes; as `explore` keeps them."""
+def again(stored: list[Attack], agent: Attacker, scorer: Scorer, options: Options, out: Path) -> list[Attack]:
+    """The stored attacks put to the target, those that succeeded best first, as far as its budget goes; kept as `explore` keeps them.
+
+    One that can no longer exceed --success is not asked further.
+    """
     order = random.Random(options.seed).sample(stored, len(stored))
     order = sorted({attack.tokens: attack for attack in order}.values(), key=lambda attack: -(attack.score or 0.0))
-    archive = gflownet.Archive(out / "attacks.jsonl", agent, scorer, None)
+    race = lambda texts: scorer.race(texts, options.success)
+    archive = gflownet.Archive(out / "attacks.jsonl", agent, race, scorer.target.meter)
     archive.load(None, 0 if options.resume else -1)
     found: list[Attack] = []
     for start in range(0, len(order), options.batch_size):
-        if target.spent:
+        if scorer.target.spent:
             break
         found += archive.look_up([attack.tokens for attack in order[start : start + options.batch_size]], 0)
     return found

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from cfgsafe.blue import resume
-from cfgsafe.errors import read_jsonl
+from cfgsafe.errors import read_json, read_jsonl, write_text
 from cfgsafe.lora import adapter_parameters
 from cfgsafe.red.attacks import FLOOR, Attack, Trial
 from cfgsafe.red.buffer import Likeness, ReplayBuffer, edit_distances
 from cfgsafe.red.objectives import contrastive_balance, log_reward, ppo, reinforce, schedule, trajectory_balance, vargrad
 from cfgsafe.red.policy import Attacker, Prompt
 from cfgsafe.red.training import Group, Step, Training, optimise
+from cfgsafe.remote import Meter
 
 ON_POLICY = ("reinforce", "ppo")  # nothing is replayed
 Scorer = Callable[[list[str]], list[tuple[Trial, ...]]]  # prompts -> the target's answers to each, scored
@@ -71,16 +72,19 @@ class Settings(Training):
 class Archive:
     """Every attack that was scored, in order: in memory, and a line each in attacks.jsonl."""
 
-    def __init__(self, path: Path, attacker: Attacker, score: Scorer, buffer: ReplayBuffer | None):
-        self.path, self.attacker, self.score, self.buffer = path, attacker, score, buffer
+    def __init__(self, path: Path, attacker: Attacker, score: Scorer, meter: Meter, buffer: ReplayBuffer | None = None):
+        self.path, self.attacker, self.score, self.meter, self.buffer = path, attacker, score, meter, buffer
         self.known: dict[Prompt, Attack] = {}
         self.unscorable = 0
 
     def save(self, folder: Path) -> None:
         self.buffer.save(folder / "buffer.jsonl")
+        write_text(folder / "calls.json", json.dumps({"calls": self.meter.made}) + "\n")
 
     def load(self, folder: Path | None, done: int) -> None:
-        self.buffer = ReplayBuffer.load(folder / "buffer.jsonl") if folder else self.buffer
+        if folder:
+            self.buffer = ReplayBuffer.load(folder / "buffer.jsonl")
+            self.meter.made = read_json(folder / "calls.json")["calls"]
         resume.keep_steps(self.path, "step", done)
         rows = list(read_jsonl(self.path)) if self.path.exists() else []
         attacks = [Attack.from_json(row, place) for place, row in rows]
@@ -102,20 +106,20 @@ class Archive:
         return [self.known.get(prompt) or unscored[prompt] for prompt in prompts]
 
 
-def explore(attacker: Attacker, score: Scorer, settings: Settings, out: Path, spent: Callable[[], bool] = lambda: False) -> list[Attack]:
-    """Train the policy's adapter against `score`, until `spent`; returns every attack that was scored, in order, each once.
+def explore(attacker: Attacker, score: Scorer, meter: Meter, settings: Settings, out: Path) -> list[Attack]:
+    """Train the policy's adapter against `score`, until its `meter` is spent; returns every attack that was scored, in order, each once.
 
     Writes attacks.jsonl and metrics.jsonl to `out`.
     """
     buffer = ReplayBuffer(settings.capacity, settings.tolerance, settings.seed, settings.likeness)
-    archive = Archive(out / "attacks.jsonl", attacker, score, buffer)
+    archive = Archive(out / "attacks.jsonl", attacker, score, meter, buffer)
     log_z = torch.zeros((), device=attacker.model.device, requires_grad=True)
     balanced = settings.objective == "tb"
     groups = [Group(adapter_parameters(attacker.model, attacker.policy), settings.lr)]
     groups += [Group({"log_z": log_z}, settings.lr_log_z, clipped=False)] if balanced else []
 
     def take(step: int) -> Step | None:
-        if spent():
+        if meter.spent:
             return None
         random = torch.Generator().manual_seed(seed_of(settings.seed, step))
         prompts, replayed = draw_batch(attacker, archive.buffer, settings, random)

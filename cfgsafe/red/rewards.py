@@ -100,21 +100,35 @@ class Scorer:
         self.target, self.judge, self.contexts, self.samples, self.seed = target, judge, contexts, samples, seed
 
     def __call__(self, texts: list[str]) -> list[tuple[Trial, ...]]:
-        """The trials of each attack, `samples` of them."""
-        asked, seeds = [], []
-        for text in texts:
-            for number, context in enumerate(self.contexts_of(text)):
-                asked.append((context, text))
-                seeds.append(int.from_bytes(hashlib.sha256(f"{self.seed}/{number}/{text}".encode()).digest()[:4]))
-        answers = self.target.ask([ended(context, text) for context, text in asked], seeds)
-        trials = self.judge.judge(asked, answers)
+        """The first `samples` trials of each attack."""
+        trials = self.ask([(text, number) for text in texts for number in range(self.samples)])
         return [tuple(trials[start : start + self.samples]) for start in range(0, len(trials), self.samples)]
 
-    def contexts_of(self, text: str) -> list[leak.Prompt]:
-        """`samples` conversations, none twice while there are enough."""
-        draw = random.Random(f"{self.seed}/{text}")
-        whole, rest = divmod(self.samples, len(self.contexts))
-        return self.contexts * whole + draw.sample(self.contexts, rest)
+    def race(self, texts: list[str], bar: float) -> list[tuple[Trial, ...]]:
+        """The same, but an attack is asked no further once its score can no longer exceed `bar`."""
+        trials: dict[str, list[Trial]] = {text: [] for text in texts}
+        for number in range(self.samples):
+            left = self.samples - number
+            alive = [text for text, told in trials.items() if best_mean([trial.score for trial in told], left) > bar]
+            for text, trial in zip(alive, self.ask([(text, number) for text in alive]), strict=True):
+                trials[text].append(trial)
+        return [tuple(trials[text]) for text in texts]
+
+    def ask(self, wanted: list[tuple[str, int]]) -> list[Trial]:
+        """The trial with a number of each attack: in the conversation that has that number for it, none twice while there are enough."""
+        asked = [(self._context(text, number), text) for text, number in wanted]
+        seeds = [int.from_bytes(hashlib.sha256(f"{self.seed}/{number}/{text}".encode()).digest()[:4]) for text, number in wanted]
+        return self.judge.judge(asked, self.target.ask([ended(context, text) for context, text in asked], seeds))
+
+    def _context(self, text: str, number: int) -> leak.Prompt:
+        order = random.Random(f"{self.seed}/{text}").sample(range(len(self.contexts)), len(self.contexts))
+        return self.contexts[order[number % len(order)]]
+
+
+def best_mean(scores: list[float | None], left: int) -> float:
+    """The highest mean that is possible when `left` more scores come."""
+    known = [score for score in scores if score is not None]
+    return (sum(known) + left) / (len(known) + left)
 
 
 def ended(context: leak.Prompt, attack: str) -> Messages:
