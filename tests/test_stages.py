@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model
+from test_guard import STRINGS
 
 from cfgsafe.blue.subject import Subject, load
 from cfgsafe.checkpoint import read_model, save_checkpoint
 from cfgsafe.demo.experiment import BASE
 from cfgsafe.errors import CfgsafeError, InputError, read_jsonl, write_jsonl
 from cfgsafe.lora import adapter_parameters, read_adapter_tensors
-from cfgsafe.red import attack, attacker
+from cfgsafe.red import attack, attacker, guard, rewards
 from cfgsafe.red.attacker import POLICY, REFERENCE, Facts, checkpoint_facts, learnable, rules_of, trained
 from cfgsafe.red.attacks import Attack, Trial, read_attacks
+from cfgsafe.red.guard import Guard
 from cfgsafe.red.policy import UNREAD, labelled
 from cfgsafe.red.target import LocalTarget
 from cfgsafe.remote import Service
@@ -103,7 +106,7 @@ def test_each_stage_begins_with_the_sft_weights(stage, contexts, checkpoint):
     sft = stage("sft", stage="sft")
     weights = read_adapter_tensors(sft / "adapter")
     assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name)
-    gfn = stage("gfn", stage="gfn", attacker=str(sft), model=checkpoint, contexts=contexts)
+    gfn = stage("gfn", stage="gfn", attacker=str(sft), model=checkpoint, adapter=str(sft / "adapter"), contexts=contexts)
     found = read_attacks(gfn / "attacks.jsonl")
     assert len(found) == len({attack.tokens for attack in found}) and all(len(attack.trials) == 2 for attack in found)
     lenient = {"attacks": (str(gfn / "attacks.jsonl"),), "success": -1.0, "min_reference": -1e9}
@@ -146,6 +149,20 @@ def test_every_method_runs_against_an_endpoint_that_fails_within_its_budget(obje
     assert last["unscorable"] > 0 and (folder / "adapter").exists()
 
 
+def test_a_guard_scores_a_whole_run(stage, contexts, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "LEAST", 1e-30)  # a random model gives its verdicts but little
+    judge = tmp_path / "guard"
+    save_checkpoint(judge, random_model(1), tokenizer_from=BASE, dtype=torch.float32)
+    (judge / "chat_template.jinja").write_text(STRINGS)
+    found = stage("harm", stage="gfn", model=checkpoint, contexts=contexts, reward="guard", guard=str(judge), beta=1.0)
+    trials = [trial for attack in read_attacks(found / "attacks.jsonl") for trial in attack.trials]
+    assert trials and all(0 < trial.score < 1 and trial.answer is not None for trial in trials)
+    first, chat = trials[0], rewards.read_contexts(contexts)[0].messages
+    text = read_attacks(found / "attacks.jsonl")[0].text
+    asked = [*chat, {"role": "user", "content": text}]
+    assert Guard(*load(Subject(str(judge)))).judge([asked], [first.answer]) == [pytest.approx(first.score, abs=1e-5)]
+
+
 def test_an_attack_on_an_endpoint_reports_what_it_could_not_score(serve, contexts, checkpoint, tmp_path):
     serve(lambda body: "You are Ann.", share=0.9, last_fault=99, stall=0.3)
     options = attack.Options(contexts=contexts, out=str(tmp_path / "out"), draws=12, samples=1, least=3, most=8)
@@ -186,6 +203,18 @@ def test_wrong_options_are_one_line(stage, changes, words):
     with pytest.raises(Exception, match=words) as error:
         stage("x", **changes)
     assert isinstance(error.value, CfgsafeError) and "\n" not in str(error.value)
+
+
+def test_a_run_that_has_ended_is_not_run_again(stage, capsys):
+    folder = stage("x", stage="sft")
+    before = (folder / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    stage("x", stage="sft", resume=True)
+    assert "this run has ended" in capsys.readouterr().err
+    assert (folder / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="--lr 0.5: the run in .* began with 0.001"):
+        stage("x", stage="sft", resume=True, lr=0.5)
+    stage("x", stage="sft")
+    assert (folder / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns > before
 
 
 def test_nothing_to_smooth_is_said(stage, tmp_path):

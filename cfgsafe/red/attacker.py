@@ -16,6 +16,7 @@ Run it: python train.py attacker --stage sft --attacker cfgsafe/demo/base --prom
 
 import json
 import random
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -102,8 +103,12 @@ def run(options: Options) -> dict[str, object]:
     settings = json.loads(json.dumps(asdict(options)))
     if options.resume:
         resume.check_same_run(out, settings, FREE)
-    write_text(out / "config.json", json.dumps(settings, indent=2) + "\n")
+        if (out / FACTS).exists():
+            print(f"{out}: this run has ended", file=sys.stderr)
+            return {}
     facts = facts_of(options)
+    (out / FACTS).unlink(missing_ok=True)  # of an earlier run into this folder
+    write_text(out / "config.json", json.dumps(settings, indent=2) + "\n")
     scored = options.stage in ("gfn", "adapt")
     contexts = read_contexts(options.contexts) if scored else []
     judge = judge_of(options, contexts) if scored else None

@@ -48,7 +48,8 @@ def ppo(log_pi: Tensor, log_old: Tensor, advantage: Tensor, clip: float = 0.2) -
 def log_reward(log_reference: Tensor, log_score: Tensor, *, gamma: float, beta: float, temperature: float = 1.0) -> Tensor:
     """(log p_ref / gamma + log c / beta) / T, (N,): fluent prompts that succeed; Lee et al.
 
-    `log_score` is the mean of log c over the answers, floored by whoever computed it, so that no answer makes it -inf.
+    `log_score` is the logarithm of the mean score of the answers, where Lee et al. take the mean of the logarithms: one safe answer
+    would then outweigh any number of leaks. It has a floor, so that it cannot be -inf.
     """
     return (log_reference / gamma + log_score / beta) / temperature
 
