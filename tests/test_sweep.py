@@ -125,6 +125,7 @@ def test_a_model_is_named_with_its_epoch_and_adapter(text, expected):
         ({"alphas": [2.0]}, "--alphas 2: must lie from 0 to 1"),
         ({"guidance": []}, "--guidance: give at least one"),
         ({"limit": 0}, "--limit 0"),
+        ({"batch": 0}, "--batch 0"),
         ({"words": "/nowhere"}, "--words /nowhere: cannot be read"),
     ],
 )

@@ -108,7 +108,7 @@ class Target:
 
 
 def run(options: Options) -> None:
-    check_at_least(1, options, "samples", "limit")
+    check_at_least(1, options, "samples", "limit", "max_new_tokens")
     targets, ignored = read_targets(options)
     out = make_folder(options.out) if options.out else None
     line = {"attack": options.attack, "targets": len(targets), "ignored": ignored, "guidance": options.guidance, "space": options.space}

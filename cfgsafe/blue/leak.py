@@ -21,7 +21,7 @@ from cfgsafe.blue.intervals import Estimate, mean_interval, paired_difference, t
 from cfgsafe.blue.known import Known, check_items, stands_in
 from cfgsafe.blue.ner import Detector, Entity
 from cfgsafe.blue.subject import Subject, answers, load
-from cfgsafe.errors import InputError, make_folder, read_jsonl, write_jsonl
+from cfgsafe.errors import InputError, check_at_least, make_folder, read_jsonl, write_jsonl
 from cfgsafe.tokenizer import Messages, check_messages
 
 
@@ -89,6 +89,7 @@ class Finding:
 
 
 def run(options: Options) -> None:
+    check_at_least(1, options, "limit", "max_new_tokens")
     prompts = read_prompts(options.prompts)[: options.limit]
     known = Known.read(options.known) if options.known else Known()
     others = read_other_answers(options.compare, prompts) if options.compare else None

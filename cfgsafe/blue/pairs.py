@@ -37,7 +37,7 @@ from cfgsafe.blue.leak import mentions
 from cfgsafe.blue.ner import Detector
 from cfgsafe.blue.subject import NEGATIVE, POSITIVE, Subject, load
 from cfgsafe.decode import Request, check_request, generate
-from cfgsafe.errors import InputError, make_folder, write_jsonl
+from cfgsafe.errors import InputError, check_at_least, make_folder, write_jsonl
 from cfgsafe.remote import Question, Service, ask, check_service
 from cfgsafe.tokenizer import Messages, Tokenizer, with_system
 
@@ -136,6 +136,7 @@ def run(options: Options) -> None:
 
 def check(options: Options) -> None:
     """Raise InputError for options that cannot work."""
+    check_at_least(1, options, "max_new_tokens", "batch")
     if not options.recipes:
         raise InputError("--recipes: name at least one")
     if not 0 <= options.test_share < 1:

@@ -65,7 +65,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    check_at_least(1, options, "limit", "answer_tokens", "quiz_tokens")
+    check_at_least(1, options, "limit", "answer_tokens", "quiz_tokens", "batch")
     started = time.time()
     models = [(*parse_model(text), text) for text in options.models]
     for name, epoch, _, text in models:
