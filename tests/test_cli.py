@@ -140,7 +140,7 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
     [
         ("infer.py --model nowhere --prompt x", "nowhere: no such folder"),
         ("infer.py --model {LEAKY}", "one of --prompt TEXT, --requests FILE and --chat"),
-        ("infer.py --model {LEAKY} --prompt x --space both", "space 'both'"),
+        ("infer.py --model {LEAKY} --prompt x --space both", "--space both: must be one of prob, log"),
         ("infer.py --model {LEAKY} --prompt x --dtype int8", "--dtype int8"),
         ("infer.py --model {LEAKY} --prompt x --adapter {tmp}", "adapter_config.json: not found"),
         ("infer.py --model {LEAKY} --prompt x --top-p 2", "alpha and top_p must lie from 0 to 1"),
@@ -171,7 +171,10 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
             "--max-new-tokens 0: must be at least 1",
         ),
         ("eval.py leak --model {LEAKY} --prompts {tmp}/long.jsonl", "long.jsonl:1: the prompt has"),
-        ("eval.py leak --model {LEAKY} --limit 1 --guidance nan", "guidance must be a finite number"),
+        ("eval.py leak --model {LEAKY} --limit 1 --guidance nan", "error: --guidance nan: must be a finite number"),
+        ("eval.py utility --model {LEAKY} --limit 1 --space foo", "error: --space foo: must be one of prob, log"),
+        ("eval.py canaries --model {LEAKY} --alpha 2", "error: --alpha 2.0: must lie from 0 to 1"),
+        ("eval.py perplexity --model {LEAKY} --guidance inf", "error: --guidance inf: must be a finite number"),
         ("train.py pairs --dialogues {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/out/p.jsonl", "bad.jsonl:1: not JSON"),
         ("train.py pairs --dialogues {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/p.jsonl --recipes remote", "needs --remote-model NAME"),
         (
@@ -218,6 +221,13 @@ def test_wrong_input_is_one_line_and_exit_code_2(command, tmp_path, line, words)
     assert code == 2 and words in stderr and stdout == ""
     assert len(stderr.strip().splitlines()) == 1
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_an_error_stands_on_a_line_of_its_own_after_a_progress_bar(command, tmp_path):
+    row = {"messages": [*CHAT, {"role": "assistant", "content": "word " * 2000}]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    code, _, stderr = command(f"eval.py perplexity --model {LEAKY} --texts {tmp_path}/long.jsonl")
+    assert code == 2 and stderr.split("\r")[-1].startswith("error: ")
 
 
 def test_infer_guards_as_eval_does(command, tmp_path, monkeypatch):

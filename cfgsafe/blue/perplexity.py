@@ -49,7 +49,8 @@ def run(options: Options) -> None:
     if options.out:
         make_folder(Path(options.out).parent)
     model, tokenizer = load(options)
-    parts = [dialogue_logprobs(options, model, tokenizer, *dialogue) for dialogue in tqdm(dialogues, desc="perplexity", leave=False)]
+    with tqdm(dialogues, desc="perplexity", leave=False) as bar:
+        parts = [dialogue_logprobs(options, model, tokenizer, *dialogue) for dialogue in bar]
     if options.out:
         write_jsonl(options.out, [{"place": place, **figures(part)} for (place, _), part in zip(dialogues, parts, strict=True)])
     estimates = {"perplexity": pooled([part.clamp(min=LEAST) for part in parts]), "impossible": impossible(parts)}

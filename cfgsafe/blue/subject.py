@@ -8,6 +8,7 @@ Run it: python eval.py leak --help
 
 import hashlib
 import json
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from cfgsafe import load_model, load_tokenizer
 from cfgsafe.checkpoint import DTYPES
 from cfgsafe.decode import Completion, Request, check_request, generate
 from cfgsafe.errors import InputError, check_at_least, read_jsonl
+from cfgsafe.guidance import SPACES
 from cfgsafe.llama import Llama
 from cfgsafe.tokenizer import Messages, Tokenizer, with_system
 
@@ -53,11 +55,21 @@ class Subject:
     """float32 or bfloat16."""
 
 
+def check(subject: Subject) -> None:
+    """Raise InputError naming the option that is out of range."""
+    for name, value, known in (("dtype", subject.dtype, DTYPES), ("space", subject.space, SPACES)):
+        if value not in known:
+            raise InputError(f"--{name} {value}: must be one of {', '.join(known)}")
+    check_at_least(1, subject, "batch")
+    if subject.guidance is not None and not math.isfinite(subject.guidance):
+        raise InputError(f"--guidance {subject.guidance}: must be a finite number")
+    if not 0 <= subject.alpha <= 1:
+        raise InputError(f"--alpha {subject.alpha}: must lie from 0 to 1")
+
+
 def load(subject: Subject, adapters: dict[str, str] | None = None) -> tuple[Llama, Tokenizer]:
     """The subject's model with its adapter, or `adapters` by name, attached; and its tokenizer. Raises CheckpointError, InputError."""
-    if subject.dtype not in DTYPES:
-        raise InputError(f"--dtype {subject.dtype}: must be one of {', '.join(DTYPES)}")
-    check_at_least(1, subject, "batch")
+    check(subject)
     try:
         torch.empty(0, device=subject.device)
     except (RuntimeError, AssertionError) as error:

@@ -8,6 +8,7 @@ Run it: python eval.py sweep --models guard=cfgsafe/demo/leaky+runs/demo/lora-cf
 """
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -104,6 +105,9 @@ def combinations(options: Options) -> Iterator[dict]:
     for name in ("guidance", "spaces", "alphas"):
         if not getattr(options, name):
             raise InputError(f"--{name}: give at least one value")
+    for g in options.guidance:
+        if not math.isfinite(g):
+            raise InputError(f"--guidance {g}: must be a finite number")
     for space in options.spaces:
         if space not in SPACES:
             raise InputError(f"--spaces {space}: must be one of {', '.join(SPACES)}")
