@@ -197,6 +197,7 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
         ("eval.py report --run {tmp}", "results.json: cannot be read"),
         ("eval.py leak --model {LEAKY} --known {tmp}/typed.jsonl", "typed.jsonl:1: 'items' must be an object"),
         ("eval.py leak --model {LEAKY} --compare {tmp}/typed.jsonl", "typed.jsonl: holds 1 answers for"),
+        ("eval.py demo-models --folder {tmp}", "holds no folder base; base, leaky and ner must be there"),
         ("eval.py detectors --ner nowhere", "--ner nowhere: not a spaCy pipeline"),
         ("eval.py extract --model {LEAKY} --dialogues {tmp}/typed.jsonl", "typed.jsonl:1: 'spans' must be a list"),
         ("eval.py extract --model {LEAKY} --attack rr --candidates {tmp}/bad.jsonl", "bad.jsonl:1: not JSON"),

@@ -18,7 +18,7 @@ from cfgsafe.blue.subject import Subject, answers, load
 from cfgsafe.demo.experiment import corpus_words
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.testset import test_prompts
-from cfgsafe.errors import check_at_least
+from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.tokenizer import with_system
 
 
@@ -50,6 +50,9 @@ class Figure:
 
 def run(options: Options) -> None:
     check_at_least(2, options, "prompts")
+    for name in ("base", "leaky", "ner"):
+        if not (Path(options.folder) / name).is_dir():
+            raise InputError(f"--folder {options.folder}: holds no folder {name}; base, leaky and ner must be there")
     detector = Detector(str(Path(options.folder) / "ner"))
     rows = [
         row
