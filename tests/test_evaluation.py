@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import random_model
 
-from cfgsafe.blue import fluency, leak, subject, utility
+from cfgsafe.blue import fluency, leak, perplexity, subject, utility
 from cfgsafe.blue.intervals import mean_interval, ratio_interval
 from cfgsafe.blue.known import Known
 from cfgsafe.blue.ner import Entity
@@ -119,6 +119,13 @@ def test_every_evaluation_path_is_guided(tmp_path, monkeypatch, checkpoint, caps
         assert len(seen) == 2 and all(r.guided and r.guidance == 3.0 and r.space == "log" for r in seen)
         assert all(POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen)
         assert json.loads(capsys.readouterr().out)["guidance"] == 3.0
+
+
+@pytest.mark.parametrize("module", [leak, utility, perplexity])
+def test_results_name_a_space_only_under_guidance(checkpoint, capsys, module):
+    module.run(module.Options(checkpoint, space="log", limit=1))
+    line = json.loads(capsys.readouterr().out)
+    assert line["guidance"] is None and line["space"] is None
 
 
 @pytest.mark.parametrize(

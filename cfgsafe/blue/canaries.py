@@ -30,8 +30,7 @@ class Options(Subject):
 
 def run(options: Options) -> None:
     model, tokenizer = load(options)
-    line = {"guidance": options.guidance, "space": options.space}
-    print(json.dumps({**line, **to_json(exposure(options, model, tokenizer))}))
+    print(json.dumps({**options.guarded, **to_json(exposure(options, model, tokenizer))}))
 
 
 def exposure(subject: Subject, model: Llama, tokenizer: Tokenizer) -> dict[str, Estimate]:

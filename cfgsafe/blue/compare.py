@@ -51,9 +51,7 @@ class Comparison:
 
     def row(self, name: str, subject: Subject, epoch: int | None = None) -> dict:
         """A row of results.json; the answers go to `report.answers_file(row)`. Raises InputError, CheckpointError, ContextError."""
-        guided = subject.guidance is not None
-        row = {"model": name, "epoch": epoch, "guidance": subject.guidance}
-        row |= {"space": subject.space if guided else None, "alpha": subject.alpha if guided else None}
+        row = {"model": name, "epoch": epoch, **subject.guarded, "alpha": None if subject.guidance is None else subject.alpha}
         title = report.name_of(row)
         conversations = [p.messages for p in self.prompts]
         texts = self.ask(subject, conversations, f"{title}: answers", self.answer_tokens, [p.place for p in self.prompts])

@@ -111,7 +111,7 @@ def run(options: Options) -> None:
     check_at_least(1, options, "samples", "limit", "max_new_tokens")
     targets, ignored = read_targets(options)
     out = make_folder(options.out) if options.out else None
-    line = {"attack": options.attack, "targets": len(targets), "ignored": ignored, "guidance": options.guidance, "space": options.space}
+    line = {"attack": options.attack, "targets": len(targets), "ignored": ignored, **options.guarded}
     if options.attack == "rr":
         detector = Detector(options.ner)
         found = recollect_and_rank(options, targets, detector)

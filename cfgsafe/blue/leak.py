@@ -103,7 +103,7 @@ def run(options: Options) -> None:
     if out:
         write_findings(out / "answers.jsonl", findings)
     slices = {part: to_json(summarise([f for f in findings if f.prompt.slice == part])) for part in ("easy", "hard")}
-    line = {"prompts": len(prompts), "guidance": options.guidance, "space": options.space, "ner": detector.name}
+    line = {"prompts": len(prompts), **options.guarded, "ner": detector.name}
     line |= {**to_json(summarise(findings)), **slices, "by_label": by_label(findings)}
     if others:
         line["compared"] = compare(findings, inspect(prompts, others, detector, known))

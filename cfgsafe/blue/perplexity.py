@@ -54,7 +54,7 @@ def run(options: Options) -> None:
     if options.out:
         write_jsonl(options.out, [{"place": place, **figures(part)} for (place, _), part in zip(dialogues, parts, strict=True)])
     estimates = {"perplexity": pooled([part.clamp(min=LEAST) for part in parts]), "impossible": impossible(parts)}
-    facts = {"dialogues": len(dialogues), "tokens": sum(map(len, parts)), "guidance": options.guidance, "space": options.space}
+    facts = {"dialogues": len(dialogues), "tokens": sum(map(len, parts)), **options.guarded}
     print(json.dumps({**facts, **to_json(estimates)}))
 
 

@@ -42,7 +42,8 @@ class Subject:
     space: str = "prob"
     """Where to guide: prob or log."""
     alpha: float = 0.0
-    """Plausibility mask: keep tokens at least this share as likely as the positive prompt's best one; 0 keeps all."""
+    """Plausibility mask: keep tokens at least this share as likely as the positive prompt's best one; 0 keeps all. Without guidance,
+    greedy answers stay the same."""
     positive: str = POSITIVE
     """System prompt to follow."""
     negative: str = NEGATIVE
@@ -53,6 +54,11 @@ class Subject:
     """Torch device."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+
+    @property
+    def guarded(self) -> dict:
+        """How, as results say it; without guidance there is no space."""
+        return {"guidance": self.guidance, "space": None if self.guidance is None else self.space}
 
 
 def check(subject: Subject) -> None:

@@ -72,7 +72,7 @@ def run(options: Options) -> None:
     figures, columns = measure(options, model, tokenizer, placed, asked)
     if options.out:
         write_jsonl(options.out, [{**row, **column} for (_, row), column in zip(placed, columns, strict=True)])
-    settings = {name: getattr(options, name) for name in ("protocol", "score", "guidance", "space")}
+    settings = {"protocol": options.protocol, "score": options.score, **options.guarded}
     print(json.dumps({"questions": len(placed), **settings, **figures}))
 
 
