@@ -64,6 +64,11 @@ def test_the_hub_is_asked_for_mmlu_pros_file(tmp_path, monkeypatch):
     ]
 
 
+def test_a_misspelt_set_names_those_there_are():
+    with pytest.raises(InputError, match="mmlu-pro/nonsense: no such set of questions; there are mmlu-pro/validation, mmlu-pro/test"):
+        mmlu_pro.read("mmlu-pro/nonsense")
+
+
 def test_an_unreachable_hub_is_one_line(monkeypatch, tmp_path):
     def offline(*place, **more):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")

@@ -40,6 +40,8 @@ def read(name: str) -> Placed:
 
     Raises InputError naming line and field.
     """
+    if name.startswith("mmlu-pro/") and name not in SPLITS and not Path(name).exists():
+        raise InputError(f"{name}: no such set of questions; there are {', '.join(SPLITS)}")
     path = dataset_file(REPOSITORY, SPLITS[name]) if name in SPLITS else Path(name)
     rows = read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
     placed = [(place, check_row(row, place)) for place, row in rows]
