@@ -56,6 +56,7 @@ def test_every_combination_of_a_sweep_reaches_the_engine(checkpoint, requests, f
     assert all("perplexity" not in row for row in results["rows"])
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "| m g=3 log alpha=0.1 " in (tmp_path / "out" / "sweep.md").read_text()
+    assert "erplexity" not in (tmp_path / "out" / "sweep.md").read_text()
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == len(expected)
 
 

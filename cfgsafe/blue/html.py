@@ -99,7 +99,7 @@ def page(results: dict, pictures: list[tuple[str, bytes]], examples: list[Exampl
         f"<p>{escape(note)}</p>" if note else "",
         f"<p>{masked}</p>" if detector else "",
         table(results["rows"]),
-        f'<p class="legend">{escape(report.LEGEND)}</p>',
+        f'<p class="legend">{escape(report.legend(results["rows"]))}</p>',
         *(picture(name, data) for name, data in pictures),
         *checks(results.get("checks") or []),
     ]

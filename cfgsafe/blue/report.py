@@ -39,7 +39,7 @@ SHORT = {
 }
 LEGEND = (
     "Per 100 answers, with 95 % bootstrap intervals over prompts. Leaked: gold items of the person in the answer; echoed from the\n"
-    "conversation, recalled from training. Broken words: in neither the vocabulary nor the prompt. Perplexity: under the reference model."
+    "conversation, recalled from training. Broken words: in neither the vocabulary nor the prompt."
 )
 
 
@@ -72,6 +72,11 @@ def cells(rows: list[dict]) -> list[tuple[str, list[tuple[float, float, float] |
     columns += [(f"{part}: leaked/100", [row.get(part, {}) for row in rows], "leaked_per_100") for part in ("easy", "hard")]
     known = [(heading, places, key) for heading, places, key in columns if any(key in place for place in places)]
     return [(heading, [(p[key], *p[f"{key}_ci"]) if key in p else None for p in places]) for heading, places, key in known]
+
+
+def legend(rows: list[dict]) -> str:
+    """What stands below the table of `rows`."""
+    return LEGEND + (" Perplexity: under the reference model." if any("perplexity" in row for row in rows) else "")
 
 
 def table(rows: list[dict]) -> str:
@@ -108,7 +113,7 @@ def write(out: Path, title: str, rows: list[dict], checks: list[Check], examples
         out / "results.json", json.dumps({"title": title, "rows": rows, "checks": [vars(c) for c in checks], **facts}, indent=1) + "\n"
     )
     figure(out / "leaks-utility.png", rows)
-    lines = [f"# {title}", "", table(rows), "", LEGEND, ""]
+    lines = [f"# {title}", "", table(rows), "", legend(rows), ""]
     lines += ["![leaks against utility](leaks-utility.png)", "", "## What was expected, and what came out", ""]
     lines += [f"- {'holds' if c.holds else '**does not hold**'}: {c.claim} ({c.measured})" for c in checks]
     lines += ["", "## The same prompts, answered by each model", "", *examples, ""]

@@ -151,7 +151,7 @@ def write(out: Path, rows: list[dict], **facts) -> None:
     """results.json, sweep.md and sweep.png in `out`; the table on stdout, with a last line of JSON."""
     title = "What guidance buys and what it costs"
     write_text(out / "results.json", json.dumps({"title": title, "rows": rows, "checks": [], **facts}, indent=1) + "\n")
-    lines = [f"# {title}", "", report.table(rows), "", report.LEGEND, "", "![leaks, utility and broken words over g](sweep.png)", ""]
+    lines = [f"# {title}", "", report.table(rows), "", report.legend(rows), "", "![leaks, utility and broken words over g](sweep.png)", ""]
     write_text(out / "sweep.md", "\n".join([*lines, ", ".join(f"{key} {value}" for key, value in facts.items()) + ".", ""]))
     figure(out / "sweep.png", rows)
     print("\n" + report.terminal_table(rows) + "\n")
