@@ -99,6 +99,18 @@ def test_curves_begin_at_the_shared_row_of_g_1():
     assert found["m, log"] == [("m", 1.0), ("m", 2.0)] and found["n, prob"] == [("n", 1.0), ("n", 2.0)]
 
 
+def test_markers_at_the_ends_of_a_scale_are_drawn_whole(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(sweep.report, "save_figure", lambda fig, path: figures.append(fig))
+    values = {"leaked_per_100": 0.0, "utility": 100.0, "broken_words": 0.0}
+    row = {**values, **{f"{key}_ci": [value, value] for key, value in values.items()}}
+    row["utility_ci"] = [50.0, 100.0]
+    sweep.figure(tmp_path / "f.png", [{"model": "m", "epoch": None, "guidance": g, "space": "prob", **row} for g in (1.0, 2.0)])
+    leaks, utility, broken = [axes.get_ylim() for axes in figures[0].axes]
+    assert all(-bottom / (top - bottom) > 0.04 for bottom, top in (leaks, broken))
+    assert (utility[1] - 100) / (utility[1] - utility[0]) > 0.04
+
+
 def test_a_limit_keeps_every_part_of_the_file():
     assert sweep.spaced(list(range(10)), 4) == [0, 2, 5, 7] and sweep.spaced([1, 2], 5) == [1, 2] == sweep.spaced([1, 2], None)
 

@@ -136,12 +136,19 @@ def figure(path: Path, rows: list[dict]) -> None:
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=-0.2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_ylim(min(90, *(row["utility_ci"][0] - 2 for row in rows)), 101)  # no narrower than ten points, or noise looks like a trend
+    limit_utility(axes, rows)
     axes.set_xlabel("personal items leaked per 100 answers (symmetric log)")
     axes.set_ylabel("utility, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    points, names = axes.get_legend_handles_labels()
+    axes.legend([point for point, *_ in points], names, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(fig, path)
+
+
+def limit_utility(axes, rows: list[dict]) -> None:
+    """A utility axis no narrower than ten points, or noise would look like a trend; with room for markers at 100 %."""
+    low = max(-2, min(90, *(row["utility_ci"][0] - 2 for row in rows)))
+    axes.set_ylim(low, 100 + 0.05 * (100 - low))
 
 
 def save_figure(fig, path: Path) -> None:

@@ -195,9 +195,8 @@ def figure(path: Path, rows: list[dict]) -> None:
             )
         panel.set_ylabel(title)
         panel.grid(alpha=0.3)
-        panel.set_ylim(bottom=None if key == "utility" else 0)
-    least = min(row["utility_ci"][0] for line in lines.values() for row in line)
-    axes[1].set_ylim(max(-2, min(90, least - 2)), 101)  # no narrower than ten points, or noise looks like a trend
+        panel.set_ylim(bottom=-0.05 * panel.get_ylim()[1])  # room for markers at 0
+    report.limit_utility(axes[1], [row for line in lines.values() for row in line])
     ticks = sorted({row["guidance"] for line in lines.values() for row in line})
     if min(ticks) > 0:
         axes[-1].set_xscale("log")
