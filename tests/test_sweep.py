@@ -71,6 +71,15 @@ def test_a_second_run_reads_its_answers_until_the_weights_change(checkpoint, req
     assert len(requests) == 8
 
 
+def test_a_second_sweep_leaves_no_answers_of_the_first(checkpoint, files, tmp_path):
+    out = tmp_path / "out"
+    for name in ("m", "n"):
+        sweep.run(sweep.Options([f"{name}={checkpoint}"], str(out), [1.0], **files))
+        write_jsonl(out / "answers.jsonl", [])
+    assert {path.name for path in out.glob("answers*")} == {"answers-n-g=1.jsonl", "answers.jsonl"}
+    assert len(list((out / "kept").iterdir())) == 1  # what was generated is still known
+
+
 def test_one_model_is_loaded_once_for_all_its_settings(checkpoint, monkeypatch, tmp_path):
     loads = []
     load = compare.load

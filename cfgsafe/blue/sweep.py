@@ -32,7 +32,7 @@ class Options:
     models: list[str]
     """NAME=FOLDER[+ADAPTER] of each; NAME@EPOCH says which epoch of training the adapter is from."""
     out: str
-    """Folder for the results; a second run there goes on where a killed one stopped."""
+    """Folder for the results; a second run there goes on where a killed one stopped, and replaces the answers of other models."""
     guidance: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.0, 5.0, 10.0])
     """Coefficients g."""
     spaces: list[str] = field(default_factory=lambda: ["prob", "log"])
@@ -85,6 +85,8 @@ def run(options: Options) -> None:
     for name, epoch, subject, _ in models:
         rows += [comparison.row(name, replace(subject, **shared, **setting), epoch) for setting in settings]
     write(out, rows, prompts=len(prompts), questions=len(questions), seconds=round(time.time() - started, 1))
+    for stale in set(out.glob("answers-*.jsonl")) - {out / report.answers_file(row) for row in rows}:  # of a sweep before this one
+        stale.unlink()
 
 
 def parse_model(text: str) -> tuple[str, int | None, Subject]:
