@@ -73,7 +73,7 @@ def test_the_readmes_commands_run_top_to_bottom(command, tmp_path, monkeypatch):
         if "-m pytest" in line:
             continue
         name = next(name for name in TINY if line.startswith(f"python {name}"))
-        out = f" --out {tmp_path}/demo" if name == "train.py demo" else ""
+        out = {"train.py demo": f" --out {tmp_path}/demo", "train.py redteam-demo": f" --out {tmp_path}/redteam"}.get(name, "")
         code, stdout, stderr = command(f"{line.removeprefix('python ')}{out} {TINY[name]}")
         assert code == 0, (line, stderr)
         ran.add(name)

@@ -13,6 +13,7 @@ from typing import Annotated, Protocol
 
 import tyro
 
+from cfgsafe.blue import subject
 from cfgsafe.blue.subject import Subject, request_for
 from cfgsafe.decode import generate
 from cfgsafe.errors import InputError, check_at_least
@@ -42,6 +43,7 @@ class Options(Subject):
 
 def check(options: Options) -> None:
     """Raise InputError where there is not exactly one target, where it cannot be guarded as asked, or where a number is out of range."""
+    subject.check(options)
     remote = options.service.remote_model
     if (options.model is None) == (remote is None):
         raise InputError("give one target: --target CHECKPOINT or --remote-model NAME")
