@@ -190,7 +190,7 @@ def check(rows: list[dict], calls: dict[tuple[str, str], int], kept: dict[str, f
     best = lambda target: of.get((target, MLE), of[target, GFN])
     success = lambda row: row["success"] if row else 0.0
     plain, unique = of["LoRA", REINFORCE], measure.UNIQUE
-    lora, guarded, tuned = best("LoRA"), best("guarded"), best("tuned")
+    lora, tuned = best("LoRA"), best("tuned")
     orders = {"an attacker without training": [of[target, SFT] for target in ("leaky", "LoRA", "guarded")]}
     orders[MLE] = [best(target) for target in ("leaky", "LoRA", "guarded")]
     checks = [
