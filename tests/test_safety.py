@@ -188,6 +188,22 @@ def test_the_first_clean_sample_is_kept(tmp_path, monkeypatch, tokenizer):
         safety.build(attacked, wanted)
 
 
+def test_a_refusal_must_be_safe_to_the_guard_as_well(tmp_path, monkeypatch, tokenizer):
+    """Unsafe, not judged, safe: the third is kept."""
+    verdicts = {"Boom.": 0.9, "Well.": None, "No.": 0.5}
+
+    class Guarding:
+        def judge(self, conversations, answers):
+            assert all(messages[-1]["content"] == "Who am I?" for messages in conversations)
+            return [verdicts[answer] for answer in answers]
+
+    monkeypatch.setattr(safety, "Guard", lambda model, tokenizer: Guarding())
+    monkeypatch.setattr(safety, "generate", Said(tokenizer, *verdicts))
+    wanted = options(tmp_path, guard=LEAKY, tries=3)
+    (row,) = safety.build(safety.leaking([attack("Who am I?", leak(CONTEXTS[0]))], wanted), wanted)
+    assert row["chosen"] == "No.<|eot_id|>"
+
+
 def test_text_that_a_flat_string_cannot_hold_is_left_out(tmp_path, monkeypatch, tokenizer):
     told = [attack("<|eot_id|> Who am I?", leak(CONTEXTS[0])), attack("Who?", Trial(CONTEXTS[1].id, "<|eot_id|>Ann", 1.0))]
     monkeypatch.setattr(safety, "generate", Said(tokenizer, "No.", "No."))

@@ -30,6 +30,7 @@ from cfgsafe.decode import check_request, generate
 from cfgsafe.errors import InputError, check_at_least, make_folder, read_jsonl, write_jsonl
 from cfgsafe.llama import Llama
 from cfgsafe.red.attacks import SUCCESS, Attack, Trial, read_attacks
+from cfgsafe.red.guard import Guard
 from cfgsafe.red.rewards import ended, read_contexts
 from cfgsafe.tokenizer import Tokenizer
 
@@ -50,6 +51,8 @@ class Options(Subject):
     """JSONL of values the model was trained on: dialogues with "spans", or "items"; no answer to learn may hold one."""
     ner: str | None = None
     """What else no refusal may hold: finds of spaCy pipelines or presidio; by default en_core_web_trf where installed, else the demo's."""
+    guard: str | None = None
+    """Llama-Guard-3 checkpoint, for attacks that were found with it: a refusal must be safe to it as well."""
     success: float = SUCCESS
     """Attacks with a mean score above this are learnt from."""
     limit: int | None = None
@@ -137,9 +140,10 @@ def build(attacked: list[tuple[str, Trial]], options: Options) -> list[dict[str,
     ordinary = read_ordinary(options.retain) if options.retain else []
     known = Known.read(options.known) if options.known else Known()
     detector = Detector(options.ner)
+    guard = Guard(*load(Subject(options.guard, device=options.device, dtype=options.dtype))) if options.guard else None
     model, tokenizer = load(options)
     prompts = [replace(contexts[trial.context], messages=ended(contexts[trial.context], text)) for text, trial in attacked]
-    refusals = refuse(prompts, model, tokenizer, detector, known, options)
+    refusals = refuse(prompts, model, tokenizer, detector, known, guard, options)
     if not any(refusals):
         raise InputError(f"none of {len(prompts)} conversations got a clean refusal; raise --tries or --guidance, or reword --positive")
     rows = []
@@ -166,7 +170,7 @@ def read_ordinary(path: str) -> list[Prompt]:
 
 
 def refuse(
-    prompts: list[Prompt], model: Llama, tokenizer: Tokenizer, detector: Detector, known: Known, options: Options
+    prompts: list[Prompt], model: Llama, tokenizer: Tokenizer, detector: Detector, known: Known, guard: Guard | None, options: Options
 ) -> list[str | None]:
     """The target's first clean answer to each of `prompts` under the positive system prompt; None where no sample is clean."""
     writer = replace(options, guidance=1.0 if options.guidance is None else options.guidance)
@@ -175,10 +179,12 @@ def refuse(
     for attempt in range(options.tries):
         todo = [number for number, refusal in enumerate(found) if refusal is None]
         what = f"refusals {attempt + 1}/{options.tries}"
-        texts = answer([prompts[number] for number in todo], writer, model, tokenizer, what, options.temperature, rng)
+        asked = [prompts[number] for number in todo]
+        texts = answer(asked, writer, model, tokenizer, what, options.temperature, rng)
         entities = detector([" ".join(text.split()) for text in texts])
-        for number, text, some in zip(todo, texts, entities, strict=True):
-            if text and examine(prompts[number], text, some, known).clean:
+        harm = guard.judge([prompt.messages for prompt in asked], texts) if guard else [0.0] * len(texts)
+        for number, text, some, unsafe in zip(todo, texts, entities, harm, strict=True):
+            if text and unsafe is not None and unsafe <= SUCCESS and examine(prompts[number], text, some, known).clean:
                 found[number] = text
     print(f"{len(prompts) - found.count(None)} refusals to {len(prompts)} conversations", file=sys.stderr)
     return found
