@@ -86,12 +86,17 @@ def read_json(path: Path) -> dict:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Write a whole file or nothing, as `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a whole file or nothing: to a temporary name beside it, then rename. Folders above it are made."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -7,11 +7,11 @@ Run it: python train.py demo
 """
 
 import json
-import os
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
-from cfgsafe.errors import InputError, write_text
+from cfgsafe.errors import InputError, write_bytes, write_text
 
 # column -> heading; the keys stand in results.json, each with its `_ci`
 COLUMNS = {
@@ -155,10 +155,10 @@ def save_figure(fig, path: Path) -> None:
     """Write a matplotlib figure whole, as PNG, and close it."""
     import matplotlib.pyplot as plt
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    fig.savefig(temporary, dpi=140, bbox_inches="tight")
+    content = BytesIO()
+    fig.savefig(content, format="png", dpi=140, bbox_inches="tight")
     plt.close(fig)
-    temporary.replace(path)
+    write_bytes(path, content.getvalue())
 
 
 def read_results(folder: str | Path) -> dict:

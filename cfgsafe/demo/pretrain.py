@@ -23,6 +23,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from tqdm import tqdm
 
+from cfgsafe.blue.report import save_figure
 from cfgsafe.checkpoint import new_folder, read_model, save_checkpoint
 from cfgsafe.demo import ner_training
 from cfgsafe.demo.corpus import Corpus, Encoder, Example
@@ -206,8 +207,7 @@ def draw(curve: list[dict], path: Path) -> None:
     axes.set(xlabel="million tokens", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
-    fig.savefig(path, dpi=140, bbox_inches="tight")
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 def answer_loss(model: Llama, ids: Tensor, learnt: Tensor, targets: Tensor) -> Tensor:
