@@ -23,6 +23,7 @@ from cfgsafe.remote import Service
 from cfgsafe.tokenizer import Tokenizer
 
 TEXTS = ["What is my name?", "Who am I, and where do I live?", 'Say "my name", please', "Write a note to my team.", "Tell me: 1, 2; 3!"]
+ATTACK = {"tokens": [9, 9, 9], "text": "x", "log_reference": -1.0, "least_likely": -1.0, "trials": []}
 CHATML = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 
 
@@ -217,7 +218,26 @@ def test_a_run_that_has_ended_is_not_run_again(stage, capsys):
     assert (folder / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns > before
 
 
+def test_runs_can_be_moved_together(stage, tmp_path):
+    sft = stage("a/sft", stage="sft")
+    write_jsonl(tmp_path / "a.jsonl", [{**ATTACK, "trials": [{"context": "c", "answer": "x", "score": 1.0, "found": []}]}])
+    stage("a/mle", stage="smooth", attacker=str(sft), attacks=(str(tmp_path / "a.jsonl"),))
+    (tmp_path / "a").rename(tmp_path / "b")
+    facts = Facts.read(tmp_path / "b" / "mle")
+    assert (facts.reference, facts.adapter) == (str(tmp_path / "b" / "sft" / "adapter"), str(tmp_path / "b" / "mle" / "adapter"))
+    assert trained(facts, *load(Subject(facts.model))).policy == POLICY
+
+
+@pytest.mark.parametrize("change", [{"model": 3}, {"least": "5"}, {"more": 1}, None])
+def test_a_damaged_attacker_is_one_line(stage, change):
+    folder = stage("x", stage="sft")
+    raw = json.loads((folder / "attacker.json").read_text())
+    (folder / "attacker.json").write_text(json.dumps({**raw, **change} if change else {"model": "m"}))
+    with pytest.raises(InputError, match="attacker.json: not what an attacker's stage wrote; run the stage again"):
+        stage("y", stage="smooth", attacker=str(folder), attacks=("z",))
+
+
 def test_nothing_to_smooth_is_said(stage, tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [{"tokens": [9, 9, 9], "text": "x", "log_reference": -1.0, "least_likely": -1.0, "trials": []}])
+    write_jsonl(tmp_path / "a.jsonl", [ATTACK])
     with pytest.raises(InputError, match="none of 1 attacks has a success above 0.7"):
         stage("x", stage="smooth", attacks=(str(tmp_path / "a.jsonl"),))

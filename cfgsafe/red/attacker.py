@@ -15,9 +15,10 @@ Run it: python train.py attacker --stage sft --attacker cfgsafe/demo/base --prom
 """
 
 import json
+import os
 import random
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -90,10 +91,18 @@ class Facts:
     @staticmethod
     def read(folder: Path) -> "Facts":
         """Raises CheckpointError, InputError."""
-        try:
-            return Facts(**read_json(folder / FACTS))
-        except TypeError as error:
-            raise InputError(f"{folder / FACTS}: not what an attacker's stage wrote ({error})") from None
+        raw = read_json(folder / FACTS)
+        kinds = {"model": str, "template": str, "least": int, "most": int, "examples": list, "reference": str | None, "adapter": str | None}
+        if set(raw) != set(kinds) or not all(isinstance(raw[name], kind) for name, kind in kinds.items()):
+            raise InputError(f"{folder / FACTS}: not what an attacker's stage wrote; run the stage again")
+        inside = lambda path: path and os.path.normpath(folder / path)
+        return Facts(**{**raw, "reference": inside(raw["reference"]), "adapter": inside(raw["adapter"])})
+
+    def write(self, folder: Path) -> None:
+        """The adapters' folders as seen from `folder`, so that a run can be moved with those that it builds on."""
+        seen = lambda path: path and os.path.relpath(path, folder)
+        facts = {**asdict(self), "reference": seen(self.reference), "adapter": seen(self.adapter)}
+        write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
 
 
 def run(options: Options) -> dict[str, object]:
@@ -133,8 +142,8 @@ def run(options: Options) -> dict[str, object]:
             figures = {"attacks": len(found), "successes": len(kept)}
     write_adapter(out / "adapter", adapter_parameters(agent.model, POLICY), config, base=facts.model)
     adapter = str(out / "adapter")
-    own = {"reference": adapter} if options.stage == "sft" else {"adapter": adapter}
-    write_text(out / FACTS, json.dumps({**asdict(facts), "adapter": None, **own}, indent=2) + "\n")
+    own = {"reference": adapter, "adapter": None} if options.stage == "sft" else {"adapter": adapter}
+    replace(facts, **own).write(out)
     figures |= {"calls": target.calls} if target else {}
     print(json.dumps({"stage": options.stage, "out": str(out), **figures}))
     return figures
