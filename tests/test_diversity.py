@@ -20,6 +20,8 @@ def test_cosine_distance_by_hand():
     square = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])  # distances 1, 0, 1
     assert mean_cosine_distance(square) == pytest.approx(2 / 3)
     assert mean_cosine_distance(square[:1]) == 0
+    alike = np.tile(np.random.default_rng(1).normal(size=50), (7, 1))
+    assert 0 <= mean_cosine_distance(alike / np.linalg.norm(alike[0])) < 1e-9
 
 
 def test_clusters_by_hand():

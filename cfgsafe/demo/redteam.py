@@ -195,7 +195,7 @@ def check(rows: list[dict], calls: dict[tuple[str, str], int], kept: dict[str, f
     unique = measure.UNIQUE
     lora, tuned = best("LoRA"), best("tuned")
     orders = {"an attacker without training": [of[target, SFT] for target in ("leaky", "LoRA", "guarded")]}
-    orders[MLE] = [best(target) for target in ("leaky", "LoRA", "guarded")]
+    orders["the trained one, smoothed where that was possible"] = [best(target) for target in ("leaky", "LoRA", "guarded")]
     checks = [
         report.Check(
             f"success of {name}: leaky > LoRA > guarded",

@@ -50,7 +50,7 @@ def mean_cosine_distance(vectors: np.ndarray) -> float:
     if n < 2:
         return 0.0
     total = vectors.sum(0)
-    return float(1 - (total @ total - (vectors * vectors).sum()) / (n * (n - 1)))
+    return max(0.0, float(1 - (total @ total - (vectors * vectors).sum()) / (n * (n - 1))))  # not below 0 by rounding
 
 
 def clusters(vectors: np.ndarray, threshold: float) -> int:
