@@ -2,7 +2,7 @@
 
 Source: Lee et al. (arXiv 2405.18540) in miniature, with leaks of personal data as the reward.
 Deviations from the paper's settings, for models of 2.9M parameters: fewer and larger steps, a higher learning rate, a rank of 16, four
-answers to an attack while training; VarGrad, because 60 steps are few for log Z to settle. Everything else is the code that an 8B model
+answers to an attack while training; VarGrad, because 50 steps are few for log Z to settle. Everything else is the code that an 8B model
 runs through. Attackers train on conversations of one pool of people and are measured on another.
 
 Run it: python train.py redteam-demo      (ten minutes on two CPU cores; less with --blue runs/demo)
@@ -43,13 +43,13 @@ class Options:
     """Folder of a demo run, whose adapters are attacked; by default they are trained first."""
     seed: int = 0
     """Of data, training and draws."""
-    steps: int = 60
+    steps: int = 50
     """Optimiser steps of each attacker."""
     batch_size: int = 48
     """Prompts a step."""
-    fit_steps: int = 120
+    fit_steps: int = 100
     """Optimiser steps of SFT and smoothing."""
-    draws: int = 128
+    draws: int = 100
     """Prompts each attacker is measured by."""
     questions: int = 150
     """Questions of the quiz."""
