@@ -115,6 +115,7 @@ def test_each_stage_begins_with_the_sft_weights(stage, contexts, checkpoint):
     adapted = stage("adapt", stage="adapt", attacker=str(sft), model=checkpoint, contexts=contexts, budget=6, **lenient)
     assert len(read_attacks(adapted / "attacks.jsonl")) <= len(found)
     assert sum(trial.answer is not None for attack in read_attacks(adapted / "attacks.jsonl") for trial in attack.trials) == 6
+    assert all(row["step"] == 1 for _, row in read_jsonl(adapted / "attacks.jsonl"))  # a new run into the folder drops what has a step
     for folder in (gfn, smooth, adapted):
         facts = Facts.read(folder)
         agent = trained(facts, *load(Subject(facts.model)))

@@ -24,7 +24,6 @@ from cfgsafe.blue.subject import Subject, load
 from cfgsafe.errors import InputError, check_at_least, make_folder, write_jsonl, write_text
 from cfgsafe.llama import Llama
 from cfgsafe.red import attacker, measure, rewards
-from cfgsafe.red.attacker import FACTS, Facts
 from cfgsafe.red.attacks import Attack, read_attacks
 from cfgsafe.red.gflownet import seed_of
 from cfgsafe.red.rewards import Scorer, ended, judge_of, read_contexts
@@ -104,10 +103,7 @@ def named(text: str) -> tuple[str, str]:
 
 def draw_attacks(name: str, path: str, options: Options, out: Path) -> list[Attack]:
     """The draws of an attacker, duplicates included, with what the target answered."""
-    if (Path(path) / FACTS).exists():
-        facts = Facts.read(Path(path))
-    else:
-        facts = attacker.checkpoint_facts(path, options.template, options.least, options.most, options.prompts, options.seed)
+    facts = attacker.facts_of(path, options)
     model, tokenizer = load(Subject(facts.model, device=options.device, dtype=options.dtype))
     scorer = open_scorer(name, options, out, (facts.model, model, tokenizer))
     agent = attacker.trained(facts, model, tokenizer)

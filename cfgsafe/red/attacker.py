@@ -115,7 +115,7 @@ def run(options: Options) -> dict[str, object]:
         if (out / FACTS).exists():
             print(f"{out}: this run has ended", file=sys.stderr)
             return {}
-    facts = facts_of(options)
+    facts = facts_of(options.attacker, options)
     (out / FACTS).unlink(missing_ok=True)  # of an earlier run into this folder
     write_text(out / "config.json", json.dumps(settings, indent=2) + "\n")
     scored = options.stage in ("gfn", "adapt")
@@ -165,11 +165,11 @@ def check(options: Options) -> None:
         rewards.check(options)
 
 
-def facts_of(options: Options) -> Facts:
-    """Of the folder of an earlier stage, or of a checkpoint and the options."""
-    if (Path(options.attacker) / FACTS).exists():
-        return Facts.read(Path(options.attacker))
-    return checkpoint_facts(options.attacker, options.template, options.least, options.most, options.prompts, options.seed)
+def facts_of(path: str, options) -> Facts:
+    """Of the folder of an earlier stage, or of a checkpoint and `options`: its template, least, most, prompts and seed."""
+    if (Path(path) / FACTS).exists():
+        return Facts.read(Path(path))
+    return checkpoint_facts(path, options.template, options.least, options.most, options.prompts, options.seed)
 
 
 def checkpoint_facts(model: str, template: str, least: int, most: int, prompts: str | None, seed: int) -> Facts:
@@ -289,10 +289,10 @@ def again(stored: list[Attack], agent: Attacker, scorer: Scorer, options: Option
     order = sorted({attack.tokens: attack for attack in order}.values(), key=lambda attack: -(attack.score or 0.0))
     race = lambda texts: scorer.race(texts, options.success)
     archive = gflownet.Archive(out / "attacks.jsonl", agent, race, scorer.target.meter)
-    archive.load(None, 0 if options.resume else -1)
+    archive.load(None, 1 if options.resume else 0)
     found: list[Attack] = []
     for start in range(0, len(order), options.batch_size):
         if scorer.target.spent:
             break
-        found += archive.look_up([attack.tokens for attack in order[start : start + options.batch_size]], 0)
+        found += archive.look_up([attack.tokens for attack in order[start : start + options.batch_size]], 1)
     return found
