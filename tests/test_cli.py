@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 LEAKY = str(ROOT / "cfgsafe/demo/leaky")
 CHAT = [{"role": "user", "content": "I am Ann Lee. Who am I?"}]
 TINY = {
-    "train.py demo": "--dialogues 4 --prompts 12 --questions 5",
-    "train.py redteam-demo": "--steps 2 --fit-steps 2 --batch-size 8 --draws 4 --questions 5",
-    "train.py dialogues": "--count 24",
+    "train.py demo": "--dialogues 3 --prompts 8 --questions 4",
+    "train.py redteam-demo": "--steps 2 --fit-steps 2 --batch-size 4 --draws 2 --questions 4",
+    "train.py dialogues": "--count 8",
     "train.py pairs": "",
     "train.py orpo": "--epochs 3",
     "train.py merge": "",
@@ -29,12 +29,12 @@ TINY = {
     "eval.py perplexity": "--limit 5",
     "eval.py canaries": "",
     "eval.py extract": "--limit 4 --samples 2",
-    "eval.py attack": "--draws 6 --samples 2 --answer-tokens 16",
+    "eval.py attack": "--draws 4 --samples 2 --answer-tokens 16",
     "eval.py sweep": "--limit 4 --guidance 1 3 --alphas 0",
     "eval.py table": "",
     "eval.py report": "",
     "eval.py detectors": "",
-    "eval.py demo-models": "--prompts 12",
+    "eval.py demo-models": "--prompts 8",
     "infer.py": "",
 }
 

@@ -66,7 +66,7 @@ def assert_equals_reference(logits: torch.Tensor, settings: Sampling, part: int 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = [(vocabulary, pairs, dtype) for vocabulary in (7, 1000, 32000, 128256, 151936) for pairs in (1, 3, 64) for dtype in DTYPES]
-FAST = [case for case in SIZES if case[0] * case[1] <= 500_000]
+FAST = [case for case in SIZES if case[0] * case[1] <= 100_000 or case[0] == 151936 and case[1:] == (3, torch.bfloat16)]
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_top_k_and_top_p(k, p):
 
 
 def test_ties_at_the_border_of_top_k_all_stay():
-    logits = torch.tensor([[0.0, 3.0, 1.0, 1.0, 1.0, -2.0]]).repeat(64, 1)
-    settings = sampling(64, negative=torch.full((64,), -1), alpha=torch.zeros(64), temperature=torch.full((64,), 5.0))
-    settings = replace(settings, positive=torch.arange(64), top_k=torch.full((64,), 2, dtype=torch.int32), truncates=True)
+    logits = torch.tensor([[0.0, 3.0, 1.0, 1.0, 1.0, -2.0]]).repeat(24, 1)
+    settings = sampling(24, negative=torch.full((24,), -1), alpha=torch.zeros(24), temperature=torch.full((24,), 5.0))
+    settings = replace(settings, positive=torch.arange(24), top_k=torch.full((24,), 2, dtype=torch.int32), truncates=True)
     tokens, _ = run(logits, settings)
     assert set(tokens.tolist()) == {1, 2, 3, 4} and torch.equal(tokens, reference.next_tokens(logits, settings)[0])
 

@@ -34,7 +34,9 @@ def alone(tmp_path_factory, checkpoint, pairs) -> Path:
     return out
 
 
-@pytest.mark.parametrize("more", [[], ["--fsdp"], ["--fsdp", "--recompute", "1"]], ids=["ddp", "fsdp", "fsdp-recompute"])
+@pytest.mark.parametrize(
+    "more", [[], pytest.param(["--fsdp"], marks=pytest.mark.slow), ["--fsdp", "--recompute", "1"]], ids=["ddp", "fsdp", "fsdp-recompute"]
+)
 def test_two_processes_equal_one(tmp_path, checkpoint, pairs, alone, more):
     settings = [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
