@@ -2,48 +2,64 @@
 
 import csv
 import json
-import subprocess
 import sys
-from pathlib import Path
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from kernels import bench_orpo_step
+from kernels.bench import main
+from kernels.bench_orpo import OURS, Options, make_inputs
 from kernels.results import spread
 
-ROOT = Path(__file__).parent.parent
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """Run a benchmark in this process: the object of its last line."""
+
+    def run(*arguments: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+        main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
 
 
-def bench(*arguments: str) -> dict:
-    done = subprocess.run([sys.executable, "-m", "kernels.bench", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_the_variants_of_a_training_step_agree(tmp_path):
+@pytest.mark.slow
+def test_a_training_step_is_measured_in_all_variants(tmp_path, bench):
     settings = ["--shape", "tiny", "--prompt", "40", "--answer", "9", "--steps", "2", "--csv", str(tmp_path / "b.csv")]
     rows = bench("orpo", *settings)["rows"]
-    assert [row["variant"] for row in rows] == ["dense", "chunked", "chunked + shared"]
+    assert [row["variant"] for row in rows] == list(OURS)
     assert all(row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and row["p50"] > 0 for row in rows)
     with open(tmp_path / "b.csv", newline="") as file:
         assert [row["variant"] for row in csv.DictReader(file)] == [row["variant"] for row in rows]
 
 
-def test_an_8b_model_trains_on_the_papers_rows_within_forty_gib():
+def test_the_variants_of_a_training_step_agree(tmp_path, capsys):
+    options = Options(shape="tiny", prompt=40, answer=9, steps=1)
+    make_inputs(tmp_path, options)
+    for variant in OURS:
+        bench_orpo_step.main(asdict(options) | {"folder": tmp_path, "variant": variant})
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(found) == 3 and all(step["loss"] == pytest.approx(found[0]["loss"], rel=1e-5) for step in found)
+    assert all(step["seconds"][0] > 0 and step["peak_bytes"] > 0 for step in found)
+
+
+def test_an_8b_model_trains_on_the_papers_rows_within_forty_gib(bench):
     rows = bench("memory")["rows"]
     assert min(row["total"] for row in rows if row["shared"]) < 40 < max(row["total"] for row in rows if row["shared"])
 
 
-def test_guidance_is_measured_against_a_copy():
+def test_guidance_is_measured_against_a_copy(bench):
     rows = bench("guidance", "--pairs", "2", "--vocabulary", "1000", "--calls", "3")["rows"]
     assert {row["variant"] for row in rows} == {"copy", "reference, eager", "reference, torch.compile"}
     assert all(row["p50"] > 0 and row["gb_per_second"] > 0 for row in rows)
 
 
-def test_decoding_is_measured_from_two_passes_to_the_engine():
-    rows = bench("decode", "--shape", "tiny", "--runs", "1", "--new", "4", "--prompt", "8", "--batches", "1", "2", "--no-transformers")[
-        "rows"
-    ]
+def test_decoding_is_measured_from_two_passes_to_the_engine(bench):
+    settings = ["--shape", "tiny", "--runs", "1", "--new", "4", "--prompt", "8", "--batches", "1", "2", "--no-transformers"]
+    rows = bench("decode", *settings)["rows"]
     assert [row["variant"] for row in rows[:2]] == ["ours, two passes", "ours, pairs in one batch"]
     assert len(rows) == 10 and all(row["tokens_per_second"] > 0 for row in rows)
 

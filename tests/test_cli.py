@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[1]
 LEAKY = str(ROOT / "cfgsafe/demo/leaky")
 CHAT = [{"role": "user", "content": "I am Ann Lee. Who am I?"}]
 TINY = {
-    "train.py demo": "--dialogues 3 --prompts 8 --questions 4",
+    "train.py demo": "--dialogues 2 --prompts 4 --questions 2",
     "train.py redteam-demo": "--steps 2 --fit-steps 2 --batch-size 4 --draws 2 --questions 4",
-    "train.py dialogues": "--count 8",
+    "train.py dialogues": "--count 5",
     "train.py pairs": "",
     "train.py orpo": "--epochs 3",
     "train.py merge": "",
-    "train.py attacker": "--steps 3 --answer-tokens 16 --samples 2",
+    "train.py attacker": "--steps 2 --batch-size 16 --answer-tokens 16 --samples 2",
     "train.py safety": "--limit 4 --tries 1",
     "train.py subtract": "",
     "eval.py leak": "--limit 5",

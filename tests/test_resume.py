@@ -77,10 +77,11 @@ def wait_for_step(out: Path, step: int) -> None:
         time.sleep(0.001)
 
 
-def test_kill_9_at_three_random_moments(tmp_path, checkpoint, pairs, uninterrupted):
-    """Three kills within one run, each later than the one before, each resumed."""
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments(tmp_path, checkpoint, pairs, uninterrupted, kills):
+    """Kills within one run, each later than the one before, each resumed."""
     out = tmp_path / "o"
-    for moment in sorted(random.sample(range(1, STEPS), 3)):
+    for moment in sorted(random.sample(range(1, STEPS), kills)):
         process = start(checkpoint, pairs, out, "--resume")
         wait_for_step(out, moment)
         process.kill()
