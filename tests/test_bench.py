@@ -43,7 +43,7 @@ def test_the_variants_of_a_training_step_agree(tmp_path, capsys):
         bench_orpo_step.main(asdict(options) | {"folder": tmp_path, "variant": variant})
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(found) == 3 and all(step["loss"] == pytest.approx(found[0]["loss"], rel=1e-5) for step in found)
-    assert all(step["seconds"][0] > 0 and step["peak_bytes"] > 0 for step in found)
+    assert all(step["seconds"][0] > 0 for step in found)
 
 
 def test_an_8b_model_trains_on_the_papers_rows_within_forty_gib(bench):
