@@ -102,7 +102,8 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     linear scaling divides them by `factor`; llama3 (Llama 3.1) keeps wavelengths shorter than original/high_freq_factor, divides
     those longer than original/low_freq_factor by `factor`, and interpolates between.
     """
-    frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim)
+    halves = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu")  # real numbers in a model of shapes alone, too
+    frequency = 1.0 / config.rope_theta ** (halves.float() / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
@@ -239,7 +240,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        weight = torch.empty(config.vocab_size, config.hidden_size)  # nn.Embedding would draw it, which takes a second on the meta device
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

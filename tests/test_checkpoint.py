@@ -144,6 +144,13 @@ def test_a_load_needs_the_weights_own_memory_and_little_more(tmp_path, dtype):
     assert int(done.stdout) < size * (1 if dtype == "bfloat16" else 2) + 3 * 16384 * 1024 * 2
 
 
+def test_a_load_does_not_wait_for_the_compiler(checkpoint):
+    """Drawing or dividing on the meta device imports torch._dynamo, a second of every command's start."""
+    line = "import sys, cfgsafe; cfgsafe.load_model(sys.argv[1]); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", line, checkpoint], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_old_files_may_hold_the_rope_table_and_the_tied_head(folder):
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.ones(2048, 32)}
     rewrite(folder, lambda t: t.update(old))
