@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cfgsafe.errors import CheckpointError, InputError, read_json
-from cfgsafe.llama import Llama, LlamaConfig
+from cfgsafe.llama import Llama, LlamaConfig, rope_frequencies
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -98,7 +98,7 @@ def read_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype:
     model.load_state_dict(found, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.frequencies = model.frequencies.to(device)  # computed, not stored
+    model.frequencies = rope_frequencies(config).to(device)  # computed, not stored
     return model.requires_grad_(False).eval()
 
 

@@ -97,13 +97,13 @@ def _read_scaling(scaling: dict | None) -> dict | None:
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
-    """Inverse frequencies, (D/2,) float32.
+    """Inverse frequencies, (D/2,) float32, on the CPU.
 
     linear scaling divides them by `factor`; llama3 (Llama 3.1) keeps wavelengths shorter than original/high_freq_factor, divides
     those longer than original/low_freq_factor by `factor`, and interpolates between.
     """
-    halves = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu")  # real numbers in a model of shapes alone, too
-    frequency = 1.0 / config.rope_theta ** (halves.float() / config.head_dim)
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu")  # arithmetic on the meta device imports torch._dynamo
+    frequency = 1.0 / config.rope_theta ** (even.float() / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
@@ -240,8 +240,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        weight = torch.empty(config.vocab_size, config.hidden_size)  # nn.Embedding would draw it, which takes a second on the meta device
-        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
+        drawn = torch.randn(config.vocab_size, config.hidden_size)  # as nn.Embedding does, but without torch._dynamo on the meta device
+        self.embed_tokens = nn.Embedding.from_pretrained(drawn, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -258,7 +258,7 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.shares: dict[str, float | Tensor] = {}  # attached adapter -> how much of it each row takes (cfgsafe.lora)
         self.recomputed = 0  # blocks whose activations the backward computes again, to save memory
-        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        self.register_buffer("frequencies", rope_frequencies(config).to(self.lm_head.weight.device), persistent=False)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, C) of `tokens` (B, T) at `positions` (B, T), by default 0..T-1.

@@ -75,26 +75,19 @@ def test_ternary_adapters_train_and_load_exactly(tmp_path, pairs_file, checkpoin
         orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "u"), lora_bits=4.0))
 
 
-@pytest.mark.parametrize("changes", [{"share_prefix": False}, {"recompute": 1}, {"save_every": 1}], ids=lambda changes: next(iter(changes)))
+@pytest.mark.parametrize(
+    "changes",
+    [{"share_prefix": False}, {"recompute": 1}, {"save_every": 1}, pytest.param({"compile": True}, marks=pytest.mark.slow)],
+    ids=lambda changes: next(iter(changes)),
+)
 def test_how_it_is_computed_does_not_change_what_is(tmp_path, pairs_file, checkpoint, changes):
-    compare(tmp_path, checkpoint, pairs_file, **changes)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_train_alike(tmp_path, checkpoint):
-    """Pairs of one length, so that each block is compiled once."""
-    write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Say {n}", "chosen": " one", "rejected": " two"} for n in range(4)])
-    compare(tmp_path, checkpoint, str(tmp_path / "p.jsonl"), compile=True)
-
-
-def compare(folder, checkpoint, pairs, **changes) -> None:
-    """Two epochs with and without the changes: the same metrics and weights, but for rounding."""
+    if "compile" in changes and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
     for name, settings in (("a", {}), ("b", changes)):
-        orpo.run(Options(checkpoint, pairs, str(folder / name), lr=1e-3, epochs=2, **settings))
-    for one, other in zip(metrics(folder / "a"), metrics(folder / "b"), strict=True):
+        orpo.run(Options(checkpoint, pairs_file, str(tmp_path / name), lr=1e-3, epochs=2, **settings))
+    for one, other in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
-    one, other = (weights(folder / name / "epoch-2") for name in "ab")
+    one, other = (weights(tmp_path / name / "epoch-2") for name in "ab")
     assert all((one[key] - other[key]).abs().max() < 1e-4 for key in one)
 
 
