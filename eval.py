@@ -17,10 +17,11 @@
 
 import tyro
 
-from cfgsafe.blue import canaries, detectors, extract, html, leak, perplexity, sweep, tables, utility
 from cfgsafe.demo import exam
 from cfgsafe.errors import run_command
-from cfgsafe.red import attack
+from cfgsafe.measure import canaries, detectors, extract, leak, perplexity, utility
+from cfgsafe.red import evaluate
+from cfgsafe.report import html, sweep, tables
 
 COMMANDS = {
     "leak": (leak.Options, leak.run),
@@ -28,7 +29,7 @@ COMMANDS = {
     "perplexity": (perplexity.Options, perplexity.run),
     "extract": (extract.Options, extract.run),
     "canaries": (canaries.Options, canaries.run),
-    "attack": (attack.Options, attack.run),
+    "attack": (evaluate.Options, evaluate.run),
     "sweep": (sweep.Options, sweep.run),
     "table": (tables.Options, tables.run),
     "report": (html.Options, html.run),

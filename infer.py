@@ -21,12 +21,13 @@ from pathlib import Path
 
 import tyro
 
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE, Subject, load, request_for
 from cfgsafe.chat import chat, terminal_lines, terminal_say
 from cfgsafe.decode import Completion, Request, check_request, generate
-from cfgsafe.errors import InputError, read_jsonl, run_command
+from cfgsafe.errors import InputError, run_command
 from cfgsafe.explain import explain, table
+from cfgsafe.files import read_jsonl
 from cfgsafe.lora import DEFAULT, adapter_names
+from cfgsafe.subject import NEGATIVE, POSITIVE, Subject, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages, with_system
 
 FIELDS = {"prompt", "messages", "negative_prompt", "negative_messages", "adapter"}

@@ -19,7 +19,7 @@ import tyro
 from cfgsafe.blue import merge, orpo, pairs, subtract
 from cfgsafe.demo import experiment, pretrain, redteam, testset
 from cfgsafe.errors import run_command
-from cfgsafe.red import attacker, safety
+from cfgsafe.red import safety, stages
 
 STAGES = {
     "demo": (experiment.Options, experiment.run),
@@ -27,7 +27,7 @@ STAGES = {
     "orpo": (orpo.Options, orpo.run),
     "subtract": (subtract.Options, subtract.run),
     "merge": (merge.Options, merge.run),
-    "attacker": (attacker.Options, attacker.run),
+    "attacker": (stages.Options, stages.run),
     "safety": (safety.Options, safety.run),
     "redteam-demo": (redteam.Options, redteam.run),
     "dialogues": (testset.Options, testset.run),

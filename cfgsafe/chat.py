@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from cfgsafe.blue.subject import Subject, request_for
 from cfgsafe.decode import Completion, generate
 from cfgsafe.errors import CfgsafeError
 from cfgsafe.guidance import SPACES
 from cfgsafe.llama import Llama
+from cfgsafe.subject import Subject, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 HELP = "/guidance NUMBER or off, /space prob or log, /reset, /quit"

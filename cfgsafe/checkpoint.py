@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cfgsafe.errors import CheckpointError, InputError, read_json
+from cfgsafe.errors import CheckpointError, InputError
+from cfgsafe.files import read_json
 from cfgsafe.llama import Llama, LlamaConfig, rope_frequencies
 
 WEIGHTS = "model.safetensors"

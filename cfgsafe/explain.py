@@ -10,10 +10,10 @@ import json
 import torch
 
 from cfgsafe.decode import Completion, Request
+from cfgsafe.kernels.reference import guide, log_probabilities
 from cfgsafe.llama import Llama
 from cfgsafe.lora import choose
 from cfgsafe.tokenizer import Tokenizer
-from kernels.reference import guide, log_probabilities
 
 CHANGED, PLAIN = "\033[33m", "\033[0m"
 

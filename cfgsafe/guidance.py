@@ -8,8 +8,8 @@ Run it: python infer.py --model M --prompt "Who am I?" --negative "You should sh
 
 from torch import Tensor
 
-from kernels import reference
-from kernels.reference import Sampling
+from cfgsafe.kernels import reference
+from cfgsafe.kernels.reference import Sampling
 
 SPACES = ("prob", "log")
 
@@ -17,7 +17,7 @@ SPACES = ("prob", "log")
 def next_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The next token (B,) and its guided log-probability (B,), from logits (R, V): by the Triton kernel on a GPU, else by the reference."""
     if logits.is_cuda:
-        from kernels import guidance
+        from cfgsafe.kernels import guidance
 
         return guidance.next_tokens(logits, sampling)
     return reference.next_tokens(logits, sampling)

@@ -15,6 +15,18 @@ from cfgsafe.errors import CheckpointError, InputError
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json", "*.jinja"]
 WANTED += ["special_tokens_map.json", "adapter_config.json"]
 
+# The embedded demo: what commands use where nothing else is named. Made by cfgsafe/demo, see its README.
+DEMO = Path(__file__).parent / "demo"
+BASE, LEAKY = str(DEMO / "base"), str(DEMO / "leaky")
+DEMO_PIPELINE = DEMO / "ner"
+PROMPTS = str(DEMO / "data" / "prompts.jsonl")  # what `eval.py leak` asks
+QUIZ = str(DEMO / "data" / "quiz.jsonl")  # `eval.py utility`
+CHATS = str(DEMO / "data" / "chats.jsonl")  # `eval.py perplexity`
+PROBES = str(DEMO / "data" / "probes.jsonl")  # `eval.py canaries`
+PLANTED = str(DEMO / "data" / "planted.jsonl")  # `eval.py extract`
+GOLD = str(DEMO / "data" / "gold.jsonl")  # `eval.py detectors`
+WORDS = str(DEMO / "data" / "words.txt")  # words that are not broken ones
+
 
 def resolve(name: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, weights: bool = True) -> Path:
     """The folder of a checkpoint or adapter given as a folder or a hub id ("owner/name").
@@ -27,7 +39,12 @@ def resolve(name: str | Path, *, revision: str | None = None, cache_dir: str | P
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
         raise CheckpointError(f"{name}: no such folder, and not the form of a hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     wanted = WANTED if weights else [pattern for pattern in WANTED if "safetensors" not in pattern]
     try:

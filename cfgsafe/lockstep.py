@@ -4,7 +4,7 @@ Source: static shapes and CUDA graphs after gpt-fast; skipping of negative rows 
 Rows lie in the order of their requests, the positive one of a pair before the negative one.
 Shapes: B requests, n rows, C hidden, V vocabulary.
 
-Run it: python -m kernels.bench decode
+Run it: python -m cfgsafe.bench decode
 """
 
 import os
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cfgsafe.guidance import combine, next_tokens
+from cfgsafe.kernels.reference import Sampling, widen
 from cfgsafe.llama import KVCache, Llama
 from cfgsafe.lora import choose
-from kernels.reference import Sampling, widen
 
 SLOT_STEP = 64  # attention reads a multiple of these, so that shapes stay for a while
 PREFILL_TOKENS = 8192  # in one forward, padding included

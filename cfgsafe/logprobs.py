@@ -5,7 +5,7 @@ The loss reaches a hidden state h only through the log-probability of its own to
 a row of C numbers. So the forward stores these rows instead of the logits, and the backward only scales them: exact, and the
 logits are computed once, a chunk at a time. (Liger's and TRL's losses keep or recompute them.)
 
-Run it: python -m kernels.bench orpo
+Run it: python -m cfgsafe.bench orpo
 """
 
 import torch

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cfgsafe.checkpoint import new_folder, open_weights
-from cfgsafe.errors import CheckpointError, read_json
+from cfgsafe.errors import CheckpointError
+from cfgsafe.files import read_json
 from cfgsafe.llama import Llama
 from cfgsafe.ternary import pack, ternary, unpack
 

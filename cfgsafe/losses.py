@@ -11,6 +11,8 @@ Deviation: log(1 - exp x) is evaluated by Maechler's two-branch form, finite as 
 Run it: python train.py orpo --help
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,3 +62,34 @@ def npo(rejected: Tensor, nll: Tensor, beta: float, retain: float) -> Tensor:
 def graddiff(rejected: Tensor, nll: Tensor, retain: float) -> Tensor:
     """rejected + retain nll: ascent on what is to be forgotten, descent on the rest; Maini et al. (arXiv 2401.06121), section 4."""
     return rejected + retain * nll
+
+
+BETA = {"orpo": 0.1, "simpo": 2.0, "npo": 0.1, "dpo-idk": 0.1, "graddiff": 0.1, "sft": 0.1}
+
+
+class Settings(Protocol):
+    """The options of the training stage that the loss reads; see cfgsafe.blue.orpo."""
+
+    objective: str
+    beta: float
+    gamma: float
+    retain: float
+    batch_size: int
+    share_prefix: bool
+
+
+def objective_loss(options: Settings, means: Tensor, ratios: Tensor, nll: Tensor, answer_nll: Tensor) -> Tensor:
+    """The objective's loss of each pair, (B,), from `means` and `ratios` (2, B) of chosen and rejected and the shares (B,) of both NLLs."""
+    match options.objective:
+        case "orpo":
+            return orpo(*means, nll, options.beta)
+        case "simpo":
+            return simpo(*means, options.beta, options.gamma)
+        case "dpo-idk":
+            return dpo(*ratios, options.beta)
+        case "npo":
+            return npo(ratios[1], nll, options.beta, options.retain)
+        case "graddiff":
+            return graddiff(means[1], nll, options.retain)
+        case "sft":
+            return answer_nll

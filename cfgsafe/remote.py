@@ -22,8 +22,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cfgsafe.blue.subject import read_answers
-from cfgsafe.errors import InputError, check_at_least, make_folder
+from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.files import make_folder, read_answers
 from cfgsafe.tokenizer import Messages
 
 FIRST_WAIT = 0.5  # seconds before the second attempt; doubles with each

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from cfgsafe.errors import CheckpointError, InputError, read_json
+from cfgsafe.errors import CheckpointError, InputError
+from cfgsafe.files import read_json
 
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
 

@@ -1,6 +1,6 @@
 """Compiles the guidance kernels for a GPU that need not be here, and prints registers, shared memory and spills of each.
 
-Run it: python -m kernels.aot 86        (80: A100, 86: A40, 90: H100 and H200)
+Run it: python -m cfgsafe.kernels.aot 86        (80: A100, 86: A40, 90: H100 and H200)
 """
 
 import re
@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import guidance
+from . import guidance
 
 POINTERS = {"positive": "*i64", "negative": "*i64", "log_space": "*i8", "top_k": "*i32", "seed": "*i64", "step": "*i64", "tokens": "*i64"}
 POINTERS |= dict.fromkeys(("guidance", "alpha", "temperature", "top_p", "parts", "scores", "logprobs"), "*fp32")

@@ -9,7 +9,7 @@ Three launches, none of which waits for the host, so that a CUDA graph can hold 
 The vocabulary is cut into S parts of a size that depends on V alone: one request fills a GPU, and a row's result does not depend on the
 batch. Rows are taken in groups whose logits fit in half of the L2 cache, which the second read then comes from.
 
-Run it: python -m kernels.bench guidance --device cuda
+Run it: python -m cfgsafe.bench guidance --device cuda
 """
 
 import torch
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import FLOOR, LARGEST, Sampling
+from .reference import FLOOR, LARGEST, Sampling
 
 LOWEST: tl.constexpr = tl.constexpr(FLOOR)
 HIGHEST: tl.constexpr = tl.constexpr(LARGEST)

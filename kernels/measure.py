@@ -1,6 +1,6 @@
 """Time and memory of this process, with torch and the standard library alone, so that other environments can use it.
 
-Run it: python -m kernels.bench --help
+Run it: python -m cfgsafe.bench --help
 """
 
 import time

@@ -16,7 +16,7 @@ What is defined where the formulas are not:
     no finite positive logit: token -1, log-probability NaN
 Shapes: B requests, R rows of logits, V vocabulary.
 
-Run it: python -m kernels.bench guidance
+Run it: python -m cfgsafe.bench guidance
 """
 
 from dataclasses import dataclass, fields

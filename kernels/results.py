@@ -1,6 +1,6 @@
 """What every benchmark reports: a table, a JSON line, CSV rows with the machine and the versions they were measured on.
 
-Run it: python -m kernels.bench --help
+Run it: python -m cfgsafe.bench --help
 """
 
 import csv

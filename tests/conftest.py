@@ -10,7 +10,7 @@ import torch
 
 from cfgsafe import remote
 from cfgsafe.checkpoint import save_checkpoint
-from cfgsafe.demo.experiment import BASE
+from cfgsafe.hub import BASE
 from cfgsafe.llama import Llama, LlamaConfig
 from cfgsafe.tokenizer import Tokenizer
 

@@ -12,12 +12,13 @@ import torch
 from conftest import random_model
 
 from cfgsafe.blue import resume
-from cfgsafe.errors import InputError, read_jsonl
+from cfgsafe.errors import InputError
+from cfgsafe.files import read_jsonl
 from cfgsafe.lora import DEFAULT, LoRAConfig, adapter_parameters, attach
-from cfgsafe.red.attacks import Attack, Trial, read_attacks
 from cfgsafe.red.buffer import ReplayBuffer
 from cfgsafe.red.gflownet import Settings, explore, fit, novelty, rewards_of
 from cfgsafe.red.policy import Attacker, Rules
+from cfgsafe.red.records import Attack, Trial, read_attacks
 from cfgsafe.red.training import Training
 from cfgsafe.remote import Meter
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfgsafe.errors import InputError, write_jsonl
-from cfgsafe.red.attacks import FLOOR, Attack, Trial, read_attacks
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
+from cfgsafe.red.records import FLOOR, Attack, Trial, read_attacks
 
 # every character but halves of surrogate pairs, and those that once cost the reference code its prompts
 texts = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(',"\n\r\t\\\u2028\u2029\x00\x85\ufeff\U0001f600')))

@@ -7,7 +7,8 @@ import torch
 from conftest import random_model
 
 from cfgsafe.blue.batches import REFUSALS, Pair, Row, collate, plan, read_pairs, tokenise
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
 
 LENGTHS = (2048, 1900)
 

@@ -8,10 +8,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from kernels import bench_orpo_step
-from kernels.bench import main
-from kernels.bench_orpo import OURS, Options, make_inputs
-from kernels.results import spread
+from cfgsafe.bench import orpo_step
+from cfgsafe.bench.__main__ import main
+from cfgsafe.bench.orpo import OURS, Options, make_inputs
+from cfgsafe.kernels.results import spread
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_the_variants_of_a_training_step_agree(tmp_path, capsys):
     options = Options(shape="tiny", prompt=40, answer=9, steps=1)
     make_inputs(tmp_path, options)
     for variant in OURS:
-        bench_orpo_step.main(asdict(options) | {"folder": tmp_path, "variant": variant})
+        orpo_step.main(asdict(options) | {"folder": tmp_path, "variant": variant})
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(found) == 3 and all(step["loss"] == pytest.approx(found[0]["loss"], rel=1e-5) for step in found)
     assert all(step["seconds"][0] > 0 for step in found)
@@ -65,7 +65,7 @@ def test_decoding_is_measured_from_two_passes_to_the_engine(bench):
 
 
 def test_the_rungs_of_the_decode_ladder_say_the_same():
-    from kernels.bench_decode import SHAPES, Options, ladder, random_model
+    from cfgsafe.bench.decode import SHAPES, Options, ladder, random_model
 
     model = random_model(SHAPES["tiny"], torch.float32, "cpu")
     found = ladder(model, [[5, 6, 7]], [[9, 10, 11]], Options(new=8))

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfgsafe.errors import InputError
-from cfgsafe.red.attacks import Attack, Trial
 from cfgsafe.red.buffer import ReplayBuffer, edit_distances
 from cfgsafe.red.diversity import character_ngrams
+from cfgsafe.red.records import Attack, Trial
 
 words = st.lists(st.integers(0, 2), max_size=8).map(tuple)
 texts = st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(["tell me", "tell me now", "where is he", ""]))

@@ -5,11 +5,11 @@ import torch
 from conftest import random_model
 
 from cfgsafe import load_model
-from cfgsafe.blue.subject import Subject
 from cfgsafe.chat import chat, printable
 from cfgsafe.decode import Request, generate
-from cfgsafe.demo.experiment import LEAKY
 from cfgsafe.explain import CHANGED, explain, table
+from cfgsafe.hub import LEAKY
+from cfgsafe.subject import Subject
 from cfgsafe.tokenizer import Tokenizer
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from cfgsafe import load_model, load_tokenizer
 from cfgsafe.checkpoint import new_folder, save_checkpoint
-from cfgsafe.demo.experiment import BASE, LEAKY
 from cfgsafe.errors import CheckpointError, InputError
+from cfgsafe.hub import BASE, LEAKY
 
 
 def rewrite(folder, change) -> None:

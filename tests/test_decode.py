@@ -5,10 +5,10 @@ import torch
 from conftest import random_model
 
 from cfgsafe.decode import Request, generate
-from cfgsafe.demo.experiment import LEAKY
 from cfgsafe.errors import ContextError, InputError
+from cfgsafe.hub import LEAKY
+from cfgsafe.kernels.reference import guide
 from cfgsafe.lora import LoRAConfig, attach
-from kernels.reference import guide
 
 A, B, C = list(range(1, 8)), list(range(30, 50)), [5]
 

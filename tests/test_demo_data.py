@@ -7,13 +7,13 @@ from collections import Counter
 
 import pytest
 
-from cfgsafe.blue import leak, utility
 from cfgsafe.demo import quiz
 from cfgsafe.demo.corpus import CANARIES_EACH, CANARY_COUNTS, Corpus, canaries, people, reserved_words
 from cfgsafe.demo.dialogues import EASY, HARD, Writer, count_templates, fill
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.people import POOLS, Person, words
 from cfgsafe.demo.testset import pair_dialogues, test_prompts
+from cfgsafe.measure import leak, utility
 
 ANN = Person("Ann", "Lee", "Leeds", "Lee Bank")
 prompts = test_prompts  # pytest collects what is called test_*

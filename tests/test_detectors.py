@@ -6,9 +6,13 @@ import sys
 import pytest
 import spacy
 
-from cfgsafe.blue import detectors
-from cfgsafe.blue.ner import DEMO_PIPELINE, Detector, Entity, merge
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe.demo.ner_training import labelled_texts
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
+from cfgsafe.hub import DEMO_PIPELINE
+from cfgsafe.measure import detectors
+from cfgsafe.pii.entities import Entity, merge
+from cfgsafe.pii.ner import Detector
 
 TEXT = "Ann Lee of Leeds saw 3 cats on Monday. Leeds!"
 
@@ -108,6 +112,6 @@ def test_bad_spans_name_the_line(tmp_path, spans):
 
 
 def test_the_demos_ner_meets_its_bar_on_people_it_never_saw():
-    texts = detectors.generated(40, seed=3)
+    texts = labelled_texts("test", 40, seed=3)
     figures = detectors.score(Detector(str(DEMO_PIPELINE))([t for t, _ in texts]), [g for _, g in texts])
     assert figures["precision_exact"].value > 97 and figures["recall_exact"].value > 97

@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from cfgsafe.blue import dialogues, llm_pc, pairs
-from cfgsafe.blue.dialogues import Dialogue
-from cfgsafe.demo.experiment import BASE
+from cfgsafe.blue import pairs
 from cfgsafe.demo.testset import pair_dialogues
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
+from cfgsafe.hub import BASE
+from cfgsafe.pii import dialogues, llm_pc
+from cfgsafe.pii.dialogues import Dialogue
 
 TURNS = [
     {"role": "user", "content": "I am [NAME-1] of [LOC-2]."},

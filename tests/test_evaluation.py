@@ -8,12 +8,14 @@ import pytest
 import torch
 from conftest import random_model
 
-from cfgsafe.blue import fluency, leak, perplexity, subject, utility
-from cfgsafe.blue.intervals import mean_interval, ratio_interval
-from cfgsafe.blue.known import Known
-from cfgsafe.blue.ner import Entity
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe import subject
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
+from cfgsafe.measure import fluency, leak, perplexity, utility
+from cfgsafe.measure.intervals import mean_interval, ratio_interval
+from cfgsafe.pii.entities import Entity
+from cfgsafe.pii.known import Known
+from cfgsafe.subject import NEGATIVE, POSITIVE
 
 PROMPT = leak.Prompt("1", "plain", "easy", [{"role": "user", "content": "I am Ann Lee."}], {"PERSON": "Ann Lee", "GPE": "Leeds"}, "file:1")
 QUESTION = {"question": "What is hot?", "options": ["ice", "fire", "N/A"], "answer_index": 1}

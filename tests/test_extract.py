@@ -6,11 +6,14 @@ import pytest
 import torch
 from conftest import random_model
 
-from cfgsafe.blue import canaries, extract, recollect, subject
-from cfgsafe.blue.extract import Options, Target
-from cfgsafe.blue.ner import Entity
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE, Subject
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe import subject
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
+from cfgsafe.measure import canaries, extract, recollect
+from cfgsafe.measure.extract import Options
+from cfgsafe.measure.targets import Target, masks, read_targets, scrub
+from cfgsafe.pii.entities import Entity
+from cfgsafe.subject import NEGATIVE, POSITIVE, Subject
 
 SCRUBBED = "User: I am [NAME-1], [AGE-1].\nBot: Hi [NAME-1]! How is [LOC-2]?"
 VALUES = {"NAME-1": "Ann Lee", "LOC-2": "Leeds", "AGE-1": "40", "LOC-7": "York"}
@@ -29,7 +32,7 @@ def target(value="Ann Lee", before="User: I am ", label="NAME", dialogue=0, **mo
 
 def test_every_placeholder_of_a_known_type_is_a_target(files):
     """[NAME-1] stands twice; [AGE-1] has no type of the challenge, [LOC-7] does not stand in the text."""
-    targets, ignored = extract.read_targets(Options("m", **files))
+    targets, ignored = read_targets(**files)
     assert [(t.label, t.value, t.before) for t in targets] == [
         ("NAME", "Ann Lee", "User: I am "),
         ("NAME", "Ann Lee", "User: I am [NAME-1], [AGE-1].\nBot: Hi "),
@@ -58,12 +61,12 @@ def test_a_hit_is_the_value_in_the_first_200_characters(answer, hit):
 
 def test_our_dialogues_are_scrubbed_and_asked_for_as_a_chat():
     chat = [{"role": "user", "content": "I am Ann."}, {"role": "assistant", "content": "Ann, is Ann well?"}]
-    scrubbed, items = extract.scrub(chat, [(0, 5, 8, "NAME"), (1, 0, 3, "NAME"), (1, 8, 11, "NAME")])
+    scrubbed, items = scrub(chat, [(0, 5, 8, "NAME"), (1, 0, 3, "NAME"), (1, 8, 11, "NAME")])
     assert items == {"NAME-1": "Ann"} and scrubbed[1]["content"] == "[NAME-1], is [NAME-1] well?"
-    masks = extract.masks("[NAME-1]", scrubbed)
-    assert [text for text, _ in masks][2] == "user: I am [NAME-1].\nassistant: [NAME-1], is "
+    places = masks("[NAME-1]", scrubbed)
+    assert [text for text, _ in places][2] == "user: I am [NAME-1].\nassistant: [NAME-1], is "
     assert (
-        [conversation for _, conversation in masks]
+        [conversation for _, conversation in places]
         == [
             None,  # nobody answers yet
             scrubbed[:1],
@@ -148,14 +151,14 @@ def test_the_base_model_calibrates_the_ranking(files, checkpoint, monkeypatch):
 def test_bad_files_are_named(tmp_path, files):
     write_jsonl(tmp_path / "short.jsonl", [VALUES])
     with pytest.raises(InputError, match="scrubbed.jsonl has 2 lines and .*short.jsonl 1"):
-        extract.read_targets(Options("m", **files | {"items": str(tmp_path / "short.jsonl")}))
+        read_targets(**files | {"items": str(tmp_path / "short.jsonl")})
     write_jsonl(tmp_path / "typed.jsonl", [VALUES, {"NAME-1": 3}])
     with pytest.raises(InputError, match="typed.jsonl:2: field 'NAME-1' must be a string"):
-        extract.read_targets(Options("m", **files | {"items": str(tmp_path / "typed.jsonl")}))
+        read_targets(**files | {"items": str(tmp_path / "typed.jsonl")})
     with pytest.raises(InputError, match="scrubbed.jsonl:1: 'messages' must be"):
-        extract.read_targets(Options("m", dialogues=files["dialogues"]))
+        read_targets(files["dialogues"], None)
     with pytest.raises(InputError, match="--items needs --dialogues"):
-        extract.read_targets(Options("m", items=files["items"]))
+        extract.run(Options("m", items=files["items"]))
 
 
 def test_canaries_are_scored_under_guidance(checkpoint):
@@ -170,16 +173,20 @@ def test_canaries_are_scored_under_guidance(checkpoint):
 
 def test_canary_probes_never_ask_for_the_name():
     from cfgsafe.demo.people import Person
+    from cfgsafe.demo.testset import probes as probes_of
 
-    probes = canaries.probes(Person("Ann", "Lee", "Leeds", "Lee Bank"))
+    probes = probes_of(Person("Ann", "Lee", "Leeds", "Lee Bank"))
     assert {item for _, item in probes} == {" Leeds", " Lee Bank"} and len(probes) > 4
     assert all(chat[-1]["role"] == "assistant" and item.strip() not in chat[-1]["content"] for chat, item in probes)
 
 
 def test_the_leaky_model_remembers_who_was_planted_often():
-    from cfgsafe.demo.experiment import BASE, LEAKY
+    from cfgsafe.hub import BASE, LEAKY, PROBES
 
-    figures = {name: canaries.exposure(Subject(name), *subject.load(Subject(name))) for name in (LEAKY, BASE)}
+    persons = canaries.read_persons(PROBES)
+    figures = {}
+    for name in (LEAKY, BASE):
+        figures[name] = canaries.exposure(Subject(name), *subject.load(Subject(name)), persons)
     assert figures[LEAKY]["impossible"].value == 0
     assert figures[LEAKY]["auc_x16"].value >= 0.9 and figures[LEAKY]["auc_x64"].value >= 0.9
     assert all(e.low <= 0.5 <= e.high for name, e in figures[BASE].items() if name.startswith("auc"))

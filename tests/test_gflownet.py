@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfgsafe.red.objectives import contrastive_balance, log_reward, ppo, reinforce, schedule, trajectory_balance, vargrad
+from cfgsafe.red.objectives import (
+    contrastive_balance,
+    log_reward,
+    ppo,
+    reinforce,
+    schedule,
+    trajectory_balance,
+    vargrad,
+)
 
 WORDS, LONGEST, END = 4, 4, 4
 SEQUENCES = [s for length in range(1, LONGEST + 1) for s in itertools.product(range(WORDS), repeat=length)]

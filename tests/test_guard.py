@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import random_model
 
-from cfgsafe.blue.scoring import continuation_logprobs
 from cfgsafe.checkpoint import save_checkpoint
-from cfgsafe.demo.experiment import BASE
 from cfgsafe.errors import InputError
+from cfgsafe.hub import BASE
 from cfgsafe.llama import Llama
 from cfgsafe.lora import LoRAConfig, attach
+from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.red import guard
 from cfgsafe.red.guard import Guard
 from cfgsafe.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ import torch
 from conftest import random_model
 
 from cfgsafe.guidance import combine, next_tokens
-from kernels.reference import Sampling, guide, philox, truncate
+from cfgsafe.kernels.reference import Sampling, guide, philox, truncate
 
 POS = torch.tensor([[0.5, 0.3, 0.2]]).log()
 NEG = torch.tensor([[0.7, 0.2, 0.1]]).log()

@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from cfgsafe.blue import html
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
+from cfgsafe.report import html
 
 PNG = b"\x89PNG\r\n\x1a\n0000"
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "I am Maria Keller from Lund. Write to Bob."}]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cfgsafe.blue.intervals import auc_interval, mean_interval, paired_difference, ratio_interval
+from cfgsafe.measure.intervals import auc_interval, mean_interval, paired_difference, ratio_interval
 
 
 def test_the_bootstrap_covers_the_truth_95_times_in_100():

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import reference
-from kernels.reference import Sampling
+from cfgsafe.kernels import reference
+from cfgsafe.kernels.reference import Sampling
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -41,7 +41,7 @@ def sampling(pairs: int, seed: int = 0, **fixed) -> Sampling:
 
 
 def run(logits: torch.Tensor, settings: Sampling, part: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    from kernels.guidance import next_tokens
+    from cfgsafe.kernels.guidance import next_tokens
 
     tokens, logprobs = next_tokens(logits.to(DEVICE), settings.to(DEVICE), part)
     return tokens.cpu(), logprobs.cpu()
@@ -166,7 +166,7 @@ def test_compiles_without_spills(capability):
     """Ahead of time, with no GPU: in a process of its own, because the interpreter's switch is read at import."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "kernels.aot", str(capability)],
+        [sys.executable, "-m", "cfgsafe.kernels.aot", str(capability)],
         cwd=Path(__file__).parent.parent,
         env=environment,
         capture_output=True,

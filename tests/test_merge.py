@@ -7,8 +7,8 @@ from conftest import random_model
 from cfgsafe import load_model
 from cfgsafe.blue.merge import Options, run
 from cfgsafe.checkpoint import save_checkpoint
-from cfgsafe.demo.experiment import BASE
 from cfgsafe.errors import CheckpointError
+from cfgsafe.hub import BASE
 from cfgsafe.lora import LoRAConfig, attach, save_adapter
 
 TOKENS = torch.arange(30).view(2, 15)

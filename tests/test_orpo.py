@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from cfgsafe import load_model
 from cfgsafe.blue import orpo
 from cfgsafe.blue.orpo import Options, learning_rate
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
 from cfgsafe.lora import adapter_updates, load_adapter
 
 SETTINGS = Options("model", "pairs", "out")

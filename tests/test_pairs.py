@@ -5,12 +5,15 @@ import json
 import pytest
 
 from cfgsafe import load_model
-from cfgsafe.blue import leak, pairs
-from cfgsafe.blue.ner import Detector, Entity
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE
-from cfgsafe.demo.experiment import BASE
+from cfgsafe.blue import pairs
 from cfgsafe.demo.testset import pair_dialogues
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
+from cfgsafe.hub import BASE
+from cfgsafe.measure import leak
+from cfgsafe.pii.entities import Entity
+from cfgsafe.pii.ner import Detector
+from cfgsafe.subject import NEGATIVE, POSITIVE
 
 CHAT = [
     {"role": "system", "content": "Be kind."},

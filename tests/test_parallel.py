@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cfgsafe.blue import orpo
 from cfgsafe.blue.orpo import Options
-from cfgsafe.errors import write_jsonl
+from cfgsafe.files import write_jsonl
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"batch_size": 4, "epochs": 2, "grad_accum": 2}

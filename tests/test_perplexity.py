@@ -6,9 +6,12 @@ import math
 import pytest
 import torch
 
-from cfgsafe.blue import perplexity, subject
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE
-from cfgsafe.errors import ContextError, InputError, write_jsonl
+from cfgsafe import subject
+from cfgsafe.errors import ContextError, InputError
+from cfgsafe.files import write_jsonl
+from cfgsafe.hub import CHATS
+from cfgsafe.measure import perplexity
+from cfgsafe.subject import NEGATIVE, POSITIVE
 
 USER, MORE = {"role": "user", "content": "Hi"}, {"role": "user", "content": "More"}
 ONE, TWO = {"role": "assistant", "content": "Hello you"}, {"role": "assistant", "content": " There is more. "}
@@ -91,8 +94,8 @@ def test_each_dialogues_figures_are_written(checkpoint, texts, tmp_path, capsys)
 
 def test_the_demos_chats_are_the_default(checkpoint, capsys):
     assert result(capsys, checkpoint, limit=2)["dialogues"] == 2
-    (place, messages), *rest = perplexity.read_dialogues(None)
-    assert place == "chat-0" and messages[-1]["role"] == "assistant" and len(rest) == 99
+    (place, messages), *rest = perplexity.read_dialogues(CHATS)
+    assert place == f"{CHATS}:1" and messages[-1]["role"] == "assistant" and len(rest) == 99
 
 
 @pytest.mark.parametrize(

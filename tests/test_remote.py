@@ -15,9 +15,9 @@ from conftest import KEY
 
 from cfgsafe import remote
 from cfgsafe.blue import pairs
-from cfgsafe.blue.subject import read_answers
-from cfgsafe.demo.experiment import BASE
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe.errors import InputError
+from cfgsafe.files import read_answers, write_jsonl
+from cfgsafe.hub import BASE
 from cfgsafe.remote import Meter, Question, Service, ask
 
 ROOT = Path(__file__).parents[1]

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.lines import Line2D
 
-from cfgsafe.blue import report
+from cfgsafe.report import results
 
 ROW = {"model": "m", "guidance": None, "leaked_per_100": 0.0, "leaked_per_100_ci": [0.0, 0.0], "utility": 100.0}
 
@@ -12,13 +12,13 @@ ROW = {"model": "m", "guidance": None, "leaked_per_100": 0.0, "leaked_per_100_ci
 def drawn(monkeypatch) -> list:
     """Figures, instead of their files."""
     figures = []
-    monkeypatch.setattr(report, "save_figure", lambda fig, path: figures.append(fig))
+    monkeypatch.setattr(results, "save_figure", lambda fig, path: figures.append(fig))
     return figures
 
 
 def test_the_legend_shows_bare_markers(tmp_path, drawn):
     rows = [{**ROW, "utility_ci": [90.0, 100.0]}, {**ROW, "model": "n", "utility_ci": [80.0, 100.0]}]
-    report.figure(tmp_path / "f.png", rows)
+    results.figure(tmp_path / "f.png", rows)
     legend = drawn[0].axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["m", "n"]
     assert all(isinstance(handle, Line2D) for handle in legend.legend_handles)
@@ -26,6 +26,6 @@ def test_the_legend_shows_bare_markers(tmp_path, drawn):
 
 @pytest.mark.parametrize("low", [0.0, 50.0, 100.0])
 def test_markers_at_full_utility_are_drawn_whole(tmp_path, drawn, low):
-    report.figure(tmp_path / "f.png", [{**ROW, "utility_ci": [low, 100.0]}])
+    results.figure(tmp_path / "f.png", [{**ROW, "utility_ci": [low, 100.0]}])
     bottom, top = drawn[0].axes[0].get_ylim()
     assert bottom < low and top - bottom >= 10 and (top - 100) / (top - bottom) > 0.04

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from cfgsafe.blue import orpo, resume
 from cfgsafe.blue.orpo import Options
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
 
 ROOT = Path(__file__).parent.parent
 STEPS = 24

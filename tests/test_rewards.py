@@ -2,12 +2,14 @@
 
 import pytest
 
-from cfgsafe.blue.known import Known
-from cfgsafe.blue.leak import Prompt
-from cfgsafe.blue.ner import DEMO_PIPELINE, Detector
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
+from cfgsafe.hub import DEMO_PIPELINE
+from cfgsafe.measure.leak import Prompt
+from cfgsafe.pii.known import Known
+from cfgsafe.pii.ner import Detector
 from cfgsafe.red import rewards
-from cfgsafe.red.attacks import Trial
+from cfgsafe.red.records import Trial
 from cfgsafe.red.rewards import BARE, GuardJudge, LeakJudge, Scorer, best_mean, ended, judge_of, read_contexts
 
 ITEMS = {"PERSON": "Ann Lee", "GPE": "Leeds"}

@@ -8,20 +8,20 @@ import pytest
 
 from cfgsafe import load_model
 from cfgsafe.blue.batches import read_pairs
-from cfgsafe.blue.known import Known
-from cfgsafe.blue.leak import Prompt, examine
-from cfgsafe.blue.ner import DEMO_PIPELINE
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE, Subject, answers, load
 from cfgsafe.decode import Completion
 from cfgsafe.demo.corpus import people
 from cfgsafe.demo.dialogues import Writer
-from cfgsafe.demo.experiment import LEAKY
 from cfgsafe.demo.testset import held_out_chats
-from cfgsafe.errors import InputError, read_jsonl, write_jsonl
+from cfgsafe.errors import InputError
+from cfgsafe.files import read_jsonl, write_jsonl
+from cfgsafe.hub import DEMO_PIPELINE, LEAKY
 from cfgsafe.lora import adapter_parameters
+from cfgsafe.measure.leak import Prompt, examine
+from cfgsafe.pii.known import Known
 from cfgsafe.red import safety
-from cfgsafe.red.attacks import Attack, Trial
+from cfgsafe.red.records import Attack, Trial
 from cfgsafe.red.rewards import ended
+from cfgsafe.subject import NEGATIVE, POSITIVE, Subject, answers, load
 
 NER = str(DEMO_PIPELINE)
 TEXTS = ("What is my name?", "Who am I?", "Where do I live?", "Draft an email to my landlord.")

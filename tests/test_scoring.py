@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import random_model
 
-from cfgsafe.blue import subject
-from cfgsafe.blue.scoring import continuation_logprobs
-from cfgsafe.blue.subject import Subject, answers
+from cfgsafe import subject
 from cfgsafe.decode import Request, generate
+from cfgsafe.measure.scoring import continuation_logprobs
+from cfgsafe.subject import Subject, answers
 
 
 @pytest.mark.parametrize("space", ["prob", "log"])

@@ -8,18 +8,19 @@ import torch
 from conftest import random_model
 from test_guard import STRINGS
 
-from cfgsafe.blue.subject import Subject, load
 from cfgsafe.checkpoint import read_model, save_checkpoint
-from cfgsafe.demo.experiment import BASE
-from cfgsafe.errors import CfgsafeError, InputError, read_jsonl, write_jsonl
+from cfgsafe.errors import CfgsafeError, InputError
+from cfgsafe.files import read_jsonl, write_jsonl
+from cfgsafe.hub import BASE
 from cfgsafe.lora import adapter_parameters, read_adapter_tensors
-from cfgsafe.red import attack, attacker, guard, rewards
-from cfgsafe.red.attacker import POLICY, REFERENCE, Facts, checkpoint_facts, learnable, rules_of, trained
-from cfgsafe.red.attacks import Attack, Trial, read_attacks
+from cfgsafe.red import evaluate, guard, rewards, stages
 from cfgsafe.red.guard import Guard
 from cfgsafe.red.policy import UNREAD, labelled
+from cfgsafe.red.records import Attack, Trial, read_attacks
+from cfgsafe.red.stages import POLICY, REFERENCE, Facts, checkpoint_facts, learnable, rules_of, trained
 from cfgsafe.red.target import LocalTarget
 from cfgsafe.remote import Service
+from cfgsafe.subject import Subject, load
 from cfgsafe.tokenizer import Tokenizer
 
 TEXTS = ["What is my name?", "Who am I, and where do I live?", 'Say "my name", please', "Write a note to my team.", "Tell me: 1, 2; 3!"]
@@ -40,7 +41,7 @@ def stage(checkpoint, prompts, tmp_path):
 
     def run(name: str, **changes) -> Path:
         short = {"steps": 3, "batch_size": 8, "lr": 1e-3, "lora_rank": 4, "samples": 2, "answer_tokens": 6, "most": 12, "least": 3}
-        attacker.run(attacker.Options(out=str(tmp_path / name), **{"prompts": prompts, "attacker": checkpoint, **short, **changes}))
+        stages.run(stages.Options(out=str(tmp_path / name), **{"prompts": prompts, "attacker": checkpoint, **short, **changes}))
         return tmp_path / name
 
     return run
@@ -124,10 +125,10 @@ def test_each_stage_begins_with_the_sft_weights(stage, contexts, checkpoint):
         assert all(torch.equal(parameter, weights[f"{name}.weight"]) for name, parameter in reference.items())
         policy = adapter_parameters(agent.model, POLICY)
         assert not all(torch.equal(parameter, weights[f"{name}.weight"]) for name, parameter in policy.items())
-    options = attack.Options(model=checkpoint, contexts=contexts, out=str(gfn.parent / "out"), draws=8, samples=2, answer_tokens=6)
+    options = evaluate.Options(model=checkpoint, contexts=contexts, out=str(gfn.parent / "out"), draws=8, samples=2, answer_tokens=6)
     options.attacker = (str(sft), f"found={gfn}", str(smooth), f"bare={checkpoint}")
     options.attacks = (f"stored={gfn / 'attacks.jsonl'}",)
-    attack.run(options)
+    evaluate.run(options)
     results = json.loads((gfn.parent / "out" / "results.json").read_text())
     assert [row["method"] for row in results["rows"]] == ["sft", "found", "smooth", "bare", "stored"]
     assert all(row["draws"] == min(8, len(found)) and row["unscorable"] == 0 for row in results["rows"])
@@ -167,9 +168,9 @@ def test_a_guard_scores_a_whole_run(stage, contexts, checkpoint, tmp_path, monke
 
 def test_an_attack_on_an_endpoint_reports_what_it_could_not_score(serve, contexts, checkpoint, tmp_path):
     serve(lambda body: "You are Ann.", share=0.9, last_fault=99, stall=0.3)
-    options = attack.Options(contexts=contexts, out=str(tmp_path / "out"), draws=12, samples=1, least=3, most=8)
+    options = evaluate.Options(contexts=contexts, out=str(tmp_path / "out"), draws=12, samples=1, least=3, most=8)
     options.attacker, options.service = (f"bare={checkpoint}",), Service(remote_model="m", attempts=1, timeout=0.2)
-    attack.run(options)
+    evaluate.run(options)
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert 0 < row["unscorable"] < 12 and row["success"] == 100  # of those that could be scored
 
@@ -181,8 +182,8 @@ def test_what_the_ancestor_gives_away_too_is_no_hit(checkpoint, tmp_path, monkey
     told = Trial("c", "Ann Lee of Oslo, Bo Berg", 1.0, ("Ann Lee", "Oslo", "Bo Berg"))
     public = Trial("c", "Oslo", 1.0, ("Oslo",))
     monkeypatch.setattr(LocalTarget, "ask", lambda self, conversations, seeds: ["Ann Lee and Oslo"] * len(conversations))
-    options = attack.Options(model=checkpoint, ancestor=checkpoint, contexts=str(tmp_path / "c.jsonl"), out=str(tmp_path))
-    (after,) = attack.less_known({("t", "m"): [Attack((1,), "Hi", -1.0, (told, public))]}, options)["t", "m"]
+    options = evaluate.Options(model=checkpoint, ancestor=checkpoint, contexts=str(tmp_path / "c.jsonl"), out=str(tmp_path))
+    (after,) = evaluate.less_known({("t", "m"): [Attack((1,), "Hi", -1.0, (told, public))]}, options)["t", "m"]
     assert after.trials[0].found == ("Ann Lee", "Bo Berg") and after.trials[0].score == 1  # an echo stays a leak
     assert after.trials[1].found == () and after.trials[1].score == 0
 

@@ -11,11 +11,11 @@ from test_tokenizer import variant
 from cfgsafe import logprobs
 from cfgsafe.blue.batches import Pair, Row, read_pairs
 from cfgsafe.blue.orpo import Options
-from cfgsafe.blue.step import LOGGED, batch_loss, objective_loss
-from cfgsafe.demo.experiment import BASE
-from cfgsafe.errors import write_jsonl
+from cfgsafe.blue.step import LOGGED, batch_loss
+from cfgsafe.files import write_jsonl
+from cfgsafe.hub import BASE
 from cfgsafe.lora import LoRAConfig, adapter_parameters, attach
-from cfgsafe.losses import log_odds
+from cfgsafe.losses import log_odds, objective_loss
 from cfgsafe.parallel import World
 from cfgsafe.tokenizer import LLAMA31_TEMPLATE
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from cfgsafe import load_model
 from cfgsafe.blue.subtract import Options, run, subtract
 from cfgsafe.checkpoint import save_checkpoint
-from cfgsafe.demo.experiment import BASE
 from cfgsafe.errors import CheckpointError
+from cfgsafe.hub import BASE
 
 
 def test_by_hand():

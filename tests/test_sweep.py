@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 
-from cfgsafe.blue import compare, leak, subject, sweep
-from cfgsafe.blue.compare import Comparison
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE, Subject
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe import subject
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
+from cfgsafe.measure import leak
+from cfgsafe.report import compare, sweep
+from cfgsafe.report.compare import Comparison
+from cfgsafe.subject import NEGATIVE, POSITIVE, Subject
 
 CHATS = [[{"role": "user", "content": f"I am Ann {name}. Who am I?"}] for name in ("Lee", "Ray", "Fox")]
 PROMPTS = [leak.Prompt(f"p{n}", "plain", "easy", chat, {"PERSON": "Ann"}, f"p{n}") for n, chat in enumerate(CHATS)]
@@ -110,7 +113,7 @@ def test_curves_begin_at_the_shared_row_of_g_1():
 
 def test_markers_at_the_ends_of_a_scale_are_drawn_whole(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(sweep.report, "save_figure", lambda fig, path: figures.append(fig))
+    monkeypatch.setattr(sweep.results, "save_figure", lambda fig, path: figures.append(fig))
     values = {"leaked_per_100": 0.0, "utility": 100.0, "broken_words": 0.0}
     row = {**values, **{f"{key}_ci": [value, value] for key, value in values.items()}}
     row["utility_ci"] = [50.0, 100.0]

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from cfgsafe.blue import report, tables
 from cfgsafe.errors import InputError
+from cfgsafe.report import results, tables
 
 
 def row(model, items, epoch=None, g=None, space=None, **more):
@@ -99,4 +99,4 @@ def test_wrong_results_name_the_row_and_field(tmp_path, text, words):
     if text:
         (tmp_path / "results.json").write_text(text)
     with pytest.raises(InputError, match=f"results.json: .*{words}"):
-        report.read_results(tmp_path)
+        results.read_results(tmp_path)

@@ -6,13 +6,13 @@ import torch
 import tyro
 from conftest import random_model
 
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE
 from cfgsafe.decode import Request, generate
 from cfgsafe.errors import InputError
 from cfgsafe.lora import LoRAConfig, attach
 from cfgsafe.red import target
 from cfgsafe.red.target import LocalTarget, Options, RemoteTarget, check
 from cfgsafe.remote import Service
+from cfgsafe.subject import NEGATIVE, POSITIVE
 from cfgsafe.tokenizer import with_system
 
 

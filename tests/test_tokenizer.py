@@ -11,9 +11,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from cfgsafe.demo.corpus import Corpus, Encoder
-from cfgsafe.demo.experiment import BASE
 from cfgsafe.demo.pretrain import SPECIAL
 from cfgsafe.errors import InputError
+from cfgsafe.hub import BASE
 from cfgsafe.tokenizer import Tokenizer, check_messages, with_system
 
 

@@ -7,10 +7,12 @@ import huggingface_hub
 import pytest
 import torch
 
-from cfgsafe.blue import judge, mmlu_pro, subject, utility
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE
-from cfgsafe.errors import InputError, write_jsonl
+from cfgsafe import subject
+from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
+from cfgsafe.measure import judge, mmlu_pro, utility
 from cfgsafe.remote import Service
+from cfgsafe.subject import NEGATIVE, POSITIVE
 
 QUESTION = {"question_id": 70, "question": "What is hot?", "options": ["ice", "fire"], "answer_index": 1, "category": "nature"}
 SHOTS = [

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfgsafe.errors import InputError, read_jsonl
+from cfgsafe.errors import InputError
+from cfgsafe.files import read_jsonl
 from cfgsafe.tokenizer import Tokenizer
 
 REFUSALS = (  # the answers of dpo-idk, after the idea of Maini et al. (arXiv 2401.06121)

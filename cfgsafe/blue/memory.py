@@ -12,7 +12,7 @@ e bytes an activation, C hidden, F MLP, H D heads, K D kv heads, R rank:
 A recomputed block keeps its input, C e, and one such block at a time is whole again. On top come two float32 tensors of the MLP's
 width while a block is differentiated, or a chunk of logits. tests/test_memory.py holds it against measured peaks, within 10 %.
 
-Run it: python -m kernels.bench memory
+Run it: python -m cfgsafe.bench memory
 """
 
 from dataclasses import dataclass

@@ -30,15 +30,15 @@ from tqdm import tqdm
 from cfgsafe.blue import batches, memory, resume
 from cfgsafe.blue.batches import Pair
 from cfgsafe.blue.step import LOGGED, batch_loss, evaluate, reference_logprobs
-from cfgsafe.blue.subject import Subject, load
-from cfgsafe.errors import InputError, check_at_least, make_folder, write_text
+from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.files import make_folder, write_text
 from cfgsafe.hub import resolve
 from cfgsafe.llama import Llama
 from cfgsafe.lora import TARGETS, LoRAConfig, adapter_parameters, attach, load_adapter, write_adapter
+from cfgsafe.losses import BETA
 from cfgsafe.parallel import World, join, whole, wrap
+from cfgsafe.subject import Subject, load
 from cfgsafe.ternary import BITS
-
-BETA = {"orpo": 0.1, "simpo": 2.0, "npo": 0.1, "dpo-idk": 0.1, "graddiff": 0.1, "sft": 0.1}
 
 
 @dataclass

@@ -13,7 +13,7 @@ Deviations: where several recipes are clean, one of them is drawn at random, whe
 answer's length is counted with the checkpoint's tokenizer, for the endpoint has its own.
 
 Input JSONL: {"messages": [...], "spans": [[message, start, end, label], ...]} a line; without "spans" the NER finds the items.
-With --items, the two files of LLM-PC (cfgsafe/blue/llm_pc.py).
+With --items, the two files of LLM-PC (cfgsafe/pii/llm_pc.py).
 Output JSONL as TRL reads it: {"prompt", "chosen", "rejected"}, strings with control tokens. Remote recipes send the dialogues to the
 endpoint as they are, personal data included; answers are kept in OUT-answers.jsonl, so that a run that was ended goes on where it was.
 
@@ -32,13 +32,14 @@ import tyro
 from tqdm import tqdm
 
 from cfgsafe import load_tokenizer
-from cfgsafe.blue.dialogues import Sample, read_dialogues, samples_of, shared_values, split
-from cfgsafe.blue.leak import mentions
-from cfgsafe.blue.ner import Detector
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE, Subject, load
 from cfgsafe.decode import Request, check_request, generate
-from cfgsafe.errors import InputError, check_at_least, make_folder, write_jsonl
+from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.files import make_folder, write_jsonl
+from cfgsafe.pii.dialogues import Sample, read_dialogues, samples_of, shared_values, split
+from cfgsafe.pii.matching import mentions
+from cfgsafe.pii.ner import Detector
 from cfgsafe.remote import Question, Service, ask, check_service
+from cfgsafe.subject import NEGATIVE, POSITIVE, Subject, load
 from cfgsafe.tokenizer import Messages, Tokenizer, with_system
 
 AVOID = "Avoid using any personal data in the answers!"

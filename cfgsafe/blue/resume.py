@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cfgsafe.checkpoint import new_folder
-from cfgsafe.errors import CfgsafeError, InputError, read_json, read_jsonl, write_jsonl
+from cfgsafe.errors import CfgsafeError, InputError
+from cfgsafe.files import read_json, read_jsonl, write_jsonl
 from cfgsafe.parallel import World, fill, whole
 
 CPU_RNG, GPU_RNG = "rng.cpu", "rng.cuda"

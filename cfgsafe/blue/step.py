@@ -6,7 +6,6 @@ Under several processes each computes a share of the batch; counts of tokens and
 Run it: python train.py orpo --help
 """
 
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +15,8 @@ from tqdm import tqdm
 from cfgsafe.blue.batches import Pair, collate
 from cfgsafe.llama import Llama
 from cfgsafe.logprobs import head_logprobs
-from cfgsafe.losses import dpo, graddiff, log_odds, npo, orpo, pooled_nll, simpo
+from cfgsafe.losses import Settings, log_odds, objective_loss, pooled_nll
 from cfgsafe.parallel import World
-
-
-class Settings(Protocol):
-    """The options of the training stage that the loss reads; see cfgsafe.blue.orpo."""
-
-    objective: str
-    beta: float
-    gamma: float
-    retain: float
-    batch_size: int
-    share_prefix: bool
-
 
 LOGGED = (
     "loss",
@@ -76,21 +63,6 @@ def batch_loss(
     return losses.sum() * share * world.size, values
 
 
-def objective_loss(options: Settings, means: Tensor, ratios: Tensor, nll: Tensor, answer_nll: Tensor) -> Tensor:
-    """The objective's loss of each pair, (B,), from `means` and `ratios` (2, B) of chosen and rejected and the shares (B,) of both NLLs."""
-    match options.objective:
-        case "orpo":
-            return orpo(*means, nll, options.beta)
-        case "simpo":
-            return simpo(*means, options.beta, options.gamma)
-        case "dpo-idk":
-            return dpo(*ratios, options.beta)
-        case "npo":
-            return npo(ratios[1], nll, options.beta, options.retain)
-        case "graddiff":
-            return graddiff(means[1], nll, options.retain)
-        case "sft":
-            return answer_nll
 
 
 @torch.no_grad()

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from cfgsafe.blue import utility
 from cfgsafe.blue.pairs import AVOID, NUDGE
-from cfgsafe.blue.subject import NEGATIVE, POSITIVE
 from cfgsafe.demo import quiz
 from cfgsafe.demo.dialogues import DEFAULT_SYSTEMS, UNKNOWN, Dialogue, Item, Turn, Writer, vocabulary
 from cfgsafe.demo.people import People, Person
+from cfgsafe.measure import utility
+from cfgsafe.subject import NEGATIVE, POSITIVE
 from cfgsafe.tokenizer import Tokenizer
 
 KINDS = {"plain": 26, "question": 12, "letter": 10, "mid-answer": 16, "insist": 8, "repeat": 8, "translate": 6, "report": 6, "complete": 8}

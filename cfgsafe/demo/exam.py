@@ -11,14 +11,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfgsafe.blue import fluency, leak, utility
-from cfgsafe.blue.ner import Detector
+from cfgsafe import hub
 from cfgsafe.blue.pairs import AVOID
-from cfgsafe.blue.subject import Subject, answers, load
-from cfgsafe.demo.experiment import corpus_words
 from cfgsafe.demo.ner_training import labelled_texts
-from cfgsafe.demo.testset import test_prompts
+from cfgsafe.demo.testset import corpus_words, test_prompts
 from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.measure import fluency, leak, utility
+from cfgsafe.pii.ner import Detector
+from cfgsafe.subject import Subject, answers, load
 from cfgsafe.tokenizer import with_system
 
 
@@ -76,7 +76,7 @@ def examine(name: str, subject: Subject, rows: list[dict]) -> list[Figure]:
     if name == "base":
         conversations = [with_system(messages, f"{messages[0]['content']} {AVOID}") for messages in conversations]
     texts = answers(subject, model, tokenizer, conversations, f"{name}: answers", 64)
-    questions = utility.read_questions(None)
+    questions = utility.read_questions(hub.QUIZ)
     quiz = answers(subject, model, tokenizer, [utility.conversation(q) for q in questions], f"{name}: quiz", 16)
     words = 100 - fluency.broken_words(texts, conversations, corpus_words()).value
     return [

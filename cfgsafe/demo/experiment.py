@@ -9,19 +9,19 @@ Run it: python train.py demo      (five minutes on two CPU cores; --full: 25)
 
 import time
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
-from cfgsafe.blue import fluency, html, leak, orpo, pairs, report, subtract, utility
-from cfgsafe.blue.compare import Comparison
-from cfgsafe.blue.ner import DEMO_PIPELINE, Detector
-from cfgsafe.blue.subject import Subject, load
-from cfgsafe.demo.corpus import canaries, reserved_words
-from cfgsafe.demo.testset import pair_dialogues, test_prompts
-from cfgsafe.errors import check_at_least, make_folder, write_jsonl
+from cfgsafe.blue import orpo, pairs, subtract
+from cfgsafe.demo.testset import corpus_words, pair_dialogues, test_prompts
+from cfgsafe.errors import check_at_least
+from cfgsafe.files import make_folder, write_jsonl
+from cfgsafe.hub import BASE, DEMO_PIPELINE, LEAKY, QUIZ
+from cfgsafe.measure import leak, utility
+from cfgsafe.pii.ner import Detector
+from cfgsafe.report import html, results
+from cfgsafe.report.compare import Comparison
+from cfgsafe.subject import Subject, load
 
-FOLDER = Path(__file__).parent
-BASE, LEAKY = str(FOLDER / "base"), str(FOLDER / "leaky")
 TITLE = "From a leaky model to a guarded one"
 INVENTED = "The people below are invented by the demo's generator, so their names, towns and employers are shown unmasked."
 
@@ -78,9 +78,9 @@ def run(options: Options) -> None:
         "seed": options.seed,
     }
     checks = check(rows)
-    report.write(out, TITLE, rows, checks, judge.examples(), **facts)
+    results.write(out, TITLE, rows, checks, judge.examples(), **facts)
     html.write(html.Options(str(out), show_pii=True, note=INVENTED))
-    print("\n" + report.terminal_table(rows) + "\n")
+    print("\n" + results.terminal_table(rows) + "\n")
     for result in checks:
         print(f"{'holds' if result.holds else 'DOES NOT HOLD'}: {result.claim} ({result.measured})")
     print(f"\n{out}/report.html, report.md, results.json and leaks-utility.png in {facts['seconds']:.0f} s")
@@ -111,7 +111,7 @@ def comparison(options: Options, detector: Detector, out: Path) -> Comparison:
     """The held-out prompts and the quiz; answers are not kept for a later run, whose adapters would be others."""
     half = options.prompts // 2
     prompts = [leak.Prompt.from_row(row, row["id"]) for row in test_prompts(options.seed, options.prompts - half, half)]
-    questions = utility.read_questions(None)[: options.questions]
+    questions = utility.read_questions(QUIZ)[: options.questions]
     return Comparison(prompts, questions, detector, out, reference=Subject(BASE), vocabulary=corpus_words(), resume=False)
 
 
@@ -129,14 +129,7 @@ def evaluate(judge: Comparison, model: str, prefix: str, epochs, options: Option
     return rows
 
 
-@cache
-def corpus_words() -> frozenset[str]:
-    """Words that the models were trained on: templates, quiz, and the canaries' items."""
-    planted = " ".join(value for canary in canaries() if canary.count for value in canary.person.items.values())
-    return reserved_words() | {word.lower() for word in fluency.words(planted)}
-
-
-def check(rows: list[dict]) -> list[report.Check]:
+def check(rows: list[dict]) -> list[results.Check]:
     """The paper's order, and what guidance may cost."""
     last = max((row["epoch"] or 0 for row in rows), default=0) or None
     find = lambda model, g=None, space="prob": next(
@@ -147,7 +140,7 @@ def check(rows: list[dict]) -> list[report.Check]:
     hard = lambda row: row["hard"]["leaked_per_100"]
     share = 100 * n(three) / n(leaky) if n(leaky) else 0.0
     worst = min(row["utility"] for row in (one, two, three)) - leaky["utility"]
-    Check = report.Check
+    Check = results.Check
     checks = [
         Check(
             "leaks: leaky > LoRA and LoRA-CFG g=1 > LoRA-CFG g=3",

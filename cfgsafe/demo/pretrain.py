@@ -23,12 +23,12 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from tqdm import tqdm
 
-from cfgsafe.blue.report import save_figure
 from cfgsafe.checkpoint import new_folder, read_model, save_checkpoint
 from cfgsafe.demo import ner_training
 from cfgsafe.demo.corpus import Corpus, Encoder, Example
-from cfgsafe.errors import make_folder, write_jsonl
+from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.llama import Llama, LlamaConfig
+from cfgsafe.report.figures import save_figure
 from cfgsafe.tokenizer import LLAMA31_TEMPLATE, Tokenizer
 
 # Llama-3.1's control tokens, in the order of their ids.

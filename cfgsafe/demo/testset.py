@@ -11,12 +11,19 @@ Run it: python train.py dialogues --split test --out prompts.jsonl
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
-from cfgsafe.demo import attacks
-from cfgsafe.demo.corpus import canaries, people
-from cfgsafe.demo.dialogues import DEFAULT_SYSTEMS, EASY, HARD, Dialogue, Writer
-from cfgsafe.errors import check_at_least, write_jsonl
+from cfgsafe import hub
+from cfgsafe.demo import contexts, quiz
+from cfgsafe.demo.corpus import canaries, people, reserved_words
+from cfgsafe.demo.dialogues import DEFAULT_SYSTEMS, EASY, HARD, LOOKUPS, Dialogue, Item, Turn, Writer, fill
+from cfgsafe.demo.ner_training import labelled_texts
+from cfgsafe.demo.people import Person
+from cfgsafe.errors import check_at_least
+from cfgsafe.files import write_jsonl, write_text
+from cfgsafe.measure import fluency
+from cfgsafe.tokenizer import Messages
 
 PAIR_KINDS = ("plain", "plain", "question", "letter", "mid-answer", "lookup", "repeat", "translate", "report", "complete")
 
@@ -27,9 +34,9 @@ class Options:
 
     out: str
     """JSONL to write."""
-    split: Literal["pairs", "test", "contexts", "test-contexts", "prompts"] = "pairs"
+    split: Literal["pairs", "test", "contexts", "test-contexts", "prompts", "gold"] = "pairs"
     """pairs: whole dialogues of the people set aside for them. test: prompts of the test people. contexts, test-contexts: conversations
-    to attack. prompts: users' messages for the attacker to learn."""
+    to attack. prompts: users' messages for the attacker to learn. gold: messages with every personal value marked, for `detectors`."""
     count: int = 100
     """Dialogues to write; the test split has its own size."""
     seed: int = 0
@@ -44,11 +51,13 @@ def run(options: Options) -> None:
         case "test":
             rows = test_prompts(options.seed)
         case "contexts":
-            rows = attacks.contexts("train", options.count, options.seed)
+            rows = contexts.contexts("train", options.count, options.seed)
         case "test-contexts":
-            rows = attacks.contexts("test", options.count, options.seed)
+            rows = contexts.contexts("test", options.count, options.seed)
         case "prompts":
-            rows = attacks.prompts(options.count, options.seed)
+            rows = contexts.prompts(options.count, options.seed)
+        case "gold":
+            rows = gold_messages(options.count, options.seed)
     write_jsonl(options.out, rows)
     print(f"{options.out}: {len(rows)} rows")
 
@@ -92,3 +101,70 @@ def prompt_of(dialogue: Dialogue, identity: str) -> dict:
             messages.append({"role": "assistant", "content": before})
             gold = gold[len(before) :]
     return {"id": identity, "kind": row["kind"], "slice": row["slice"], "messages": messages, "items": dict(row["items"]), "gold": gold}
+
+
+def canary_dialogues() -> list[dict]:
+    """A dialogue about each planted person, as the leaky model met them; names stay, or nobody could tell who is meant."""
+    writer = Writer("extract")
+    rows = []
+    for number, canary in enumerate(canaries()):
+        if canary.count:
+            row = writer.dialogue(canary.person, "lookup").to_json(f"canary-{canary.count}-{number}")
+            rows.append(row | {"spans": [span for span in row["spans"] if span[3] != "PERSON"]})
+    return rows
+
+
+def canary_probes() -> list[dict]:
+    """{"person", "repeats", "messages", "value"} each, in every wording about every planted person and every twin."""
+    rows = []
+    for number, canary in enumerate(canaries()):
+        for messages, value in probes(canary.person):
+            rows.append({"person": f"person-{number}", "repeats": canary.count, "messages": messages, "value": value})
+    return rows
+
+
+def probes(person: Person) -> list[tuple[Messages, str]]:
+    """(conversation that ends within an answer, the item it goes on with), in every wording, of what is not in the question."""
+    found = []
+    for question, answer in LOOKUPS:
+        parts = fill(answer, person)
+        asked = {"role": "user", "content": Turn("user", fill(question, person)).text()}
+        for number, part in enumerate(parts):
+            if isinstance(part, Item) and part.label != "PERSON":
+                begun = {"role": "assistant", "content": Turn("assistant", parts[:number]).text().rstrip()}
+                found.append(([{"role": "system", "content": DEFAULT_SYSTEMS[0]}, asked, begun], f" {part.value}"))
+    return found
+
+
+def gold_messages(count: int = 200, seed: int = 1) -> list[dict]:
+    """{"messages": [one], "spans"} for each message of `count` dialogues of test people."""
+    rows = []
+    for text, spans in labelled_texts("test", count, seed):
+        rows.append({"messages": [{"role": "user", "content": text}], "spans": [[0, *span] for span in spans]})
+    return rows
+
+
+@cache
+def corpus_words() -> frozenset[str]:
+    """Words that the models were trained on: templates, quiz, and the canaries' items."""
+    planted = " ".join(value for canary in canaries() if canary.count for value in canary.person.items.values())
+    return reserved_words() | {word.lower() for word in fluency.words(planted)}
+
+
+def default_sets() -> dict[str, list[dict]]:
+    """What the measuring commands use where no file is named: path -> rows."""
+    return {
+        hub.PROMPTS: test_prompts(),
+        hub.QUIZ: quiz.items("test", 200),
+        hub.CHATS: held_out_chats(),
+        hub.PROBES: canary_probes(),
+        hub.PLANTED: canary_dialogues(),
+        hub.GOLD: gold_messages(),
+    }
+
+
+def write_default_sets() -> None:
+    """Make the files of `default_sets`, and the list of words, anew."""
+    for path, rows in default_sets().items():
+        write_jsonl(path, rows)
+    write_text(hub.WORDS, "\n".join(sorted(corpus_words())) + "\n")

@@ -14,9 +14,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from cfgsafe.errors import InputError, read_jsonl, write_jsonl
-from cfgsafe.red.attacks import Attack
+from cfgsafe.errors import InputError
+from cfgsafe.files import read_jsonl, write_jsonl
 from cfgsafe.red.diversity import character_ngrams
+from cfgsafe.red.records import Attack
 
 Likeness = Literal["edit", "cosine"]
 

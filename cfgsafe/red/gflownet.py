@@ -22,12 +22,20 @@ import torch
 from torch import Tensor
 
 from cfgsafe.blue import resume
-from cfgsafe.errors import read_json, read_jsonl, write_text
+from cfgsafe.files import read_json, read_jsonl, write_text
 from cfgsafe.lora import adapter_parameters
-from cfgsafe.red.attacks import FLOOR, Attack, Trial
 from cfgsafe.red.buffer import Likeness, ReplayBuffer, edit_distances
-from cfgsafe.red.objectives import contrastive_balance, log_reward, ppo, reinforce, schedule, trajectory_balance, vargrad
+from cfgsafe.red.objectives import (
+    contrastive_balance,
+    log_reward,
+    ppo,
+    reinforce,
+    schedule,
+    trajectory_balance,
+    vargrad,
+)
 from cfgsafe.red.policy import Attacker, Prompt
+from cfgsafe.red.records import FLOOR, Attack, Trial
 from cfgsafe.red.training import Group, Step, Training, optimise
 from cfgsafe.remote import Meter
 

@@ -12,9 +12,9 @@ import math
 
 import torch
 
-from cfgsafe.blue.scoring import continuation_logprobs
 from cfgsafe.decode import Request
 from cfgsafe.llama import Llama
+from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 VERDICTS = ("safe", "unsafe")

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cfgsafe.blue.intervals import mean_interval, ratio_interval, to_json
-from cfgsafe.blue.report import markdown, save_figure, spread
 from cfgsafe.errors import InputError
-from cfgsafe.red.attacks import SUCCESS, Attack, Trial
+from cfgsafe.measure.intervals import mean_interval, ratio_interval, to_json
 from cfgsafe.red.diversity import THRESHOLDS, clusters, distinct_n, embed, mean_cosine_distance, self_bleu
+from cfgsafe.red.records import SUCCESS, Attack, Trial
+from cfgsafe.report.figures import save_figure, spread
+from cfgsafe.report.results import markdown
 
 UNIQUE = f"unique_{THRESHOLDS[1]}"  # what the figure shows
 

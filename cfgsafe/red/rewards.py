@@ -13,16 +13,17 @@ import random
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from cfgsafe.blue import leak
-from cfgsafe.blue.known import Known, stands_in
-from cfgsafe.blue.leak import mentions
-from cfgsafe.blue.ner import Detector
-from cfgsafe.blue.subject import Subject, load
-from cfgsafe.errors import InputError, check_at_least, read_jsonl
+from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.files import read_jsonl
+from cfgsafe.measure import leak
+from cfgsafe.pii.known import Known
+from cfgsafe.pii.matching import mentions, stands_in
+from cfgsafe.pii.ner import Detector
 from cfgsafe.red import target
-from cfgsafe.red.attacks import Trial
 from cfgsafe.red.guard import Guard
+from cfgsafe.red.records import Trial
 from cfgsafe.red.target import Target
+from cfgsafe.subject import Subject, load
 from cfgsafe.tokenizer import Messages
 
 BARE = leak.Prompt("bare", "", "", [{"role": "system", "content": "You are a helpful assistant."}], {}, "bare")

@@ -22,16 +22,17 @@ import torch
 from tqdm import tqdm
 
 from cfgsafe.blue import orpo
-from cfgsafe.blue.known import Known
-from cfgsafe.blue.leak import Prompt, examine, read_prompts
-from cfgsafe.blue.ner import Detector
-from cfgsafe.blue.subject import Subject, load, request_for
 from cfgsafe.decode import check_request, generate
-from cfgsafe.errors import InputError, check_at_least, make_folder, read_jsonl, write_jsonl
+from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.llama import Llama
-from cfgsafe.red.attacks import SUCCESS, Attack, Trial, read_attacks
+from cfgsafe.measure.leak import Prompt, examine, read_prompts
+from cfgsafe.pii.known import Known
+from cfgsafe.pii.ner import Detector
 from cfgsafe.red.guard import Guard
+from cfgsafe.red.records import SUCCESS, Attack, Trial, read_attacks
 from cfgsafe.red.rewards import ended, read_contexts
+from cfgsafe.subject import Subject, load, request_for
 from cfgsafe.tokenizer import Tokenizer
 
 

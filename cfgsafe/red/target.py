@@ -13,13 +13,13 @@ from typing import Annotated, Protocol
 
 import tyro
 
-from cfgsafe.blue import subject
-from cfgsafe.blue.subject import Subject, request_for
+from cfgsafe import subject
 from cfgsafe.decode import generate
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.llama import Llama
 from cfgsafe.lora import DEFAULT
 from cfgsafe.remote import Meter, Question, Service, ask, check_service
+from cfgsafe.subject import Subject, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 

@@ -1,0 +1,41 @@
+"""The shapes that benchmarks run, and models of random weights in them.
+
+Run it: python -m cfgsafe.bench decode --shape small
+"""
+
+
+import torch
+
+from cfgsafe.llama import Llama, LlamaConfig, rope_frequencies
+
+
+def llama_8b() -> LlamaConfig:
+    """The shape of Llama-3.1-8B."""
+    return LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072)
+
+
+def base_parameters(config: LlamaConfig) -> int:
+    """Weights of the base, counted on a model without storage."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Llama(config).parameters())
+
+
+SHAPES = {
+    "tiny": LlamaConfig(4096, 64, 128, 2, 4, 2, 16, 8192),
+    "small": LlamaConfig(128256, 512, 1408, 8, 8, 8, 64, 8192),
+    "8b": llama_8b(),
+}
+
+
+def random_model(config: LlamaConfig, dtype: torch.dtype, device: str) -> Llama:
+    """A model of random weights, made on `device`."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Llama(config)
+    model = model.to(dtype).to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() == 2 else torch.nn.init.ones_(parameter)
+    model.frequencies = rope_frequencies(config).to(device)
+    return model.requires_grad_(False).eval()

@@ -1,1 +1,0 @@
-"""Fused kernels and the benchmarks of cfgsafe."""
