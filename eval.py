@@ -15,10 +15,8 @@
 `python eval.py COMMAND --help` lists a command's options.
 """
 
-import tyro
-
+from cfgsafe.cli import run_subcommand
 from cfgsafe.demo import exam
-from cfgsafe.errors import run_command
 from cfgsafe.measure import canaries, detectors, extract, leak, perplexity, utility
 from cfgsafe.red import evaluate
 from cfgsafe.report import html, sweep, tables
@@ -39,9 +37,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    options = tyro.extras.subcommand_cli_from_dict({name: command for name, (command, _) in COMMANDS.items()}, description=__doc__)
-    command_run = dict(COMMANDS.values())[type(options)]
-    run_command(lambda: command_run(options))
+    run_subcommand(COMMANDS, __doc__)
 
 
 if __name__ == "__main__":

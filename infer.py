@@ -19,11 +19,10 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
-
 from cfgsafe.chat import chat, terminal_lines, terminal_say
+from cfgsafe.cli import run_single
 from cfgsafe.decode import Completion, Request, check_request, generate
-from cfgsafe.errors import InputError, run_command
+from cfgsafe.errors import InputError
 from cfgsafe.explain import explain, table
 from cfgsafe.files import read_jsonl
 from cfgsafe.lora import DEFAULT, adapter_names
@@ -204,8 +203,7 @@ def as_json(completion: Completion, text: str) -> dict:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
-    run_command(lambda: run(options))
+    run_single(Options, run, __doc__)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@
 `python train.py STAGE --help` lists a stage's options.
 """
 
-import tyro
-
 from cfgsafe.blue import merge, orpo, pairs, subtract
+from cfgsafe.cli import run_subcommand
 from cfgsafe.demo import experiment, pretrain, redteam, testset
-from cfgsafe.errors import run_command
 from cfgsafe.red import safety, stages
 
 STAGES = {
@@ -36,9 +34,7 @@ STAGES = {
 
 
 def main() -> None:
-    options = tyro.extras.subcommand_cli_from_dict({name: stage for name, (stage, _) in STAGES.items()}, description=__doc__)
-    stage_run = dict(STAGES.values())[type(options)]
-    run_command(lambda: stage_run(options))
+    run_subcommand(STAGES, __doc__)
 
 
 if __name__ == "__main__":

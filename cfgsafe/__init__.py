@@ -29,7 +29,7 @@ def load_model(
 ) -> Llama:
     """A Llama checkpoint of a local folder or the hub, in eval mode, without gradients.
 
-    adapter: a PEFT folder or hub id, or several of them by name, for `cfgsafe.lora.choose` to choose from per row.
+    adapter: a PEFT folder or hub id, or several of them by name, for `cfgsafe.lora.set_adapters` to choose from per row.
     Raises CheckpointError naming the file, field or tensor that is wrong.
     """
     model = read_model(resolve(path_or_hub_id, revision=revision, cache_dir=cache_dir), device=device, dtype=dtype)

@@ -54,7 +54,7 @@ def answer(model: Llama, tokenizer: Tokenizer, subject: Subject, messages: Messa
     tokens: list[int] = []
     said = ""
 
-    def heard(_: int, token: int) -> None:
+    def show(_: int, token: int) -> None:
         nonlocal said
         tokens.append(token)
         text = tokenizer.decode(tokens).lstrip()
@@ -62,7 +62,7 @@ def answer(model: Llama, tokenizer: Tokenizer, subject: Subject, messages: Messa
             say(printable(text[len(said) :]))
             said = text
 
-    completion = generate(model, [request_for(subject, tokenizer, messages, **sampling)], heard=heard)[0]
+    completion = generate(model, [request_for(subject, tokenizer, messages, **sampling)], on_token=show)[0]
     say("\n")
     return completion
 

@@ -21,7 +21,7 @@ from cfgsafe.errors import ContextError, InputError
 from cfgsafe.guidance import SPACES
 from cfgsafe.llama import KVCache, Llama
 from cfgsafe.lockstep import Batch, Prefill, Settings
-from cfgsafe.lora import DEFAULT, adapter_names, choose
+from cfgsafe.lora import DEFAULT, adapter_names, set_adapters
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,14 @@ def generate(
     *,
     batch: int = 64,
     skip: bool = False,
-    done: Callable[[int], None] = lambda count: None,
-    heard: Callable[[int, int], None] = lambda request, token: None,
-    finished: Callable[[int, Completion], None] = lambda request, completion: None,
+    on_token: Callable[[int, int], None] | None = None,
+    on_completion: Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
-    """Answer `requests`, at most `batch` at a time; `done` hears how many finished, `heard` each token and `finished` each answer."""
+    """Answer `requests`, at most `batch` at a time, in the order they were given.
+
+    on_token(number, token) is called for each token as it comes, on_completion(number, completion) for each answer when it is finished;
+    number is the request's place in the list. `skip`: see cfgsafe.lockstep.Settings.
+    """
     if batch < 1:
         raise InputError(f"batch {batch}: must be at least 1")
     for number, request in enumerate(requests):
@@ -106,15 +109,17 @@ def generate(
     rows = sum(sorted((len(r.rows) for r in requests), reverse=True)[:batch])
     engine = Engine(model, rows=rows, slots=slots, skip=skip)
     order = sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt))  # alike prompts are prefilled together
-    numbers = {engine.submit(requests[number]): number for number in order}
+    number_of = {engine.submit(requests[number]): number for number in order}
+    completions: dict[int, Completion] = {}
     while engine.busy:
-        for ticket, token in engine.step():
-            if token is None:
-                done(1)
-                finished(numbers[ticket], engine.completions[ticket])
-            else:
-                heard(numbers[ticket], token)
-    completions = {numbers[ticket]: engine.completions[ticket] for ticket in numbers}
+        for event in engine.step():
+            number = number_of[event.request_id]
+            if event.token is not None and on_token:
+                on_token(number, event.token)
+            if event.completion:
+                completions[number] = event.completion
+                if on_completion:
+                    on_completion(number, event.completion)
     return [completions[number] for number in range(len(requests))]
 
 
@@ -123,11 +128,20 @@ def slots_for(request: Request, model: Llama) -> int:
     return min(max(map(len, request.rows)) + request.max_new_tokens, model.config.max_position_embeddings)
 
 
+@dataclass(frozen=True)
+class Event:
+    """What happened to a request in a step: a new token, or, with its completion, its end."""
+
+    request_id: int
+    token: int | None = None
+    completion: Completion | None = None
+
+
 @dataclass
 class Running:
-    """A request that has rows of the cache; `lengths` of them are filled, `last` is the token to feed next."""
+    """A request that waits or has rows of the cache; `lengths` of them are filled, `last` is the token to feed next."""
 
-    ticket: int
+    request_id: int
     request: Request
     completion: Completion
     started: float
@@ -136,7 +150,7 @@ class Running:
 
 
 class Engine:
-    """Serves requests as they come: `submit`, then `step` as long as it is `busy`.
+    """Serves requests as they come: `submit`, then `step` as long as it is `busy`; `step` hands out tokens and completions.
 
     `rows` of the cache, of `slots` positions each, are allocated at once, in at most `kv_bytes`, by default most of what a GPU has free.
     `log_path`, `skip`, `graphs`: see cfgsafe.lockstep.Settings.
@@ -167,8 +181,7 @@ class Engine:
         self.free = rows
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
-        self.completions: dict[int, Completion] = {}
-        self.tickets = 0
+        self.submitted = 0
         self.settings = Settings(log_path, skip, graphs)
         self.prefill = Prefill(model, self.cache, self.settings)
         self.batch: Batch | None = None  # of the running requests; None when they changed
@@ -179,33 +192,38 @@ class Engine:
         return bool(self.waiting or self.running)
 
     def submit(self, request: Request) -> int:
-        """Queue a request; returns its ticket. Raises InputError when it could never fit, and what `check_request` raises."""
-        check_request(request, self.model, f"request {self.tickets}")
+        """Queue a request; returns its id. Raises InputError when it could never fit, and what `check_request` raises."""
+        check_request(request, self.model, f"request {self.submitted}")
         needed = slots_for(request, self.model)
         if needed > self.slots or len(request.rows) > len(self.cache.rows):
             raise InputError(
-                f"request {self.tickets}: {len(request.rows)} rows of {needed} tokens do not fit in the KV cache of {len(self.cache.rows)} "
+                f"request {self.submitted}: {len(request.rows)} rows of {needed} tokens do not fit in the KV cache of {len(self.cache.rows)} "
                 f"rows of {self.slots}; shorten the prompt, lower max_new_tokens or make the cache larger"
             )
-        ticket, self.tickets = self.tickets, self.tickets + 1
-        self.completions[ticket] = Completion()
-        self.waiting.append(Running(ticket, request, self.completions[ticket], time.perf_counter()))
-        return ticket
+        request_id = self.submitted
+        self.submitted += 1
+        self.waiting.append(Running(request_id, request, Completion(), time.perf_counter()))
+        return request_id
 
-    def cancel(self, ticket: int) -> None:
-        """End a request where it is; its completion keeps what it has."""
-        for group in (self.waiting, self.running):
-            for state in [state for state in group if state.ticket == ticket]:
+    def cancel(self, request_id: int) -> Completion | None:
+        """End a request where it is and hand out what it has; None where no such request waits or runs."""
+        for state in [*self.waiting, *self.running]:
+            if state.request_id == request_id:
                 state.completion.finish_reason = "cancelled"
-                if group is self.running:
+                if state in self.running:
                     self._leave([state])
                 else:
-                    group.remove(state)
+                    self.waiting.remove(state)
+                return state.completion
+        return None
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[int, int | None]]:
-        """One more token of every running request, and the first of those that can join: (ticket, token), and (ticket, None) at its end."""
-        events: list[tuple[int, int | None]] = []
+    def step(self) -> list[Event]:
+        """One more token of every running request, and the first of those that can join.
+
+        A request's last event brings its completion, which the engine then forgets.
+        """
+        events: list[Event] = []
         try:
             if self.running:
                 if self.batch is None:
@@ -217,7 +235,7 @@ class Engine:
                 tokens, logprobs = self.prefill(joining, first)
                 self._take(joining, tokens, logprobs, events)
         finally:
-            choose(self.model, None)
+            set_adapters(self.model, None)
         return events
 
     def _join(self) -> list[Running]:
@@ -233,7 +251,7 @@ class Engine:
             self.batch = None
         return joining
 
-    def _take(self, states: list[Running], tokens: list[int], logprobs: list[float], events: list) -> None:
+    def _take(self, states: list[Running], tokens: list[int], logprobs: list[float], events: list[Event]) -> None:
         """Give each request its token; those that are finished leave."""
         finished = []
         for state, token, logprob in zip(list(states), tokens, logprobs, strict=True):
@@ -246,7 +264,7 @@ class Engine:
                 completion.tokens.append(token)
                 completion.logprobs.append(logprob)
                 state.last = token
-                events.append((state.ticket, token))
+                events.append(Event(state.request_id, token))
                 if ending := next((s for s in request.stop if s and tuple(completion.tokens[-len(s) :]) == s), None):
                     completion.finish_reason = "stop"
                     del completion.tokens[-len(ending) :], completion.logprobs[-len(ending) :]
@@ -254,7 +272,7 @@ class Engine:
                     continue
             completion.tokens_per_second = len(completion.tokens) / (time.perf_counter() - state.started)
             finished.append(state)
-            events.append((state.ticket, None))
+            events.append(Event(state.request_id, completion=completion))
         self._leave(finished)
 
     def _leave(self, finished: list[Running]) -> None:

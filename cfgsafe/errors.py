@@ -1,4 +1,4 @@
-"""The exceptions a user can meet, and the one place that turns them into a line and an exit code.
+"""The exceptions a user can meet; cfgsafe/cli.py turns them into a line and an exit code.
 
     CfgsafeError            anything the user can mend; the message is one line that says what and how
     |-- InputError          a file, line, field or option is wrong
@@ -8,9 +8,6 @@
 Everything else that is raised is a bug and keeps its traceback.
 """
 
-import os
-import sys
-from collections.abc import Callable
 
 
 class CfgsafeError(Exception):
@@ -29,31 +26,6 @@ class CheckpointError(CfgsafeError):
 
 class ContextError(CfgsafeError):
     """A prompt is longer than the model's context."""
-
-
-def run_command(command: Callable[[], None]) -> None:
-    """Run `command`; a `CfgsafeError` becomes one line on stderr and its exit code, 2 for wrong input."""
-    try:
-        command()
-    except CfgsafeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our stdout went away, e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-
-
-
-
-
-
-
-
 
 
 def check_at_least(least: int, options: object, *names: str) -> None:

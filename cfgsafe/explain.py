@@ -12,7 +12,7 @@ import torch
 from cfgsafe.decode import Completion, Request
 from cfgsafe.kernels.reference import guide, log_probabilities
 from cfgsafe.llama import Llama
-from cfgsafe.lora import choose
+from cfgsafe.lora import set_adapters
 from cfgsafe.tokenizer import Tokenizer
 
 CHANGED, PLAIN = "\033[33m", "\033[0m"
@@ -26,11 +26,11 @@ def explain(model: Llama, tokenizer: Tokenizer, request: Request, completion: Co
     if not tokens:
         return []
     sides = []
-    choose(model, [request.adapter])
+    set_adapters(model, [request.adapter])
     for prompt in request.rows:
         hidden = model(torch.tensor([prompt + tokens[:-1]], device=model.device))[0, len(prompt) - 1 :]
         sides.append(model.head(hidden))
-    choose(model, None)
+    set_adapters(model, None)
     full = lambda value: torch.full((len(tokens),), value, device=model.device)
     logs = guide(sides[0], sides[-1], full(request.guidance), full(request.space == "log"), full(request.alpha))
     at = torch.tensor(tokens, device=model.device)[:, None]

@@ -16,7 +16,7 @@ from torch import Tensor
 from cfgsafe.guidance import combine, next_tokens
 from cfgsafe.kernels.reference import Sampling, widen
 from cfgsafe.llama import KVCache, Llama
-from cfgsafe.lora import choose
+from cfgsafe.lora import set_adapters
 
 SLOT_STEP = 64  # attention reads a multiple of these, so that shapes stay for a while
 PREFILL_TOKENS = 8192  # in one forward, padding included
@@ -90,7 +90,7 @@ class Batch:
         self.tokens = torch.tensor([state.last for state in running], device=model.device)
         self.logprobs = torch.zeros(len(running), device=model.device, dtype=widen(torch.empty(0, dtype=model.dtype)).dtype)
         self.positions = torch.tensor([length for state in running for length in state.lengths], device=model.device)[:, None]
-        choose(model, [running[owner].request.adapter for owner in owners])
+        set_adapters(model, [running[owner].request.adapter for owner in owners])
         self.shares = dict(model.shares)
         self.slots = self.steps = 0
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -161,7 +161,7 @@ class Batch:
             state.lengths[1] += len(tokens)
 
     def _forward(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-        choose(self.model, [self.running[owner].request.adapter for owner in self.owner[rows].tolist()])
+        set_adapters(self.model, [self.running[owner].request.adapter for owner in self.owner[rows].tolist()])
         return self.model(tokens, positions, self.cache.part(len(self.owner), self.slots, rows))
 
 
@@ -202,7 +202,7 @@ class Prefill:
                 width = max(len(rows[number][2]) for number in numbers) - len(shared)
                 some, numbers = numbers[: max(1, PREFILL_TOKENS // width)], numbers[max(1, PREFILL_TOKENS // width) :]
                 hidden[some] = self._fill([rows[number] for number in some], [first_row + number for number in some], shared, source)
-        choose(self.model, None)
+        set_adapters(self.model, None)
         tokens, logprobs = Choice(self.model, states, self.settings)(hidden)
         return tokens.tolist(), logprobs.tolist()
 
@@ -216,7 +216,7 @@ class Prefill:
         scratch = KVCache.empty(model.config, len(rows), p + width, device=model.device, dtype=model.dtype)
         for row in range(len(rows)) if source else ():
             scratch.copy(row, source, 0, p)
-        choose(model, [adapter for adapter, _, _ in rows])
+        set_adapters(model, [adapter for adapter, _, _ in rows])
         positions = torch.arange(p, p + width, device=model.device).expand_as(tokens) if source else None
         hidden = model(tokens, positions, scratch)
         for row, (target, ids) in enumerate(zip(targets, rest, strict=True)):
@@ -234,7 +234,7 @@ class Prefill:
             shared = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
             if len(prompts) > 1 and len(shared) >= PREFIX_LEAST and (not known or shared[: len(known)] != known):
                 cache = KVCache.empty(self.model.config, 1, len(shared), device=self.model.device, dtype=self.model.dtype)
-                choose(self.model, [key[0]])
+                set_adapters(self.model, [key[0]])
                 self.model(torch.tensor([shared], device=self.model.device), cache=cache)
                 self.computed += len(shared)
                 self.prefixes[key] = (shared, cache)

@@ -169,7 +169,7 @@ def detach(model: Llama) -> None:
     model.shares.clear()
 
 
-def choose(model: Llama, names: list[str | None] | None) -> None:
+def set_adapters(model: Llama, names: list[str | None] | None) -> None:
     """Let row b of the following batches use the adapter names[b], or none; None: every row uses every attached adapter."""
     for name in model.shares:
         rows = [1.0] if names is None else [float(n == name) for n in names]

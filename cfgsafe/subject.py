@@ -122,14 +122,15 @@ def answers(
     todo = [number for number, key in enumerate(keys) if key not in known]
     with tqdm(total=len(requests), initial=len(requests) - len(todo), desc=what, leave=False) as bar, _log(kept) as log:
 
-        def finished(at: int, completion: Completion) -> None:
+        def keep(at: int, completion: Completion) -> None:
+            bar.update()
             key = keys[todo[at]]
             known[key] = tokenizer.decode(completion.tokens)
             if log is not None:
                 log.write(json.dumps({"key": key, "answer": known[key]}) + "\n")
                 log.flush()
 
-        generate(model, [requests[number] for number in todo], batch=subject.batch, done=bar.update, finished=finished)
+        generate(model, [requests[number] for number in todo], batch=subject.batch, on_completion=keep)
     return [known[key] for key in keys]
 
 

@@ -54,29 +54,41 @@ def same(one: Completion, other: Completion) -> bool:
     return one.tokens == other.tokens and one.finish_reason == other.finish_reason
 
 
+def serve(engine: Engine, requests: list[Request]) -> list[Completion]:
+    """Their completions, in order, each handed out exactly once."""
+    request_ids = [engine.submit(request) for request in requests]
+    completions = {}
+    while engine.busy:
+        for event in engine.step():
+            if event.completion:
+                assert event.request_id not in completions
+                completions[event.request_id] = event.completion
+    return [completions[request_id] for request_id in request_ids]
+
+
 @pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_random_requests_equal_their_solo_runs(model, count):
     """Joining at random moments, some cancelled; every tenth is run alone, too, of the cancelled ones what they had."""
     rng = random.Random(0)
     requests = [random_request(rng) for _ in range(count)]
     engine = Engine(model, rows=48, slots=48)
-    todo, tickets, cancelled = list(enumerate(requests)), {}, set()
+    todo, request_ids, completions, cancelled = list(enumerate(requests)), {}, {}, set()
     while todo or engine.busy:
         for number, request in todo[: rng.randrange(40)]:
-            tickets[number] = engine.submit(request)
-        todo = todo[len(tickets) - len(requests) :] if len(tickets) < len(requests) else []
-        engine.step()
+            request_ids[number] = engine.submit(request)
+        todo = todo[len(request_ids) - len(requests) :] if len(request_ids) < len(requests) else []
+        completions |= {event.request_id: event.completion for event in engine.step() if event.completion}
         if rng.random() < 0.5 and engine.running:
             victim = rng.choice(engine.running)
-            engine.cancel(victim.ticket)
-            cancelled.add(victim.ticket)
+            completions[victim.request_id] = engine.cancel(victim.request_id)
+            cancelled.add(victim.request_id)
         assert engine.free + sum(len(state.lengths) for state in engine.running) == 48
     assert engine.free == 48 and not engine.running and not engine.waiting
     assert count / 50 < len(cancelled)
-    assert {completion.finish_reason for completion in engine.completions.values()} == {"stop", "length", "cancelled"}
+    assert {completion.finish_reason for completion in completions.values()} == {"stop", "length", "cancelled"}
     for number in range(0, len(requests), 10):
-        found, alone = engine.completions[tickets[number]], generate(model, [requests[number]])[0]
-        if tickets[number] in cancelled:
+        found, alone = completions[request_ids[number]], generate(model, [requests[number]])[0]
+        if request_ids[number] in cancelled:
             assert found.tokens == alone.tokens[: len(found.tokens)]
         else:
             assert same(found, alone), number
@@ -88,11 +100,7 @@ def test_other_paths_give_the_same_tokens(model, settings):
     requests = [random_request(rng) for _ in range(400)]
     found = []
     for changes in ({}, settings):
-        engine = Engine(model, rows=32, slots=48, **changes)
-        tickets = [engine.submit(request) for request in requests]
-        while engine.busy:
-            engine.step()
-        found.append([engine.completions[ticket] for ticket in tickets])
+        found.append(serve(Engine(model, rows=32, slots=48, **changes), requests))
     assert all(same(one, other) for one, other in zip(*found, strict=True))
     if "skip" in settings:
         guided = [completion for request, completion in zip(requests, found[1], strict=True) if request.guided]
@@ -103,11 +111,9 @@ def test_a_shared_beginning_is_computed_once(model):
     shared = list(range(4, 44))
     requests = [Request(shared + [n, n + 1], max_new_tokens=2) for n in range(5, 25)]
     engine = Engine(model, rows=10, slots=48)
-    tickets = [engine.submit(request) for request in requests]
-    while engine.busy:
-        engine.step()
+    completions = serve(engine, requests)
     assert engine.prefill.computed < len(shared) + 20 * 3  # not 20 times
-    assert all(same(engine.completions[t], generate(model, [r])[0]) for t, r in zip(tickets, requests, strict=True))
+    assert all(same(one, generate(model, [r])[0]) for one, r in zip(completions, requests, strict=True))
 
 
 def test_what_does_not_fit_is_refused_and_what_must_wait_waits(model):
@@ -133,6 +139,6 @@ def test_stop_sequences_are_cut_off(model):
 
 def test_tokens_are_heard_as_they_come(model):
     heard = {0: [], 1: []}
-    done = generate(model, [Request([5]), Request([6, 7], [8], guidance=3.0)], heard=lambda number, token: heard[number].append(token))
+    done = generate(model, [Request([5]), Request([6, 7], [8], guidance=3.0)], on_token=lambda number, token: heard[number].append(token))
     assert [heard[n] for n in (0, 1)] == [completion.tokens for completion in done]
     assert all(len(completion.logprobs) == len(completion.tokens) and max(completion.logprobs) <= 0 for completion in done)

@@ -14,11 +14,11 @@ from cfgsafe.lora import (
     adapter_names,
     adapter_updates,
     attach,
-    choose,
     detach,
     load_adapter,
     merge,
     save_adapter,
+    set_adapters,
     unmerge,
 )
 from cfgsafe.ternary import pack, quantise, ternary, unpack
@@ -90,16 +90,16 @@ def test_an_adapter_on_the_head_is_honoured(tmp_path):
     plain = other.head(other(TOKENS))
     load_adapter(tmp_path / "a", other)
     assert torch.equal(other.head(other(TOKENS)), model.head(model(TOKENS)))
-    choose(other, [None, None])
+    set_adapters(other, [None, None])
     assert torch.equal(other.head(other(TOKENS)), plain)
 
 
 def test_an_adapter_on_the_head_may_differ_by_row():
     model, _ = trained(targets=("lm_head", "q_proj"), model=random_model(tie_word_embeddings=False))
     hidden = torch.randn(2, 32)
-    choose(model, ["default", None])
+    set_adapters(model, ["default", None])
     mixed = model.head(hidden)
-    choose(model, None)
+    set_adapters(model, None)
     assert torch.allclose(mixed[0], model.head(hidden)[0], atol=1e-6) and torch.equal(mixed[1], model.lm_head.base(hidden)[1])
 
 
@@ -136,7 +136,7 @@ def test_each_row_of_a_batch_uses_its_own_adapter(tmp_path):
         load_adapter(tmp_path / name, single)
         alone[name] = single(tokens)
     names = ["b", None, "a", "b"]
-    choose(both, names)
+    set_adapters(both, names)
     mixed = both(tokens)
     for row, name in enumerate(names):
         assert torch.allclose(mixed[row], alone[name][row], atol=1e-5)

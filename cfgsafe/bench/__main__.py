@@ -8,10 +8,8 @@
 `python -m cfgsafe.bench NAME --help` lists a benchmark's options.
 """
 
-import tyro
-
 from cfgsafe.bench import decode, memory, orpo
-from cfgsafe.errors import run_command
+from cfgsafe.cli import run_subcommand
 from cfgsafe.kernels import bench as guidance
 
 BENCHES = {
@@ -23,9 +21,7 @@ BENCHES = {
 
 
 def main() -> None:
-    options = tyro.extras.subcommand_cli_from_dict({name: bench for name, (bench, _) in BENCHES.items()}, description=__doc__)
-    bench_run = dict(BENCHES.values())[type(options)]
-    run_command(lambda: bench_run(options))
+    run_subcommand(BENCHES, __doc__)
 
 
 if __name__ == "__main__":

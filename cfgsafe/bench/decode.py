@@ -120,10 +120,13 @@ def ladder(model: Llama, prompts: list[list[int]], negatives: list[list[int]], o
 def serve(model: Llama, requests: list[Request], **settings) -> list[list[int]]:
     rows = sum(len(request.rows) for request in requests)
     engine = Engine(model, rows=rows, slots=len(requests[0].prompt) + requests[0].max_new_tokens, **settings)
-    tickets = [engine.submit(request) for request in requests]
+    request_ids = [engine.submit(request) for request in requests]
+    tokens = {}
     while engine.busy:
-        engine.step()
-    return [engine.completions[ticket].tokens for ticket in tickets]
+        for event in engine.step():
+            if event.completion:
+                tokens[event.request_id] = event.completion.tokens
+    return [tokens[request_id] for request_id in request_ids]
 
 
 def two_passes(model: Llama, prompts: list[list[int]], negatives: list[list[int]], new: int) -> list[list[int]]:

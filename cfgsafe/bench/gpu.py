@@ -11,9 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from cfgsafe.errors import InputError, run_command
+from cfgsafe.cli import run_single
+from cfgsafe.errors import InputError
 from cfgsafe.files import make_folder
 
 COMMANDS = {
@@ -83,5 +82,4 @@ def run(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    options = tyro.cli(Options, description=__doc__)
-    run_command(lambda: run(options))
+    run_single(Options, run, __doc__)

@@ -205,7 +205,7 @@ def from_model(samples: list[Sample], model, tokenizer: Tokenizer, options: Opti
     if not requests:
         return [[] for _ in samples]
     with tqdm(total=len(requests), desc="chosen side", leave=False) as bar:
-        completions = iter(generate(model, requests, batch=options.batch, done=bar.update))
+        completions = iter(generate(model, requests, batch=options.batch, on_completion=lambda *_: bar.update()))
     of = lambda recipe, done: Candidate(recipe, tokenizer.decode(done.tokens), done.finish_reason == "stop")
     return [[of(recipe, next(completions)) for recipe in recipes] for _ in samples]
 

@@ -80,7 +80,7 @@ def sample(options: Options, model: Llama, tokenizer: Tokenizer, prompts: list[M
         check_request(request, model, place)
         requests += [replace(request, seed=rng.getrandbits(32)) for _ in range(options.samples)]
     with tqdm(total=len(requests), desc="recollecting", leave=False) as bar:
-        texts = [tokenizer.decode(c.tokens) for c in generate(model, requests, batch=options.batch, done=bar.update)]
+        texts = [tokenizer.decode(c.tokens) for c in generate(model, requests, batch=options.batch, on_completion=lambda *_: bar.update())]
     return [texts[at : at + options.samples] for at in range(0, len(texts), options.samples)]
 
 

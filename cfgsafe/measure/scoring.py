@@ -13,7 +13,7 @@ from cfgsafe.decode import Request, check_request
 from cfgsafe.errors import ContextError
 from cfgsafe.kernels.reference import guide, log_probabilities
 from cfgsafe.llama import Llama
-from cfgsafe.lora import choose
+from cfgsafe.lora import set_adapters
 
 TOKENS_AT_ONCE = 512  # rows of logits in one piece
 
@@ -29,9 +29,9 @@ def continuation_logprobs(model: Llama, requests: list[Request], continuations: 
         some = list(zip(requests[start : start + batch], continuations[start : start + batch], strict=True))
         rows = [(request, prompt + continuation[:-1]) for request, continuation in some for prompt in request.rows]
         width = max(len(ids) for _, ids in rows)
-        choose(model, [request.adapter for request, _ in rows])
+        set_adapters(model, [request.adapter for request, _ in rows])
         hidden = model(torch.tensor([ids + [0] * (width - len(ids)) for _, ids in rows], device=model.device))
-        choose(model, None)
+        set_adapters(model, None)
         row = 0
         for request, continuation in some:
             sides = [hidden[row + n, len(p) - 1 : len(p) - 1 + len(continuation)] for n, p in enumerate(request.rows)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cfgsafe.llama import KVCache, Llama
 from cfgsafe.logprobs import token_logprobs
-from cfgsafe.lora import choose
+from cfgsafe.lora import set_adapters
 
 UNREAD = -100  # the label of a token that bears no loss
 WORST = 0.2  # share of a prompt's tokens, the least likely ones, that `least_likely` averages
@@ -58,18 +58,18 @@ class Attacker:
 
     def draw(self, temperatures: Tensor, generator: torch.Generator) -> list[Prompt]:
         """As `draw`, from the policy."""
-        choose(self.model, [self.policy])
+        set_adapters(self.model, [self.policy])
         return draw(self.model, self.rules, temperatures, generator)
 
     def log_policy(self, prompts: list[Prompt]) -> Tensor:
         """log pi of each, (N,), with its gradient."""
-        choose(self.model, [self.policy])
+        set_adapters(self.model, [self.policy])
         return log_probability(self.model, self.rules, prompts)
 
     @torch.no_grad()
     def log_reference(self, prompts: list[Prompt]) -> list[tuple[float, float]]:
         """Of each prompt its log-probability under the reference, and the mean over its least likely tokens."""
-        choose(self.model, [self.reference])
+        set_adapters(self.model, [self.reference])
         found = []
         for log_probs, real in zip(*token_log_probabilities(self.model, self.rules, prompts), strict=True):
             tokens = log_probs[real]

@@ -208,7 +208,7 @@ def answer(
         requests.append(request_for(options, tokenizer, prompt.messages, **sampling))
         check_request(requests[-1], model, prompt.place)
     with tqdm(total=len(requests), desc=what, leave=False) as bar:
-        completions = generate(model, requests, batch=options.batch, done=bar.update)
+        completions = generate(model, requests, batch=options.batch, on_completion=lambda *_: bar.update())
     texts = []
     for prompt, completion in zip(prompts, completions, strict=True):
         text = tokenizer.decode(completion.tokens)
