@@ -30,7 +30,14 @@ from cfgsafe.subject import NEGATIVE, POSITIVE, Subject, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages, with_system
 
 FIELDS = {"prompt", "messages", "negative_prompt", "negative_messages", "adapter"}
-SAMPLING = {"alpha": float, "temperature": float, "top_k": int, "top_p": float, "seed": int, "max_new_tokens": int}
+SAMPLING = {
+    "alpha": float,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "seed": int,
+    "max_new_tokens": int,
+}
 FIELDS |= {"guidance", "space", "stop", *SAMPLING}
 
 
@@ -100,7 +107,9 @@ def run(options: Options) -> None:
     )
     model, tokenizer = load(subject, named_adapters(options))
     if options.chat:
-        sampling = {name: getattr(options, name) for name in SAMPLING} | {"stop": stop_tokens(options.stop, tokenizer)}
+        sampling = {name: getattr(options, name) for name in SAMPLING} | {
+            "stop": stop_tokens(options.stop, tokenizer)
+        }
         chat(model, tokenizer, subject, terminal_lines(), terminal_say, **sampling)
         return
     lines = [("--prompt", {"messages": [{"role": "user", "content": options.prompt}]})]
@@ -116,17 +125,30 @@ def run(options: Options) -> None:
         text = tokenizer.decode(completion.tokens)
         rows = explain(model, tokenizer, request, completion) if options.explain else None
         if options.json or options.requests:
-            print(json.dumps(as_json(completion, text) | ({"explain": rows} if options.explain else {}), ensure_ascii=False))
+            print(
+                json.dumps(
+                    as_json(completion, text) | ({"explain": rows} if options.explain else {}),
+                    ensure_ascii=False,
+                )
+            )
         else:
             print(text.strip())
             if options.explain:
                 print("\n" + table(rows, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     if options.skip:
-        guided = [completion for request, completion in zip(requests, completions, strict=True) if request.guided]
+        guided = [
+            completion for request, completion in zip(requests, completions, strict=True) if request.guided
+        ]
         count = sum(len(completion.tokens) for completion in guided)
-        print(f"negative prompt not needed for {sum(c.skipped for c in guided)} of {count} guided tokens", file=sys.stderr)
+        print(
+            f"negative prompt not needed for {sum(c.skipped for c in guided)} of {count} guided tokens",
+            file=sys.stderr,
+        )
     if options.requests is None and not options.json:
-        print(f"{len(completions[0].tokens)} tokens, {completions[0].tokens_per_second:.0f} tokens/s", file=sys.stderr)
+        print(
+            f"{len(completions[0].tokens)} tokens, {completions[0].tokens_per_second:.0f} tokens/s",
+            file=sys.stderr,
+        )
 
 
 def named_adapters(options: Options) -> dict[str, str]:
@@ -137,12 +159,16 @@ def named_adapters(options: Options) -> dict[str, str]:
         if not equals or Path(entry).exists():
             name, folder = DEFAULT, entry
         if name in adapters:
-            raise InputError(f"--adapter {entry}: two adapters called {name!r}; name them, as in guard=FOLDER")
+            raise InputError(
+                f"--adapter {entry}: two adapters called {name!r}; name them, as in guard=FOLDER"
+            )
         adapters[name] = folder
     return adapters
 
 
-def read_request(row: dict, place: str, tokenizer: Tokenizer, options: Options, subject: Subject, adapters: list[str]) -> Request:
+def read_request(
+    row: dict, place: str, tokenizer: Tokenizer, options: Options, subject: Subject, adapters: list[str]
+) -> Request:
     """A request of its JSON line and the command line's defaults. Raises InputError naming line and field."""
     if unknown := sorted(set(row) - FIELDS):
         raise InputError(f"{place}: unknown field {unknown[0]!r}; there are {', '.join(sorted(FIELDS))}")
@@ -156,12 +182,24 @@ def read_request(row: dict, place: str, tokenizer: Tokenizer, options: Options, 
         raise InputError(f"{place}: field 'adapter' must be a name or null")
     sampling = {name: field(name, kind) for name, kind in SAMPLING.items()}
     sampling["stop"] = stop_tokens(_texts(row, "stop", place, options.stop), tokenizer)
-    if isinstance(prompt, list) and negative is None:  # messages whose system prompt is the command line's to choose
+    if (
+        isinstance(prompt, list) and negative is None
+    ):  # messages whose system prompt is the command line's to choose
         if guidance is None and options.system is not None and prompt[0]["role"] != "system":
             prompt = with_system(prompt, options.system)
-        return request_for(replace(subject, guidance=guidance, space=space), tokenizer, prompt, adapter=adapter, **sampling)
-    ids = lambda side: None if side is None else tokenizer.encode_chat(side) if isinstance(side, list) else tokenizer.encode_prompt(side)
-    return Request(ids(prompt), ids(negative), 1.0 if guidance is None else guidance, space, adapter=adapter, **sampling)
+        return request_for(
+            replace(subject, guidance=guidance, space=space), tokenizer, prompt, adapter=adapter, **sampling
+        )
+    ids = lambda side: (
+        None
+        if side is None
+        else tokenizer.encode_chat(side)
+        if isinstance(side, list)
+        else tokenizer.encode_prompt(side)
+    )
+    return Request(
+        ids(prompt), ids(negative), 1.0 if guidance is None else guidance, space, adapter=adapter, **sampling
+    )
 
 
 def stop_tokens(texts: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:

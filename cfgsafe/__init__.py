@@ -15,7 +15,16 @@ from cfgsafe.llama import Llama
 from cfgsafe.lora import load_adapter
 from cfgsafe.tokenizer import Tokenizer
 
-__all__ = ["CfgsafeError", "CheckpointError", "ContextError", "InputError", "Llama", "Tokenizer", "load_model", "load_tokenizer"]
+__all__ = [
+    "CfgsafeError",
+    "CheckpointError",
+    "ContextError",
+    "InputError",
+    "Llama",
+    "Tokenizer",
+    "load_model",
+    "load_tokenizer",
+]
 
 
 def load_model(
@@ -32,14 +41,18 @@ def load_model(
     adapter: a PEFT folder or hub id, or several of them by name, for `cfgsafe.lora.set_adapters` to choose from per row.
     Raises CheckpointError naming the file, field or tensor that is wrong.
     """
-    model = read_model(resolve(path_or_hub_id, revision=revision, cache_dir=cache_dir), device=device, dtype=dtype)
+    model = read_model(
+        resolve(path_or_hub_id, revision=revision, cache_dir=cache_dir), device=device, dtype=dtype
+    )
     adapters = adapter if isinstance(adapter, dict) else {} if adapter is None else {"default": adapter}
     for name, folder in adapters.items():
         load_adapter(resolve(folder, cache_dir=cache_dir), model, name)
     return model
 
 
-def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(
+    path_or_hub_id: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Tokenizer:
     """The tokenizer and chat template of a checkpoint.
 
     Raises CheckpointError when a file is missing or damaged, or the tokenizer has ids that the model's embedding lacks.
@@ -49,5 +62,7 @@ def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None, c
     if (folder / "config.json").exists():
         rows, size = read_config(folder).vocab_size, 1 + max(tokenizer.backend.get_vocab().values())
         if size > rows:
-            raise CheckpointError(f"{folder}: tokenizer.json has {size} tokens, the model's embedding only {rows} rows")
+            raise CheckpointError(
+                f"{folder}: tokenizer.json has {size} tokens, the model's embedding only {rows} rows"
+            )
     return tokenizer

@@ -23,7 +23,14 @@ from cfgsafe.tokenizer import Messages, Tokenizer
 HELP = "/guidance NUMBER or off, /space prob or log, /reset, /quit"
 
 
-def chat(model: Llama, tokenizer: Tokenizer, subject: Subject, lines: Iterable[str], say: Callable[[str], None], **sampling) -> Messages:
+def chat(
+    model: Llama,
+    tokenizer: Tokenizer,
+    subject: Subject,
+    lines: Iterable[str],
+    say: Callable[[str], None],
+    **sampling,
+) -> Messages:
     """Answer each of `lines`, a command or the user's words; `say` gets the text as it comes. Returns the conversation."""
     messages: Messages = []
     for line in lines:
@@ -49,7 +56,14 @@ def chat(model: Llama, tokenizer: Tokenizer, subject: Subject, lines: Iterable[s
     return messages
 
 
-def answer(model: Llama, tokenizer: Tokenizer, subject: Subject, messages: Messages, say: Callable[[str], None], **sampling) -> Completion:
+def answer(
+    model: Llama,
+    tokenizer: Tokenizer,
+    subject: Subject,
+    messages: Messages,
+    say: Callable[[str], None],
+    **sampling,
+) -> Completion:
     """Stream the answer to `messages`."""
     tokens: list[int] = []
     said = ""

@@ -26,7 +26,12 @@ from cfgsafe.llama import Llama, LlamaConfig, rope_frequencies
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OURS = ("*.safetensors", "*.json", "*.jinja")  # what we write
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -38,7 +43,9 @@ def read_config(folder: str | Path) -> LlamaConfig:
     folder = Path(folder)
     raw = read_json(folder / "config.json")
     if (folder / "generation_config.json").exists():
-        raw["eos_token_id"] = read_json(folder / "generation_config.json").get("eos_token_id", raw.get("eos_token_id"))
+        raw["eos_token_id"] = read_json(folder / "generation_config.json").get(
+            "eos_token_id", raw.get("eos_token_id")
+        )
     return LlamaConfig.from_dict(raw)
 
 
@@ -46,10 +53,14 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it, for single and sharded checkpoints. Raises CheckpointError."""
     folder = Path(folder)
     if (folder / INDEX).exists():
-        files = {name: folder / file for name, file in read_json(folder / INDEX).get("weight_map", {}).items()}
+        files = {
+            name: folder / file for name, file in read_json(folder / INDEX).get("weight_map", {}).items()
+        }
         for path in sorted(set(files.values())):
             if path.parent != folder or not path.exists():
-                raise CheckpointError(f"{folder / INDEX}: names the shard {path.name!r}, which is not there; download it again")
+                raise CheckpointError(
+                    f"{folder / INDEX}: names the shard {path.name!r}, which is not there; download it again"
+                )
         return files
     if not (folder / WEIGHTS).exists():
         raise CheckpointError(f"{folder / WEIGHTS}: not found; only safetensors checkpoints are read")
@@ -64,7 +75,9 @@ def open_weights(path: Path):
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); it is damaged or was not downloaded whole") from None
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); it is damaged or was not downloaded whole"
+        ) from None
 
 
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -77,7 +90,9 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def read_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Llama:
+def read_model(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Llama:
     """A `Llama` with the weights of `folder`, in eval mode, without gradients. Raises CheckpointError naming the tensor."""
     config = read_config(folder)
     with torch.device("meta"):
@@ -95,7 +110,10 @@ def read_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype:
             )
         found[name] = tensor.to(device=device, dtype=dtype)
     if missing := sorted(set(expected) - set(found)):
-        raise CheckpointError(f"{folder}: missing tensor {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+        raise CheckpointError(
+            f"{folder}: missing tensor {missing[0]!r}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
     model.load_state_dict(found, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -103,7 +121,9 @@ def read_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype:
     return model.requires_grad_(False).eval()
 
 
-def save_checkpoint(folder: str | Path, model: Llama, *, tokenizer_from: str | Path, dtype: torch.dtype) -> None:
+def save_checkpoint(
+    folder: str | Path, model: Llama, *, tokenizer_from: str | Path, dtype: torch.dtype
+) -> None:
     """Write `model` as a checkpoint folder that `transformers` loads; tokenizer files are copied from another one."""
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
     with new_folder(folder) as temporary:
@@ -113,7 +133,9 @@ def save_checkpoint(folder: str | Path, model: Llama, *, tokenizer_from: str | P
         copy_files(tokenizer_from, temporary, (*TOKENIZER_FILES, "generation_config.json"))
 
 
-def rewrite_checkpoint(source: str | Path, target: str | Path, change: Callable[[str, Tensor], Tensor]) -> int:
+def rewrite_checkpoint(
+    source: str | Path, target: str | Path, change: Callable[[str, Tensor], Tensor]
+) -> int:
     """Write `source` to `target` with each tensor replaced by `change(name, tensor)` of its shape and dtype; returns their number.
 
     Sharding, dtypes and all other files stay. One tensor is in memory at a time.
@@ -139,7 +161,9 @@ def _stream(source: Path, target: Path, names: list[str], change: Callable[[str,
             part = file.get_slice(name)
             shape, kind = part.get_shape(), part.get_dtype()
         if kind not in STORED.values():
-            raise CheckpointError(f"{source}: tensor {name!r} is stored as {kind}; supported are {', '.join(STORED.values())}")
+            raise CheckpointError(
+                f"{source}: tensor {name!r} is stored as {kind}; supported are {', '.join(STORED.values())}"
+            )
         size = torch.Size(shape).numel() * (4 if kind == "F32" else 2)
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + size]}
         at += size
@@ -152,7 +176,11 @@ def _stream(source: Path, target: Path, names: list[str], change: Callable[[str,
                 old = file.get_tensor(name)
             new = change(name, old).contiguous()
             assert new.shape == old.shape and new.dtype == old.dtype, name
-            out.write(new.view(torch.uint8).numpy().data if new.dim() else new.reshape(1).view(torch.uint8).numpy().data)
+            out.write(
+                new.view(torch.uint8).numpy().data
+                if new.dim()
+                else new.reshape(1).view(torch.uint8).numpy().data
+            )
 
 
 def copy_files(source: str | Path, target: Path, names: tuple[str, ...]) -> None:
@@ -172,7 +200,11 @@ def new_folder(folder: str | Path, replaces: tuple[str, ...] = OURS) -> Iterator
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: cannot be written (a file has that name); choose another folder")
-    if others := [p.name for p in (folder.iterdir() if folder.exists() else ()) if not any(p.match(pattern) for pattern in replaces)]:
+    if others := [
+        p.name
+        for p in (folder.iterdir() if folder.exists() else ())
+        if not any(p.match(pattern) for pattern in replaces)
+    ]:
         raise InputError(f"{folder}: holds other files, such as {min(others)!r}; choose another folder")
     temporary = None
     try:
@@ -188,7 +220,9 @@ def new_folder(folder: str | Path, replaces: tuple[str, ...] = OURS) -> Iterator
         else:
             os.rename(temporary, folder)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder") from None
+        raise InputError(
+            f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder"
+        ) from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -11,7 +11,9 @@ import tyro
 
 from cfgsafe.errors import CfgsafeError
 
-Commands = dict[str, tuple[type, Callable]]  # subcommand -> (its dataclass of options, the function that runs it)
+Commands = dict[
+    str, tuple[type, Callable]
+]  # subcommand -> (its dataclass of options, the function that runs it)
 
 
 def run_subcommand(commands: Commands, description: str) -> None:

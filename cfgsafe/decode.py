@@ -38,7 +38,9 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     max_new_tokens: int = 128
-    stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end the answer, besides the model's end tokens
+    stop: tuple[
+        tuple[int, ...], ...
+    ] = ()  # token sequences that end the answer, besides the model's end tokens
     adapter: str | None = DEFAULT  # name of an attached adapter, or None for the bare model
 
     @property
@@ -69,9 +71,14 @@ def check_request(request: Request, model: Llama, place: str) -> None:
     if request.guided and request.negative is None:
         raise InputError(f"{place}: guidance {request.guidance:g} needs a negative prompt")
     names = adapter_names(model)
-    if request.adapter not in (None, *(names or [DEFAULT])):  # a model without adapters has nothing to apply by default
+    if request.adapter not in (
+        None,
+        *(names or [DEFAULT]),
+    ):  # a model without adapters has nothing to apply by default
         raise InputError(f"{place}: no adapter {request.adapter!r} is attached; there are {names}")
-    if not (math.isfinite(request.guidance) and math.isfinite(request.temperature) and request.temperature >= 0):
+    if not (
+        math.isfinite(request.guidance) and math.isfinite(request.temperature) and request.temperature >= 0
+    ):
         raise InputError(f"{place}: guidance must be a finite number and temperature one of at least 0")
     if not (0 <= request.alpha <= 1 and 0 <= request.top_p <= 1 and 0 <= request.top_k < 2**31):
         raise InputError(f"{place}: alpha and top_p must lie from 0 to 1, and top_k be at least 0")
@@ -82,7 +89,9 @@ def check_request(request: Request, model: Llama, place: str) -> None:
         if not prompt:
             raise InputError(f"{place}: the prompt is empty")
         if len(prompt) >= limit:
-            raise ContextError(f"{place}: the prompt has {len(prompt)} tokens, the model's context is {limit}; shorten it")
+            raise ContextError(
+                f"{place}: the prompt has {len(prompt)} tokens, the model's context is {limit}; shorten it"
+            )
 
 
 def generate(
@@ -108,7 +117,9 @@ def generate(
     slots = max(slots_for(request, model) for request in requests)
     rows = sum(sorted((len(r.rows) for r in requests), reverse=True)[:batch])
     engine = Engine(model, rows=rows, slots=slots, skip=skip)
-    order = sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt))  # alike prompts are prefilled together
+    order = sorted(
+        range(len(requests)), key=lambda number: -len(requests[number].prompt)
+    )  # alike prompts are prefilled together
     number_of = {engine.submit(requests[number]): number for number in order}
     completions: dict[int, Completion] = {}
     while engine.busy:
@@ -251,7 +262,9 @@ class Engine:
             self.batch = None
         return joining
 
-    def _take(self, states: list[Running], tokens: list[int], logprobs: list[float], events: list[Event]) -> None:
+    def _take(
+        self, states: list[Running], tokens: list[int], logprobs: list[float], events: list[Event]
+    ) -> None:
         """Give each request its token; those that are finished leave."""
         finished = []
         for state, token, logprob in zip(list(states), tokens, logprobs, strict=True):
@@ -265,7 +278,9 @@ class Engine:
                 completion.logprobs.append(logprob)
                 state.last = token
                 events.append(Event(state.request_id, token))
-                if ending := next((s for s in request.stop if s and tuple(completion.tokens[-len(s) :]) == s), None):
+                if ending := next(
+                    (s for s in request.stop if s and tuple(completion.tokens[-len(s) :]) == s), None
+                ):
                     completion.finish_reason = "stop"
                     del completion.tokens[-len(ending) :], completion.logprobs[-len(ending) :]
                 elif max(map(len, request.rows)) + len(completion.tokens) < slots_for(request, self.model):

@@ -9,7 +9,6 @@ Everything else that is raised is a bug and keeps its traceback.
 """
 
 
-
 class CfgsafeError(Exception):
     """Something the user can mend; `str(error)` is the one line shown."""
 
@@ -33,7 +32,3 @@ def check_at_least(least: int, options: object, *names: str) -> None:
     for name in names:
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
-
-
-
-

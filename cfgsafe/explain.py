@@ -32,7 +32,9 @@ def explain(model: Llama, tokenizer: Tokenizer, request: Request, completion: Co
         sides.append(model.head(hidden))
     set_adapters(model, None)
     full = lambda value: torch.full((len(tokens),), value, device=model.device)
-    logs = guide(sides[0], sides[-1], full(request.guidance), full(request.space == "log"), full(request.alpha))
+    logs = guide(
+        sides[0], sides[-1], full(request.guidance), full(request.space == "log"), full(request.alpha)
+    )
     at = torch.tensor(tokens, device=model.device)[:, None]
     of_token = lambda table: table.gather(1, at)[:, 0].exp().tolist()
     columns = [of_token(log_probabilities(side)) for side in (sides[0], sides[-1])] + [of_token(logs)]

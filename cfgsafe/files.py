@@ -18,7 +18,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     Raises InputError naming the line that is not a JSON object.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028 inside a string
+        lines = (
+            Path(path).read_text(encoding="utf-8").split("\n")
+        )  # splitlines() would cut at U+2028 inside a string
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({_reason(error)}); give a UTF-8 JSONL file") from None
     for number, line in enumerate(lines, start=1):
@@ -27,11 +29,15 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); one object a line") from None
+            raise InputError(
+                f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); one object a line"
+            ) from None
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: a JSON {type(row).__name__}, not an object")
         if "\\ud" in line.lower() and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise InputError(f"{path}:{number}: half of a surrogate pair (\\ud800 to \\udfff), which is not text; remove it")
+            raise InputError(
+                f"{path}:{number}: half of a surrogate pair (\\ud800 to \\udfff), which is not text; remove it"
+            )
         yield f"{path}:{number}", row
 
 
@@ -40,7 +46,9 @@ def read_json(path: Path) -> dict:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path}: not found or not readable ({_reason(error)}); give a complete checkpoint folder") from None
+        raise CheckpointError(
+            f"{path}: not found or not readable ({_reason(error)}); give a complete checkpoint folder"
+        ) from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from None
     if not isinstance(raw, dict):
@@ -80,7 +88,9 @@ def make_folder(path: str | Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"--out {path}: cannot be written ({_reason(error)}); choose another folder") from None
+        raise InputError(
+            f"--out {path}: cannot be written ({_reason(error)}); choose another folder"
+        ) from None
     return path
 
 
@@ -96,6 +106,8 @@ def read_answers(path: Path) -> dict[str, str]:
     known = {}
     for place, row in read_jsonl(path):
         if not isinstance(row.get("key"), str) or not isinstance(row.get("answer"), str):
-            raise InputError(f"{place}: needs 'key' and 'answer'; this file keeps answers between runs, so move what else it is away")
+            raise InputError(
+                f"{place}: needs 'key' and 'answer'; this file keeps answers between runs, so move what else it is away"
+            )
         known[row["key"]] = row["answer"]
     return known

@@ -12,7 +12,14 @@ from pathlib import Path
 
 from cfgsafe.errors import CheckpointError, InputError
 
-WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json", "*.jinja"]
+WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "*.jinja",
+]
 WANTED += ["special_tokens_map.json", "adapter_config.json"]
 
 # The embedded demo: what commands use where nothing else is named. Made by cfgsafe/demo, see its README.
@@ -28,7 +35,13 @@ GOLD = str(DEMO / "data" / "gold.jsonl")  # `eval.py detectors`
 WORDS = str(DEMO / "data" / "words.txt")  # words that are not broken ones
 
 
-def resolve(name: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, weights: bool = True) -> Path:
+def resolve(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    weights: bool = True,
+) -> Path:
     """The folder of a checkpoint or adapter given as a folder or a hub id ("owner/name").
 
     Raises CheckpointError when there is neither, or the hub cannot be reached or refuses.
@@ -48,14 +61,20 @@ def resolve(name: str | Path, *, revision: str | None = None, cache_dir: str | P
 
     wanted = WANTED if weights else [pattern for pattern in WANTED if "safetensors" not in pattern]
     try:
-        return Path(snapshot_download(str(name), revision=revision, cache_dir=cache_dir, allow_patterns=wanted))
+        return Path(
+            snapshot_download(str(name), revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
+        )
     except HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else "no answer"
-        raise CheckpointError(f"{name}: no such folder, and the hub refuses it ({code}); check the name and your access token") from None
+        raise CheckpointError(
+            f"{name}: no such folder, and the hub refuses it ({code}); check the name and your access token"
+        ) from None
     except HFValidationError:
         raise CheckpointError(f"{name}: no such folder, and not the form of a hub id (owner/name)") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
-        raise CheckpointError(f"{name}: no such folder, and the hub cannot be reached; download it first") from None
+        raise CheckpointError(
+            f"{name}: no such folder, and the hub cannot be reached; download it first"
+        ) from None
 
 
 def dataset_file(repository: str, name: str) -> Path:
@@ -67,6 +86,10 @@ def dataset_file(repository: str, name: str) -> Path:
         return Path(hf_hub_download(repository, name, repo_type="dataset"))
     except HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else "no answer"
-        raise InputError(f"{repository}/{name}: the hub refuses it ({code}); check your access token, or give a local file") from None
+        raise InputError(
+            f"{repository}/{name}: the hub refuses it ({code}); check your access token, or give a local file"
+        ) from None
     except OSError:  # the hub's own errors of connection and cache are kinds of it
-        raise InputError(f"{repository}/{name}: the hub cannot be reached; download it first, or give a local file") from None
+        raise InputError(
+            f"{repository}/{name}: the hub cannot be reached; download it first, or give a local file"
+        ) from None

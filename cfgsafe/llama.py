@@ -36,23 +36,36 @@ class LlamaConfig:
     max_position_embeddings: int = field(compare=False)
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    rope_scaling: dict | None = None  # {"rope_type": "llama3", "factor", "low_freq_factor", ...}, {"rope_type": "linear", "factor"} or None
+    rope_scaling: dict | None = (
+        None  # {"rope_type": "llama3", "factor", "low_freq_factor", ...}, {"rope_type": "linear", "factor"} or None
+    )
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
     bos_token_id: int | None = field(default=None, compare=False)
     eos_token_id: int | list[int] | None = field(default=None, compare=False)
-    extra: dict = field(default_factory=dict, compare=False)  # other keys of config.json, written back untouched
+    extra: dict = field(
+        default_factory=dict, compare=False
+    )  # other keys of config.json, written back untouched
 
     @staticmethod
     def from_dict(raw: dict) -> "LlamaConfig":
         """Read a `config.json`; both RoPE spellings (`rope_scaling` and `rope_parameters`). Raises CheckpointError naming the field."""
         raw = dict(raw)
-        for name, supported in (("model_type", "llama"), ("hidden_act", "silu"), ("quantization_config", None)):
+        for name, supported in (
+            ("model_type", "llama"),
+            ("hidden_act", "silu"),
+            ("quantization_config", None),
+        ):
             if raw.get(name, supported) != supported:
-                raise CheckpointError(f"config.json: {name} {raw[name]!r} is not supported, only {supported!r} is")
+                raise CheckpointError(
+                    f"config.json: {name} {raw[name]!r} is not supported, only {supported!r} is"
+                )
         if rope := raw.pop("rope_parameters", None):
-            raw |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}
+            raw |= {
+                "rope_theta": rope.get("rope_theta", 10000.0),
+                "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"},
+            }
         raw["rope_scaling"] = _read_scaling(raw.get("rope_scaling"))
         raw.setdefault("rope_theta", 10000.0)  # Llama 1 and 2 leave it out
         raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw.get("num_attention_heads")
@@ -62,7 +75,9 @@ class LlamaConfig:
         raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         raw.setdefault("max_position_embeddings", 2048)
         if raw["head_dim"] % 2 or raw["num_attention_heads"] % raw["num_key_value_heads"]:
-            raise CheckpointError("config.json: head_dim must be even and num_attention_heads a multiple of num_key_value_heads")
+            raise CheckpointError(
+                "config.json: head_dim must be even and num_attention_heads a multiple of num_key_value_heads"
+            )
         known = {f.name for f in fields(LlamaConfig)} - {"extra"}
         extra = {key: value for key, value in raw.items() if key not in known}
         return LlamaConfig(**{key: value for key, value in raw.items() if key in known}, extra=extra)
@@ -71,7 +86,13 @@ class LlamaConfig:
         """The `config.json` that `transformers` and we read back."""
         own = asdict(self)
         extra = own.pop("extra")
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **extra, **own}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            **extra,
+            **own,
+        }
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -80,7 +101,10 @@ class LlamaConfig:
         return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
 
 
-SCALING_FIELDS = {"llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), "linear": ("factor",)}
+SCALING_FIELDS = {
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "linear": ("factor",),
+}
 
 
 def _read_scaling(scaling: dict | None) -> dict | None:
@@ -89,7 +113,9 @@ def _read_scaling(scaling: dict | None) -> dict | None:
     if kind == "default":
         return None
     if kind not in SCALING_FIELDS:
-        raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; {', '.join(SCALING_FIELDS)} and default are")
+        raise CheckpointError(
+            f"config.json: rope_type {kind!r} is not supported; {', '.join(SCALING_FIELDS)} and default are"
+        )
     for name in SCALING_FIELDS[kind]:
         if not isinstance(scaling.get(name), (int, float)):
             raise CheckpointError(f"config.json: rope_scaling of type {kind!r} needs the number {name!r}")
@@ -102,7 +128,9 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     linear scaling divides them by `factor`; llama3 (Llama 3.1) keeps wavelengths shorter than original/high_freq_factor, divides
     those longer than original/low_freq_factor by `factor`, and interpolates between.
     """
-    even = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu")  # arithmetic on the meta device imports torch._dynamo
+    even = torch.arange(
+        0, config.head_dim, 2, dtype=torch.int64, device="cpu"
+    )  # arithmetic on the meta device imports torch._dynamo
     frequency = 1.0 / config.rope_theta ** (even.float() / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
@@ -150,7 +178,9 @@ class KVCache:
         for mine, theirs in ((self.keys, source.keys), (self.values, source.values)):
             mine[:, target, :, :slots] = theirs[:, row, :, :slots]
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, *, alone: bool) -> tuple[Tensor, Tensor]:
+    def write(
+        self, layer: int, positions: Tensor, k: Tensor, v: Tensor, *, alone: bool
+    ) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) at `positions` (B, T); return all of the layer's rows, (B, K, S, D) twice, or k and v `alone`."""
         keys, values = self.keys[layer], self.values[layer]
         keys[self.rows, :, positions] = k.transpose(1, 2)
@@ -187,7 +217,12 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        C, H, K, D = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.head_dim = D
         self.q_proj = Linear(C, H * D, bias=config.attention_bias)
         self.k_proj = Linear(C, K * D, bias=config.attention_bias)
@@ -196,7 +231,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, store) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(q, *rope), rotate(k, *rope)  # (B, H, T, D), (B, K, T, D)
         if store is not None:
             k, v = store(k, v)  # (B, K, S, D)
@@ -205,9 +243,15 @@ class Attention(nn.Module):
         parts = []
         if T > Q:
             before = slice(0, T - Q)
-            parts.append(F.scaled_dot_product_attention(q[:, :, before], k[:, :, before], v[:, :, before], is_causal=True, enable_gqa=True))
+            parts.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, before], k[:, :, before], v[:, :, before], is_causal=True, enable_gqa=True
+                )
+            )
         if Q:  # the G query heads of a kv head side by side, so that keys and values are not copied for each
-            out = F.scaled_dot_product_attention(q[:, :, T - Q :].reshape(B, K, G * Q, -1), k, v, attn_mask=mask)
+            out = F.scaled_dot_product_attention(
+                q[:, :, T - Q :].reshape(B, K, G * Q, -1), k, v, attn_mask=mask
+            )
             parts.append(out.view(B, K * G, Q, -1))
         out = torch.cat(parts, 2) if len(parts) > 1 else parts[0]  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
@@ -240,7 +284,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        drawn = torch.randn(config.vocab_size, config.hidden_size)  # as nn.Embedding does, but without torch._dynamo on the meta device
+        drawn = torch.randn(
+            config.vocab_size, config.hidden_size
+        )  # as nn.Embedding does, but without torch._dynamo on the meta device
         self.embed_tokens = nn.Embedding.from_pretrained(drawn, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -256,11 +302,21 @@ class Llama(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.shares: dict[str, float | Tensor] = {}  # attached adapter -> how much of it each row takes (cfgsafe.lora)
+        self.shares: dict[
+            str, float | Tensor
+        ] = {}  # attached adapter -> how much of it each row takes (cfgsafe.lora)
         self.recomputed = 0  # blocks whose activations the backward computes again, to save memory
-        self.register_buffer("frequencies", rope_frequencies(config).to(self.lm_head.weight.device), persistent=False)
+        self.register_buffer(
+            "frequencies", rope_frequencies(config).to(self.lm_head.weight.device), persistent=False
+        )
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Final hidden states (B, T, C) of `tokens` (B, T) at `positions` (B, T), by default 0..T-1.
 
         With a cache, the tokens are stored in it; with positions they also attend to what it holds at lower ones. Otherwise a token

@@ -29,7 +29,9 @@ STEADY = 4  # steps a batch must stay before it is captured
 class Settings:
     """How the engine computes what it computes."""
 
-    log_path: str = "hidden"  # log space without a mask: combine hidden states before the head, or "logits" after it
+    log_path: str = (
+        "hidden"  # log space without a mask: combine hidden states before the head, or "logits" after it
+    )
     skip: bool = False  # leave out negative rows that provably cannot change the token
     graphs: bool = True  # CUDA graphs on a GPU
 
@@ -44,12 +46,20 @@ class Choice:
         for request in requests:
             rows.append(at)
             at += len(request.rows)
-        before = [r.guided and r.space == "log" and r.alpha == 0 and settings.log_path == "hidden" for r in requests]
+        before = [
+            r.guided and r.space == "log" and r.alpha == 0 and settings.log_path == "hidden" for r in requests
+        ]
         after = [r.guided and not b for r, b in zip(requests, before, strict=True)]
         self.model = model
         self.positive = tensor(rows, torch.long)
-        self.other = tensor([row + b for row, b in zip(rows, before, strict=True)], torch.long) if any(before) else None
-        self.g = tensor([r.guidance if b else 1.0 for r, b in zip(requests, before, strict=True)], torch.float32)
+        self.other = (
+            tensor([row + b for row, b in zip(rows, before, strict=True)], torch.long)
+            if any(before)
+            else None
+        )
+        self.g = tensor(
+            [r.guidance if b else 1.0 for r, b in zip(requests, before, strict=True)], torch.float32
+        )
         self.negative = tensor([row + 1 for row, a in zip(rows, after, strict=True) if a], torch.long)
         places = iter(range(len(requests), 2 * len(requests)))
         self.sampling = Sampling(
@@ -88,8 +98,12 @@ class Batch:
         owners = [number for number, state in enumerate(running) for _ in state.lengths]
         self.owner = torch.tensor(owners, device=model.device)
         self.tokens = torch.tensor([state.last for state in running], device=model.device)
-        self.logprobs = torch.zeros(len(running), device=model.device, dtype=widen(torch.empty(0, dtype=model.dtype)).dtype)
-        self.positions = torch.tensor([length for state in running for length in state.lengths], device=model.device)[:, None]
+        self.logprobs = torch.zeros(
+            len(running), device=model.device, dtype=widen(torch.empty(0, dtype=model.dtype)).dtype
+        )
+        self.positions = torch.tensor(
+            [length for state in running for length in state.lengths], device=model.device
+        )[:, None]
         set_adapters(model, [running[owner].request.adapter for owner in owners])
         self.shares = dict(model.shares)
         self.slots = self.steps = 0
@@ -98,7 +112,9 @@ class Batch:
     def step(self) -> tuple[list[int], list[float]]:
         """Feed each request its last token; returns the next ones and their log-probabilities."""
         self.model.shares.update(self.shares)
-        needed = max(len(ids) + len(state.completion.tokens) for state in self.running for ids in state.request.rows)
+        needed = max(
+            len(ids) + len(state.completion.tokens) for state in self.running for ids in state.request.rows
+        )
         if needed > self.slots:
             self.slots = min(-(-needed // SLOT_STEP) * SLOT_STEP, self.cache.keys.shape[3])
             self.view, self.graph, self.steps = self.cache.part(len(self.owner), self.slots), None, 0
@@ -133,8 +149,12 @@ class Batch:
         hidden[firsts] = self._forward(last, at, firsts)[:, 0]
         guided = [number for number, state in enumerate(running) if state.request.guided]
         if guided:
-            sure = certified(model.head(hidden[firsts[guided]]), [running[number].request for number in guided]).tolist()
-            hidden[firsts[guided] + 1] = hidden[firsts[guided]]  # where it is sure, the positive row alone gives the same token
+            sure = certified(
+                model.head(hidden[firsts[guided]]), [running[number].request for number in guided]
+            ).tolist()
+            hidden[firsts[guided] + 1] = hidden[
+                firsts[guided]
+            ]  # where it is sure, the positive row alone gives the same token
             asked = [number for number, yes in zip(guided, sure, strict=True) if not yes]
             for number, yes in zip(guided, sure, strict=True):
                 running[number].completion.skipped += yes
@@ -149,13 +169,19 @@ class Batch:
     def _catch_up(self, numbers: list[int], hidden: Tensor) -> None:
         """Feed the negative rows of requests `numbers` what they lack, and put their last hidden states into `hidden`."""
         states = [self.running[number] for number in numbers]
-        missed = [state.completion.tokens[state.lengths[1] - len(state.request.negative) :] for state in states]
+        missed = [
+            state.completion.tokens[state.lengths[1] - len(state.request.negative) :] for state in states
+        ]
         width = max(map(len, missed))
         rows = self.choice.positive[numbers] + 1
-        fed = torch.tensor([tokens + tokens[-1:] * (width - len(tokens)) for tokens in missed], device=rows.device)
+        fed = torch.tensor(
+            [tokens + tokens[-1:] * (width - len(tokens)) for tokens in missed], device=rows.device
+        )
         starts = torch.tensor([state.lengths[1] for state in states], device=rows.device)[:, None]
         last = torch.tensor([len(tokens) - 1 for tokens in missed], device=rows.device)
-        positions = starts + torch.minimum(torch.arange(width, device=rows.device), last[:, None])  # padding writes the last token again
+        positions = starts + torch.minimum(
+            torch.arange(width, device=rows.device), last[:, None]
+        )  # padding writes the last token again
         hidden[rows] = self._forward(fed, positions, rows)[torch.arange(len(rows), device=rows.device), last]
         for state, tokens in zip(states, missed, strict=True):
             state.lengths[1] += len(tokens)
@@ -190,9 +216,15 @@ class Prefill:
 
     def __call__(self, states: list, first_row: int) -> tuple[list[int], list[float]]:
         """Fill the rows of `states` from `first_row` on; returns their first tokens and log-probabilities."""
-        rows = [(state.request.adapter, side, ids) for state in states for side, ids in enumerate(state.request.rows)]
+        rows = [
+            (state.request.adapter, side, ids)
+            for state in states
+            for side, ids in enumerate(state.request.rows)
+        ]
         prefixes = self._prefixes(rows)
-        hidden = torch.empty(len(rows), self.model.config.hidden_size, device=self.model.device, dtype=self.model.dtype)
+        hidden = torch.empty(
+            len(rows), self.model.config.hidden_size, device=self.model.device, dtype=self.model.dtype
+        )
         groups: dict[tuple | None, list[int]] = {}
         for number, key in enumerate(prefixes):
             groups.setdefault(key, []).append(number)
@@ -200,13 +232,20 @@ class Prefill:
             shared, source = self.prefixes[key] if key else ([], None)
             while numbers:
                 width = max(len(rows[number][2]) for number in numbers) - len(shared)
-                some, numbers = numbers[: max(1, PREFILL_TOKENS // width)], numbers[max(1, PREFILL_TOKENS // width) :]
-                hidden[some] = self._fill([rows[number] for number in some], [first_row + number for number in some], shared, source)
+                some, numbers = (
+                    numbers[: max(1, PREFILL_TOKENS // width)],
+                    numbers[max(1, PREFILL_TOKENS // width) :],
+                )
+                hidden[some] = self._fill(
+                    [rows[number] for number in some], [first_row + number for number in some], shared, source
+                )
         set_adapters(self.model, None)
         tokens, logprobs = Choice(self.model, states, self.settings)(hidden)
         return tokens.tolist(), logprobs.tolist()
 
-    def _fill(self, rows: list[tuple], targets: list[int], shared: list[int], source: KVCache | None) -> Tensor:
+    def _fill(
+        self, rows: list[tuple], targets: list[int], shared: list[int], source: KVCache | None
+    ) -> Tensor:
         """Compute prompts after their `shared` beginning and store them in rows `targets`; last hidden states (rows, C)."""
         model, p = self.model, len(shared)
         rest = [ids[p:] for _, _, ids in rows]
@@ -221,7 +260,10 @@ class Prefill:
         hidden = model(tokens, positions, scratch)
         for row, (target, ids) in enumerate(zip(targets, rest, strict=True)):
             self.cache.copy(target, scratch, row, p + len(ids))
-        return hidden[torch.arange(len(rows), device=model.device), torch.tensor([len(ids) - 1 for ids in rest], device=model.device)]
+        return hidden[
+            torch.arange(len(rows), device=model.device),
+            torch.tensor([len(ids) - 1 for ids in rest], device=model.device),
+        ]
 
     def _prefixes(self, rows: list[tuple]) -> list[tuple | None]:
         """For each row (adapter, side of the pair, ids) the key of the stored beginning it can start from, or None."""
@@ -232,8 +274,14 @@ class Prefill:
         for key, prompts in together.items():
             known = self.prefixes.get(key, ([], None))[0]
             shared = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
-            if len(prompts) > 1 and len(shared) >= PREFIX_LEAST and (not known or shared[: len(known)] != known):
-                cache = KVCache.empty(self.model.config, 1, len(shared), device=self.model.device, dtype=self.model.dtype)
+            if (
+                len(prompts) > 1
+                and len(shared) >= PREFIX_LEAST
+                and (not known or shared[: len(known)] != known)
+            ):
+                cache = KVCache.empty(
+                    self.model.config, 1, len(shared), device=self.model.device, dtype=self.model.dtype
+                )
                 set_adapters(self.model, [key[0]])
                 self.model(torch.tensor([shared], device=self.model.device), cache=cache)
                 self.computed += len(shared)

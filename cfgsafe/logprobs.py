@@ -24,7 +24,9 @@ COPY_BYTES = 8  # a logit in the base's dtype, in float32, and its probability i
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """log p of `targets` (...) under `logits` (..., V), at least in float32."""
-    return -F.cross_entropy(_wide(logits).flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+    return -F.cross_entropy(_wide(logits).flatten(0, -2), targets.flatten(), reduction="none").view_as(
+        targets
+    )
 
 
 def head_logprobs(model: Llama, hidden: Tensor, targets: Tensor, logit_bytes: int | None = None) -> Tensor:

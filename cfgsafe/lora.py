@@ -31,8 +31,26 @@ PREFIX = "base_model.model."
 DEFAULT = "default"
 TIED = "the adapter sits on lm_head, which is tied to the embedding; it cannot be merged"
 # Settings of adapter_config.json that we honour, or that change nothing; any other one that is set is refused by name.
-HONOURED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern", "cfgsafe_bits"}
-HARMLESS = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "megatron_core"}
+HONOURED = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "cfgsafe_bits",
+}
+HARMLESS = {
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "megatron_core",
+}
 HARMLESS |= {"qalora_group_size", "runtime_config", "eva_config", "layers_pattern", "ensure_weight_tying"}
 INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change the base's weights
 
@@ -44,9 +62,13 @@ class LoRAConfig:
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] | str = TARGETS  # suffixes of layer names, or one regular expression for whole names
+    targets: tuple[str, ...] | str = (
+        TARGETS  # suffixes of layer names, or one regular expression for whole names
+    )
     rslora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)  # regular expression for the end of a layer's name -> its own rank
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict
+    )  # regular expression for the end of a layer's name -> its own rank
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     bits: float | None = None  # 1.58: ternary weights
 
@@ -58,7 +80,9 @@ class LoRAConfig:
 
     def shape(self, name: str) -> tuple[int, float]:
         """(rank, scale) of the layer `name`."""
-        own = lambda pattern, default: next((v for key, v in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+        own = lambda pattern, default: next(
+            (v for key, v in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default
+        )
         rank, alpha = own(self.rank_pattern, self.rank), own(self.alpha_pattern, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
@@ -132,7 +156,9 @@ class LoRALinear(nn.Module):
         return total.to(y.dtype)
 
 
-def attach(model: Llama, config: LoRAConfig, name: str = DEFAULT, *, device: str | None = None) -> list[nn.Parameter]:
+def attach(
+    model: Llama, config: LoRAConfig, name: str = DEFAULT, *, device: str | None = None
+) -> list[nn.Parameter]:
     """Put a fresh adapter on the layers `config` covers, in place, for all rows; only its parameters, which are returned, stay trainable.
 
     It lies on `device`, by default on that of the layer. Raises CheckpointError when the name is taken or no layer is covered.
@@ -142,7 +168,9 @@ def attach(model: Llama, config: LoRAConfig, name: str = DEFAULT, *, device: str
     if not re.fullmatch(r"[\w-]+", name):
         raise CheckpointError(f"an adapter cannot be called {name!r}: letters, digits, - and _ only")
     if name in model.shares:
-        raise CheckpointError(f"the model already carries an adapter {name!r}; detach it first or choose another name")
+        raise CheckpointError(
+            f"the model already carries an adapter {name!r}; detach it first or choose another name"
+        )
     parameters = []
     for path, module in list(model.named_modules()):
         path = path.removesuffix(".base")
@@ -156,7 +184,9 @@ def attach(model: Llama, config: LoRAConfig, name: str = DEFAULT, *, device: str
         layers[path].updates[name] = update
         parameters += [update.lora_A, update.lora_B]
     if not parameters:
-        raise CheckpointError(f"no linear layer of the model is called as the adapter's target_modules {config.targets} say")
+        raise CheckpointError(
+            f"no linear layer of the model is called as the adapter's target_modules {config.targets} say"
+        )
     model.shares[name] = 1.0
     return parameters
 
@@ -189,7 +219,9 @@ def adapted_layers(model: Llama) -> dict[str, LoRALinear]:
 
 def adapter_updates(model: Llama, name: str = DEFAULT) -> dict[str, Update]:
     """Layer name -> the update of adapter `name`."""
-    return {path: layer.updates[name] for path, layer in adapted_layers(model).items() if name in layer.updates}
+    return {
+        path: layer.updates[name] for path, layer in adapted_layers(model).items() if name in layer.updates
+    }
 
 
 def merge(model: Llama, name: str = DEFAULT) -> dict[str, Tensor]:
@@ -225,7 +257,9 @@ def adapter_parameters(model: Llama, name: str = DEFAULT) -> dict[str, nn.Parame
     }
 
 
-def save_adapter(folder: str | Path, model: Llama, config: LoRAConfig, *, base: str, name: str = DEFAULT) -> None:
+def save_adapter(
+    folder: str | Path, model: Llama, config: LoRAConfig, *, base: str, name: str = DEFAULT
+) -> None:
     """Write an attached adapter as a PEFT folder."""
     write_adapter(folder, adapter_parameters(model, name), config, base=base)
 
@@ -241,7 +275,9 @@ def write_adapter(folder: str | Path, weights: dict[str, Tensor], config: LoRACo
         (temporary / CONFIG).write_text(json.dumps(_config_json(config, base), indent=2) + "\n")
 
 
-def load_adapter(folder: str | Path, model: Llama, name: str = DEFAULT, *, device: str | None = None) -> LoRAConfig:
+def load_adapter(
+    folder: str | Path, model: Llama, name: str = DEFAULT, *, device: str | None = None
+) -> LoRAConfig:
     """Attach the adapter of a PEFT folder to `model`, on `device` as in `attach`.
 
     Raises CheckpointError naming the setting or tensor that does not fit.
@@ -254,7 +290,9 @@ def load_adapter(folder: str | Path, model: Llama, name: str = DEFAULT, *, devic
         for part in ("lora_A", "lora_B"):
             fill(getattr(update, part), found, f"{PREFIX}{path}.{part}", update.ternary, folder)
     if found:
-        raise CheckpointError(f"{folder}: unexpected tensor {min(found)!r}; the adapter is for another base model")
+        raise CheckpointError(
+            f"{folder}: unexpected tensor {min(found)!r}; the adapter is for another base model"
+        )
     model.requires_grad_(False).eval()
     return config
 
@@ -269,7 +307,9 @@ def fill(parameter: nn.Parameter, found: dict[str, Tensor], key: str, is_ternary
     weight = unpack(*stored, parameter.shape) if is_ternary else stored[0]
     if weight is None or weight.shape != parameter.shape:
         asked = tuple(parameter.shape)
-        raise CheckpointError(f"{folder}: tensor {names[0]!r} has shape {tuple(stored[0].shape)}, the base model asks for {asked}")
+        raise CheckpointError(
+            f"{folder}: tensor {names[0]!r} has shape {tuple(stored[0].shape)}, the base model asks for {asked}"
+        )
     parameter.data.copy_(weight)
 
 
@@ -288,9 +328,15 @@ def read_adapter_config(folder: Path) -> LoRAConfig:
         raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported, only 'LORA' is")
     if raw.get("init_lora_weights") not in INITIALISATIONS:
         kind = raw["init_lora_weights"]
-        raise CheckpointError(f"{path}: init_lora_weights={kind!r} changes the base's weights; convert the adapter to plain LoRA")
+        raise CheckpointError(
+            f"{path}: init_lora_weights={kind!r} changes the base's weights; convert the adapter to plain LoRA"
+        )
     for name, value in raw.items():
-        if name not in HONOURED | HARMLESS | {"init_lora_weights"} and value and (name, value) != ("bias", "none"):
+        if (
+            name not in HONOURED | HARMLESS | {"init_lora_weights"}
+            and value
+            and (name, value) != ("bias", "none")
+        ):
             raise CheckpointError(f"{path}: {name}={value!r} is not supported")
     rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
@@ -298,9 +344,17 @@ def read_adapter_config(folder: Path) -> LoRAConfig:
     if targets == "all-linear":
         targets = list(TARGETS)
     if not isinstance(targets, (list, str)):
-        raise CheckpointError(f"{path}: 'target_modules' must be a list of layer names or a regular expression")
-    if odd := [t for t in targets if t.split(".")[-1] not in (*TARGETS, HEAD)] if isinstance(targets, list) else []:
-        raise CheckpointError(f"{path}: target_modules names {odd[0]!r}; supported are {', '.join((*TARGETS, HEAD))}")
+        raise CheckpointError(
+            f"{path}: 'target_modules' must be a list of layer names or a regular expression"
+        )
+    if (
+        odd := [t for t in targets if t.split(".")[-1] not in (*TARGETS, HEAD)]
+        if isinstance(targets, list)
+        else []
+    ):
+        raise CheckpointError(
+            f"{path}: target_modules names {odd[0]!r}; supported are {', '.join((*TARGETS, HEAD))}"
+        )
     return LoRAConfig(
         rank,
         alpha,

@@ -26,7 +26,11 @@ def log1mexp(x: Tensor) -> Tensor:
     """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     small = x > -0.6931472
-    return torch.where(small, torch.log(-torch.expm1(torch.where(small, x, -1.0))), torch.log1p(-torch.exp(torch.where(small, -1.0, x))))
+    return torch.where(
+        small,
+        torch.log(-torch.expm1(torch.where(small, x, -1.0))),
+        torch.log1p(-torch.exp(torch.where(small, -1.0, x))),
+    )
 
 
 def pooled_nll(logprobs: Tensor, pairs: int, tokens: int) -> Tensor:
@@ -78,7 +82,9 @@ class Settings(Protocol):
     share_prefix: bool
 
 
-def objective_loss(options: Settings, means: Tensor, ratios: Tensor, nll: Tensor, answer_nll: Tensor) -> Tensor:
+def objective_loss(
+    options: Settings, means: Tensor, ratios: Tensor, nll: Tensor, answer_nll: Tensor
+) -> Tensor:
     """The objective's loss of each pair, (B,), from `means` and `ratios` (2, B) of chosen and rejected and the shares (B,) of both NLLs."""
     match options.objective:
         case "orpo":

@@ -29,7 +29,11 @@ from cfgsafe.tokenizer import Messages
 FIRST_WAIT = 0.5  # seconds before the second attempt; doubles with each
 LONGEST_WAIT = 300.0  # seconds; whatever Retry-After says
 OUTAGE = 8  # questions failed in a row, after which the endpoint counts as down
-QUESTION_REFUSED = (400, 413, 422)  # statuses that speak of one question; other refusals are of the key, the model or all questions
+QUESTION_REFUSED = (
+    400,
+    413,
+    422,
+)  # statuses that speak of one question; other refusals are of the key, the model or all questions
 
 
 @dataclass
@@ -108,7 +112,9 @@ def check_service(service: Service) -> None:
     _client(service).close()
 
 
-def ask(service: Service, questions: list[Question], cache: Path, what: str, meter: Meter | None = None) -> list[str | None]:
+def ask(
+    service: Service, questions: list[Question], cache: Path, what: str, meter: Meter | None = None
+) -> list[str | None]:
     """The answer to each question, in order. `what` names the questions in messages.
 
     Answers are kept in the JSONL file `cache` as they come; a question that has one there is not asked again, and one that stands
@@ -123,7 +129,10 @@ def ask(service: Service, questions: list[Question], cache: Path, what: str, met
     todo = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
     if todo:
         if meter is None:
-            print(f"{what}: {_estimate(service, list(todo.values()), len(set(keys)) - len(todo))}", file=sys.stderr)
+            print(
+                f"{what}: {_estimate(service, list(todo.values()), len(set(keys)) - len(todo))}",
+                file=sys.stderr,
+            )
         _ask_all(service, todo, known, cache, what, meter)
     return [known.get(key) for key in keys]
 
@@ -137,7 +146,9 @@ def key_of(service: Service, question: Question) -> str:
 
 
 def _estimate(service: Service, questions: list[Question], kept: int) -> str:
-    characters = sum(len(q.prompt) if q.messages is None else sum(len(m["content"]) for m in q.messages) for q in questions)
+    characters = sum(
+        len(q.prompt) if q.messages is None else sum(len(m["content"]) for m in q.messages) for q in questions
+    )
     tokens_in, tokens_out = characters // 4, sum(q.max_tokens for q in questions)
     line = f"{len(questions)} questions to ask ({kept} answered before), about {tokens_in} tokens in (characters / 4)"
     line += f", at most {tokens_out} out"
@@ -146,7 +157,14 @@ def _estimate(service: Service, questions: list[Question], kept: int) -> str:
     return f"{line}, at most about {(tokens_in * service.price_in + tokens_out * service.price_out) / 1e6:.2f} USD"
 
 
-def _ask_all(service: Service, todo: dict[str, Question], known: dict[str, str], cache: Path, what: str, meter: Meter | None) -> None:
+def _ask_all(
+    service: Service,
+    todo: dict[str, Question],
+    known: dict[str, str],
+    cache: Path,
+    what: str,
+    meter: Meter | None,
+) -> None:
     """Answers to `known` and `cache`. Stops where the endpoint refuses (with a meter: the key or model), is down, or the meter is spent."""
     client, lock, stop, errors, in_a_row = _client(service), threading.Lock(), threading.Event(), [], 0
     fatal = lambda error: isinstance(error, InputError) and (meter is None or not isinstance(error, _Refused))
@@ -188,7 +206,9 @@ def _ask_all(service: Service, todo: dict[str, Question], known: dict[str, str],
     remain = sum(key not in known for key in todo)
     for error in errors:
         if fatal(error):
-            raise InputError(f"{what}: {error}; {remain} of {len(todo)} questions remain, running again resumes") from None
+            raise InputError(
+                f"{what}: {error}; {remain} of {len(todo)} questions remain, running again resumes"
+            ) from None
     if meter is not None and errors:
         print(f"{what}: {remain} of {len(todo)} questions without an answer ({errors[-1]})", file=sys.stderr)
     elif meter is None and remain:
@@ -217,7 +237,11 @@ def _attempt(client, service: Service, question: Question) -> str:
     """Ask once. Raises _Failed where asking again may help, InputError where it cannot."""
     import openai
 
-    settings = {"model": service.remote_model, "max_tokens": question.max_tokens, "temperature": question.temperature}
+    settings = {
+        "model": service.remote_model,
+        "max_tokens": question.max_tokens,
+        "temperature": question.temperature,
+    }
     if question.seed is not None:
         settings["seed"] = question.seed
     if question.top_p is not None:
@@ -268,14 +292,12 @@ def _retry_after(header: str | None) -> float | None:
 
 def _refusal(status: int, model: str) -> str:
     if status in (401, 403):
-        return f"the endpoint refuses the key (HTTP {status}); set OPENAI_API_KEY to one that may use {model!r}"
-    if status == 404:
         return (
-            f"the endpoint knows no model {model!r}, or no such path (HTTP 404); check --remote-model and OPENAI_BASE_URL (mostly .../v1)"
+            f"the endpoint refuses the key (HTTP {status}); set OPENAI_API_KEY to one that may use {model!r}"
         )
-    return (
-        f"the endpoint refuses the question (HTTP {status}); check that {model!r} takes max_tokens, temperature and prompts of this length"
-    )
+    if status == 404:
+        return f"the endpoint knows no model {model!r}, or no such path (HTTP 404); check --remote-model and OPENAI_BASE_URL (mostly .../v1)"
+    return f"the endpoint refuses the question (HTTP {status}); check that {model!r} takes max_tokens, temperature and prompts of this length"
 
 
 def _client(service: Service):

@@ -79,8 +79,12 @@ def load(subject: Subject, adapters: dict[str, str] | None = None) -> tuple[Llam
     try:
         torch.empty(0, device=subject.device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {subject.device}: cannot be used ({str(error).splitlines()[0]})") from None
-    model = load_model(subject.model, device=subject.device, dtype=DTYPES[subject.dtype], adapter=adapters or subject.adapter)
+        raise InputError(
+            f"--device {subject.device}: cannot be used ({str(error).splitlines()[0]})"
+        ) from None
+    model = load_model(
+        subject.model, device=subject.device, dtype=DTYPES[subject.dtype], adapter=adapters or subject.adapter
+    )
     return model, load_tokenizer(subject.model)
 
 
@@ -112,15 +116,23 @@ def answers(
 
     Each answer is written to the JSONL file `kept` as it comes; a later call with the same requests reads those that are there.
     """
-    requests = [request_for(subject, tokenizer, messages, max_new_tokens=max_new_tokens) for messages in conversations]
+    requests = [
+        request_for(subject, tokenizer, messages, max_new_tokens=max_new_tokens) for messages in conversations
+    ]
     for number, request in enumerate(requests):
         check_request(request, model, places[number] if places else f"{what} {number + 1}")
     keys = [
-        hashlib.sha256(repr((subject.model, subject.adapter, subject.dtype, request)).encode()).hexdigest()[:16] for request in requests
+        hashlib.sha256(repr((subject.model, subject.adapter, subject.dtype, request)).encode()).hexdigest()[
+            :16
+        ]
+        for request in requests
     ]
     known = read_answers(kept) if kept else {}
     todo = [number for number, key in enumerate(keys) if key not in known]
-    with tqdm(total=len(requests), initial=len(requests) - len(todo), desc=what, leave=False) as bar, _log(kept) as log:
+    with (
+        tqdm(total=len(requests), initial=len(requests) - len(todo), desc=what, leave=False) as bar,
+        _log(kept) as log,
+    ):
 
         def keep(at: int, completion: Completion) -> None:
             bar.update()
@@ -132,8 +144,6 @@ def answers(
 
         generate(model, [requests[number] for number in todo], batch=subject.batch, on_completion=keep)
     return [known[key] for key in keys]
-
-
 
 
 def _log(path: Path | None):

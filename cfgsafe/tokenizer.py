@@ -62,11 +62,20 @@ class Tokenizer:
         self.backend = Backend.from_str(json.dumps(_rename(files, self._renamed)))
         self._template = _compile(template)
         self._in_parts = self._wants_parts()
-        self._pattern = re.compile("|".join(re.escape(s) for s in sorted(self.special, key=len, reverse=True)))
-        self._first = re.compile("[" + "".join(re.escape(c) for c in sorted({s[0] for s in self.special})) + "]")
-        ends = {s[:k] for s in self.special for k in range(1, len(s))}, {s[k:] for s in self.special for k in range(1, len(s))}
+        self._pattern = re.compile(
+            "|".join(re.escape(s) for s in sorted(self.special, key=len, reverse=True))
+        )
+        self._first = re.compile(
+            "[" + "".join(re.escape(c) for c in sorted({s[0] for s in self.special})) + "]"
+        )
+        ends = (
+            {s[:k] for s in self.special for k in range(1, len(s))},
+            {s[k:] for s in self.special for k in range(1, len(s))},
+        )
         self._beginnings, self._endings = map(tuple, ends)
-        self.end_of_turn = self._closing() or ("<|eot_id|>" if "<|eot_id|>" in self.special else self.names["eos_token"])
+        self.end_of_turn = self._closing() or (
+            "<|eot_id|>" if "<|eot_id|>" in self.special else self.names["eos_token"]
+        )
         for token in (self.names["bos_token"], self.end_of_turn):
             if token not in self.special:
                 raise CheckpointError(f"tokenizer.json: control token {token!r} is missing")
@@ -78,11 +87,17 @@ class Tokenizer:
         files, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
         template = config.get("chat_template") or LLAMA31_TEMPLATE
         if isinstance(template, list):  # named templates
-            template = next((entry["template"] for entry in template if entry["name"] == "default"), LLAMA31_TEMPLATE)
+            template = next(
+                (entry["template"] for entry in template if entry["name"] == "default"), LLAMA31_TEMPLATE
+            )
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         text = lambda token: token["content"] if isinstance(token, dict) else token
-        names = {key: text(token) for key, token in config.items() if key.endswith("_token") and isinstance(token, (str, dict))}
+        names = {
+            key: text(token)
+            for key, token in config.items()
+            if key.endswith("_token") and isinstance(token, (str, dict))
+        }
         try:
             return Tokenizer(files, names, template)
         except CheckpointError:
@@ -102,9 +117,13 @@ class Tokenizer:
     def encode_chat(self, messages: Messages, *, go_on: bool = True) -> list[int]:
         """Ids of a conversation up to where the model answers; with `go_on`, an assistant's message that ends it is continued."""
         mark = _unused(messages)
-        render = lambda guard: self._chat_text([{**m, "content": guard(m["content"], mark)} for m in messages], go_on)
+        render = lambda guard: self._chat_text(
+            [{**m, "content": guard(m["content"], mark)} for m in messages], go_on
+        )
         text, strict = render(self._break_tokens), render(self._break_beginnings)
-        if self._pattern.findall(text) != self._pattern.findall(strict):  # the template has put a control token together from pieces
+        if self._pattern.findall(text) != self._pattern.findall(
+            strict
+        ):  # the template has put a control token together from pieces
             text = strict
         return self._encode_trusted(text, mark)
 
@@ -120,7 +139,9 @@ class Tokenizer:
         """
         for message in messages:
             if found := self.control_token_in(message["content"]):
-                raise InputError(f"a {message['role']} message holds the control token text {found!r}, which a flat string cannot keep")
+                raise InputError(
+                    f"a {message['role']} message holds the control token text {found!r}, which a flat string cannot keep"
+                )
         return self._chat_text(messages)
 
     def _break_tokens(self, text: str, mark: str) -> str:
@@ -151,17 +172,27 @@ class Tokenizer:
         if going_on:
             cut = text.rfind(end.strip())
             if cut < 0:
-                raise InputError("the chat template leaves out the assistant's message that is to be continued")
+                raise InputError(
+                    "the chat template leaves out the assistant's message that is to be continued"
+                )
             text = text[:cut] if text[cut:].startswith(end) else text[:cut].rstrip()
         return text
 
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        return self._template(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self.names)
+        return self._template(
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self.names,
+        )
 
     def _wants_parts(self) -> bool:
         """Whether the template shows a text in a list of parts, but not as a string."""
         probe = _unused([])
-        shown = lambda content: probe in self._render([{"role": "user", "content": content}], add_generation_prompt=True)
+        shown = lambda content: (
+            probe in self._render([{"role": "user", "content": content}], add_generation_prompt=True)
+        )
         try:
             return not shown(probe) and shown(_parts(probe))
         except Exception:  # a template may fail in any way at a conversation or content that it does not know
@@ -185,13 +216,23 @@ class Tokenizer:
 
 def _rename(files: dict, renamed: dict[str, str]) -> dict:
     """`tokenizer.json` with other names for its control tokens and nothing that adds any."""
-    added = [{**token, "content": renamed.get(token["content"], token["content"])} for token in files["added_tokens"]]
+    added = [
+        {**token, "content": renamed.get(token["content"], token["content"])}
+        for token in files["added_tokens"]
+    ]
     model = dict(files["model"])
     if isinstance(model.get("vocab"), dict):
         model["vocab"] = {renamed.get(token, token): number for token, number in model["vocab"].items()}
     if model.get("unk_token") in renamed:
         model["unk_token"] = renamed[model["unk_token"]]
-    return {**files, "added_tokens": added, "model": model, "post_processor": None, "truncation": None, "padding": None}
+    return {
+        **files,
+        "added_tokens": added,
+        "model": model,
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }
 
 
 def _compile(template: str):
@@ -207,10 +248,16 @@ def _compile(template: str):
 
         def parse(self, parser) -> nodes.Node:
             line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+            return nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = lambda x, indent=None, **options: json.dumps(x, indent=indent, **{"ensure_ascii": False, **options})
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = lambda x, indent=None, **options: json.dumps(
+        x, indent=indent, **{"ensure_ascii": False, **options}
+    )
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template).render

@@ -15,8 +15,18 @@ from triton.compiler import ASTSource
 
 from . import guidance
 
-POINTERS = {"positive": "*i64", "negative": "*i64", "log_space": "*i8", "top_k": "*i32", "seed": "*i64", "step": "*i64", "tokens": "*i64"}
-POINTERS |= dict.fromkeys(("guidance", "alpha", "temperature", "top_p", "parts", "scores", "logprobs"), "*fp32")
+POINTERS = {
+    "positive": "*i64",
+    "negative": "*i64",
+    "log_space": "*i8",
+    "top_k": "*i32",
+    "seed": "*i64",
+    "step": "*i64",
+    "tokens": "*i64",
+}
+POINTERS |= dict.fromkeys(
+    ("guidance", "alpha", "temperature", "top_p", "parts", "scores", "logprobs"), "*fp32"
+)
 VOCABULARY = 128256
 
 
@@ -33,7 +43,12 @@ def kernels(logits: str) -> list[tuple[str, ASTSource]]:
             signature = {name: "constexpr" if name in fixed else POINTERS.get(name, "i32") for name in names}
             if "logits" in signature:
                 signature["logits"] = logits
-            sources.append((f"{kernel.__name__}{' top-k, top-p' if truncates else ''}", ASTSource(kernel, signature, fixed)))
+            sources.append(
+                (
+                    f"{kernel.__name__}{' top-k, top-p' if truncates else ''}",
+                    ASTSource(kernel, signature, fixed),
+                )
+            )
     return sources
 
 
@@ -43,17 +58,23 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
 
 
 def main(capability: int) -> None:
     for logits in ("*bf16", "*fp32"):
         for name, source in kernels(logits):
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+            compiled = triton.compile(
+                source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}
+            )
             used = resources(compiled.asm["cubin"])
             spills = used["STACK"] + used["LOCAL"]
-            print(f"sm_{capability} {logits[1:]} {name}: {used['REG']} registers, {used['SHARED']} bytes shared, spills {spills} bytes")
+            print(
+                f"sm_{capability} {logits[1:]} {name}: {used['REG']} registers, {used['SHARED']} bytes shared, spills {spills} bytes"
+            )
 
 
 if __name__ == "__main__":

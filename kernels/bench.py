@@ -57,22 +57,54 @@ def run(options: Options) -> None:
         times = {name: time_calls(call, sets, options) for name, call in variants(pairs, options).items()}
         ceiling = spread(times["copy"])["p50"]
         for name, seconds in times.items():
-            row = {"pairs": pairs, "variant": name, **{key: 1e6 * value for key, value in spread(seconds).items()}}
+            row = {
+                "pairs": pairs,
+                "variant": name,
+                **{key: 1e6 * value for key, value in spread(seconds).items()},
+            }
             moved = 2 * size if name == "copy" else size  # a copy also writes
             row["gb_per_second"] = moved / row["p50"] / 1e3
             row["share_of_copy"] = row["gb_per_second"] / (2 * size / ceiling / 1e9)
             rows.append(row)
-    columns = {"pairs": "{pairs}", "variant": "{variant}", "us p20": "{p20:.1f}", "p50": "{p50:.1f}", "p80": "{p80:.1f}"}
-    show(rows, columns | {"GB/s": "{gb_per_second:.1f}", "of copy": "{share_of_copy:.0%}"}, options.device, options.csv)
+    columns = {
+        "pairs": "{pairs}",
+        "variant": "{variant}",
+        "us p20": "{p20:.1f}",
+        "p50": "{p50:.1f}",
+        "p80": "{p80:.1f}",
+    }
+    show(
+        rows,
+        columns | {"GB/s": "{gb_per_second:.1f}", "of copy": "{share_of_copy:.0%}"},
+        options.device,
+        options.csv,
+    )
 
 
 def variants(pairs: int, options: Options) -> dict[str, Callable[[torch.Tensor], object]]:
     """Name -> what is timed, from logits (2 B, V), the positive rows first."""
     full = lambda value, dtype=torch.float32: torch.full((pairs,), value, dtype=dtype, device=options.device)
     rows = torch.arange(pairs, device=options.device)
-    settings = dict(positive=rows, negative=rows + pairs, guidance=full(options.guidance), alpha=full(0.0), top_p=full(1.0))
-    settings |= dict(log_space=full(options.space == "log", torch.bool), temperature=full(options.temperature), top_k=full(0, torch.int32))
-    sampling = Sampling(**settings, seed=rows, step=full(0, torch.long), truncates=False, draws=options.temperature > 0, masks=False)
+    settings = dict(
+        positive=rows,
+        negative=rows + pairs,
+        guidance=full(options.guidance),
+        alpha=full(0.0),
+        top_p=full(1.0),
+    )
+    settings |= dict(
+        log_space=full(options.space == "log", torch.bool),
+        temperature=full(options.temperature),
+        top_k=full(0, torch.int32),
+    )
+    sampling = Sampling(
+        **settings,
+        seed=rows,
+        step=full(0, torch.long),
+        truncates=False,
+        draws=options.temperature > 0,
+        masks=False,
+    )
     compiled = torch.compile(reference.next_tokens, dynamic=False)
     found: dict[str, Callable] = {"copy": lambda z, out={}: out.setdefault(0, torch.empty_like(z)).copy_(z)}
     if options.device.startswith("cuda"):

@@ -29,7 +29,9 @@ LEAST_PART = 2048
 @triton.jit
 def _load(logits, row, token, V, stride_r, stride_v):
     """A part of a row in float32, NaN as -inf and +inf as the largest."""
-    z = tl.load(logits + row * stride_r + token.to(tl.int64) * stride_v, mask=token < V, other=MINUS).to(tl.float32)
+    z = tl.load(logits + row * stride_r + token.to(tl.int64) * stride_v, mask=token < V, other=MINUS).to(
+        tl.float32
+    )
     z = tl.where(z == z, z, MINUS)
     return tl.minimum(z, HIGHEST)
 
@@ -53,7 +55,11 @@ def _join(tops, sums):
 @triton.jit
 def _gumbel(seed, token, step):
     bits, _, _, _ = tl.philox(
-        seed, token.to(tl.uint32), token.to(tl.uint32) * 0 + step.to(tl.uint32), token.to(tl.uint32) * 0, token.to(tl.uint32) * 0
+        seed,
+        token.to(tl.uint32),
+        token.to(tl.uint32) * 0 + step.to(tl.uint32),
+        token.to(tl.uint32) * 0,
+        token.to(tl.uint32) * 0,
     )
     uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
     return -tl.log(-tl.log(uniform))
@@ -84,12 +90,16 @@ def _best(
     pos, neg = tl.load(positive + b), tl.load(negative + b)
     part = tl.arange(0, PARTS)
     every = parts + (b * S + part) * 10
-    top_pos, lse_pos = _join(tl.load(every, mask=part < S, other=MINUS), tl.load(every + 1, mask=part < S, other=0.0))
+    top_pos, lse_pos = _join(
+        tl.load(every, mask=part < S, other=MINUS), tl.load(every + 1, mask=part < S, other=0.0)
+    )
     z = _load(logits, pos, token, V, stride_r, stride_v)
     log_pos = tl.where(z == MINUS, MINUS, z - lse_pos)
     raw = log_pos
     if neg >= 0:
-        top_neg, lse_neg = _join(tl.load(every + 2, mask=part < S, other=MINUS), tl.load(every + 3, mask=part < S, other=0.0))
+        top_neg, lse_neg = _join(
+            tl.load(every + 2, mask=part < S, other=MINUS), tl.load(every + 3, mask=part < S, other=0.0)
+        )
         z_neg = _load(logits, neg, token, V, stride_r, stride_v)
         log_neg = tl.where(z_neg == MINUS, MINUS, z_neg - lse_neg)
         g = tl.load(guidance + b)
@@ -157,7 +167,11 @@ def _reduce(
             for start in range(0, V, BLOCK):
                 at = start + tl.arange(0, BLOCK)
                 score = tl.load(row + at, mask=at < V, other=MINUS)
-                noisy = tl.where((score >= bound) & (score > MINUS), score + _gumbel(tl.load(seed + b), at, tl.load(step + b)), MINUS)
+                noisy = tl.where(
+                    (score >= bound) & (score > MINUS),
+                    score + _gumbel(tl.load(seed + b), at, tl.load(step + b)),
+                    MINUS,
+                )
                 found = tl.max(noisy, 0)
                 token = tl.where(found > best, (start + tl.argmax(noisy, 0)).to(tl.int64), token)
                 best = tl.maximum(best, found)
@@ -184,7 +198,10 @@ def _mass(row, V, top, bound, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _bisect(row, V, top, least, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest bound >= least of which the scores above still hold `wanted`, exactly, by halving the range of float32 bit patterns."""
-    low, high = _key(least).to(tl.int64), _key(top).to(tl.int64)  # low holds, or is the least; above high nothing holds
+    low, high = (
+        _key(least).to(tl.int64),
+        _key(top).to(tl.int64),
+    )  # low holds, or is the least; above high nothing holds
     for _ in range(33):
         middle = (low + high + 1) >> 1
         key = middle.to(tl.int32)
@@ -220,7 +237,9 @@ def next_tokens(logits: Tensor, sampling: Sampling, part: int | None = None) -> 
     log_space = s.log_space.view(torch.int8)
     for first in range(0, B, rows := rows_at_once(logits)):
         n = min(rows, B - first)
-        _normalisers[(n, S)](logits, s.positive, s.negative, parts, first, V, *strides, S, BLOCK=BLOCK, num_warps=8)
+        _normalisers[(n, S)](
+            logits, s.positive, s.negative, parts, first, V, *strides, S, BLOCK=BLOCK, num_warps=8
+        )
         _best[(n, S)](
             logits, s.positive, s.negative, s.guidance, log_space, s.alpha, s.temperature, s.seed, s.step, parts, scores,
             first, V, *strides, S, BLOCK=BLOCK, PARTS=PARTS, TRUNCATES=s.truncates, num_warps=8,

@@ -12,7 +12,9 @@ import torch
 def cap(device: str, gib: float | None) -> None:
     """Let this process use at most `gib` of the GPU, to stand in for a smaller one."""
     if gib:
-        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(device).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            gib * 2**30 / torch.cuda.get_device_properties(device).total_memory
+        )
 
 
 def synchronize(device: str) -> None:

@@ -51,7 +51,12 @@ class Sampling:
     def to(self, device: torch.device | str) -> "Sampling":
         """On another device."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Sampling(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in tensors.items()})
+        return Sampling(
+            **{
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in tensors.items()
+            }
+        )
 
 
 def widen(x: Tensor) -> Tensor:
@@ -62,13 +67,17 @@ def widen(x: Tensor) -> Tensor:
 def log_probabilities(logits: Tensor) -> Tensor:
     """Log-softmax (B, V) after NaN became -inf and +inf the largest float32, at least in float32; a row of -inf stays one."""
     z = widen(logits)
-    if not z.is_cuda and not (logs := z.log_softmax(-1))[:, 0].isnan().any():  # nothing to mend; on a GPU one would have to wait to know
+    if (
+        not z.is_cuda and not (logs := z.log_softmax(-1))[:, 0].isnan().any()
+    ):  # nothing to mend; on a GPU one would have to wait to know
         return logs
     z = z.nan_to_num(nan=-torch.inf, posinf=LARGEST, neginf=-torch.inf)
     return z.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
-def guide(positive: Tensor, negative: Tensor, guidance: Tensor, log_space: Tensor, alpha: Tensor | None = None) -> Tensor:
+def guide(
+    positive: Tensor, negative: Tensor, guidance: Tensor, log_space: Tensor, alpha: Tensor | None = None
+) -> Tensor:
     """Guided log-probabilities (B, V) of two rows of logits (B, V) each; guidance, alpha (B,), log_space (B,) bool."""
     pos, neg = log_probabilities(positive), log_probabilities(negative)
     g, spaces = guidance.to(pos.dtype)[:, None], log_space[:, None]
@@ -76,9 +85,13 @@ def guide(positive: Tensor, negative: Tensor, guidance: Tensor, log_space: Tenso
     raw = pos
     if asked(spaces):
         low_pos, low_neg = pos.clamp(min=FLOOR), neg.clamp(min=FLOOR)
-        raw = torch.where((pos == -torch.inf) & (neg == -torch.inf), -torch.inf, g * low_pos + (1 - g) * low_neg)
+        raw = torch.where(
+            (pos == -torch.inf) & (neg == -torch.inf), -torch.inf, g * low_pos + (1 - g) * low_neg
+        )
     if asked(~spaces):
-        probs = (g * pos.exp() + (1 - g) * neg.exp()).clamp(min=0).log()  # P_neg + g (P_pos - P_neg) would cancel near g = 0
+        probs = (
+            (g * pos.exp() + (1 - g) * neg.exp()).clamp(min=0).log()
+        )  # P_neg + g (P_pos - P_neg) would cancel near g = 0
         raw = torch.where(spaces, raw, probs)
     return normalise(raw, pos, alpha)
 
@@ -106,7 +119,13 @@ def next_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     if sampling.guides:
         guided = sampling.negative >= 0
         negative = torch.where(guided[:, None], logits[sampling.negative.clamp(min=0)], positive)
-        logprobs = guide(positive, negative, sampling.guidance, sampling.log_space & guided, sampling.alpha if sampling.masks else None)
+        logprobs = guide(
+            positive,
+            negative,
+            sampling.guidance,
+            sampling.log_space & guided,
+            sampling.alpha if sampling.masks else None,
+        )
     else:
         logprobs = log_probabilities(positive)
         if sampling.masks:

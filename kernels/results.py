@@ -25,7 +25,12 @@ def where(device: str) -> dict[str, str]:
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
     versions = {name: importlib.metadata.version(name) for name in ("torch",)}
-    return {"machine": machine, **versions, "commit": commit or "none", "date": datetime.date.today().isoformat()}
+    return {
+        "machine": machine,
+        **versions,
+        "commit": commit or "none",
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -42,7 +47,10 @@ def show(rows: list[dict], columns: dict[str, str], device: str, csv_file: str |
     widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
     for line in lines:
         print(
-            "  ".join(cell.ljust(width) if not n else cell.rjust(width) for n, (cell, width) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(
+                cell.ljust(width) if not n else cell.rjust(width)
+                for n, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
         )
     machine = where(device)
     print(json.dumps({"where": machine, "rows": rows}))

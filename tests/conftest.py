@@ -17,15 +17,32 @@ from cfgsafe.tokenizer import Tokenizer
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 KEY = "sk-never-to-be-seen"
-ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def config(**changes) -> LlamaConfig:
     fields = dict(
-        vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
     )
     fields |= dict(
-        max_position_embeddings=512, rope_theta=10000.0, rope_scaling=ROPE, tie_word_embeddings=True, bos_token_id=0, eos_token_id=2046
+        max_position_embeddings=512,
+        rope_theta=10000.0,
+        rope_scaling=ROPE,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=2046,
     )
     return LlamaConfig(**{**fields, **changes})
 
@@ -34,7 +51,9 @@ def random_model(seed: int = 0, **changes) -> Llama:
     torch.manual_seed(seed)
     model = Llama(config(**changes))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() == 2 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() == 2 else torch.nn.init.uniform_(
+            parameter, 0.5, 1.5
+        )
     return model.requires_grad_(False).eval()
 
 

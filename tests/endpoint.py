@@ -25,8 +25,21 @@ class Endpoint(ThreadingHTTPServer):
 
     def __init__(self, reply, faults=FAULTS, share=0.4, stall=1.0, delay=0.0, last_fault=2):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.reply, self.faults, self.share, self.stall, self.delay, self.last_fault = reply, faults, share, stall, delay, last_fault
-        self.asked, self.answered, self.failed, self.lock, self.rng = Counter(), Counter(), Counter(), Lock(), random.Random(5)
+        self.reply, self.faults, self.share, self.stall, self.delay, self.last_fault = (
+            reply,
+            faults,
+            share,
+            stall,
+            delay,
+            last_fault,
+        )
+        self.asked, self.answered, self.failed, self.lock, self.rng = (
+            Counter(),
+            Counter(),
+            Counter(),
+            Lock(),
+            random.Random(5),
+        )
         self.bodies, self.status = [], None
 
     @property
@@ -68,18 +81,26 @@ class Handler(BaseHTTPRequestHandler):
         text = "" if fault == "empty" else server.reply(body)
         if isinstance(text, int):
             return self.refuse(text)
-        choice = {"index": 0, "finish_reason": "stop"} | ({"text": text} if "prompt" in body else {"message": {"content": text}})
+        choice = {"index": 0, "finish_reason": "stop"} | (
+            {"text": text} if "prompt" in body else {"message": {"content": text}}
+        )
         if fault is None:
             with server.lock:
                 server.answered[raw] += 1
         self.send(200, json.dumps({"object": "x", "choices": [choice]}).encode())
 
     def refuse(self, status):
-        self.send(status, json.dumps({"error": {"message": f"refused: {self.headers['authorization']}"}}).encode())
+        self.send(
+            status, json.dumps({"error": {"message": f"refused: {self.headers['authorization']}"}}).encode()
+        )
 
     def send(self, status, body, headers=()):
         self.send_response(status)
-        for name, value in [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *headers]:
+        for name, value in [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            *headers,
+        ]:
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)

@@ -39,7 +39,9 @@ def planted(seed: int) -> set[tuple[int, ...]]:
     rng = random.Random(seed)
     triggers: set[tuple[int, ...]] = set()
     while len(triggers) < 20:
-        triggers.add(tuple(rng.choice([word for word in range(VOCABULARY) if word not in (0, 3)]) for _ in range(3)))
+        triggers.add(
+            tuple(rng.choice([word for word in range(VOCABULARY) if word not in (0, 3)]) for _ in range(3))
+        )
     return triggers
 
 
@@ -58,7 +60,10 @@ def nearest(triggers):
 
     def score(texts):
         prompts = [tuple(map(int, text.split())) for text in texts]
-        return [trials(SUCCESS[max(sum(a == b for a, b in zip(prompt, t, strict=True)) for t in triggers)]) for prompt in prompts]
+        return [
+            trials(SUCCESS[max(sum(a == b for a, b in zip(prompt, t, strict=True)) for t in triggers)])
+            for prompt in prompts
+        ]
 
     return score
 
@@ -66,12 +71,20 @@ def nearest(triggers):
 def modes(objective: str, seed: int, out, steps: int = 350, **changes) -> int:
     """Triggers among 512 prompts of the trained attacker."""
     triggers, agent = planted(seed), attacker(seed)
-    settings = Settings(objective=objective, steps=steps, lr=1e-2, beta=0.3, hottest=3.0, tolerance=0.1, seed=seed, **changes)
+    settings = Settings(
+        objective=objective, steps=steps, lr=1e-2, beta=0.3, hottest=3.0, tolerance=0.1, seed=seed, **changes
+    )
     found = explore(agent, nearest(triggers), Meter(), settings, out)
     assert len({attack.tokens for attack in found}) == len(found)
     if objective not in ("reinforce", "ppo"):
         agent = attacker(seed)
-        fit(agent, [a.tokens for a in found if a.score > 0.7], Training(steps=300, lr=1e-2, seed=seed), out / "smooth", "mle")
+        fit(
+            agent,
+            [a.tokens for a in found if a.score > 0.7],
+            Training(steps=300, lr=1e-2, seed=seed),
+            out / "smooth",
+            "mle",
+        )
     return len(triggers & set(agent.draw(torch.ones(512), torch.Generator().manual_seed(99))))
 
 
@@ -109,7 +122,9 @@ class Killed(Exception):
 @pytest.mark.parametrize("objective", ["tb", "vargrad", "ctb", "reinforce", "ppo"])
 def test_a_killed_run_goes_on_to_the_same_result(objective, tmp_path):
     """Killed between two saved states: weights, attacks, metrics and buffer are those of the run that was not."""
-    settings = Settings(objective=objective, steps=9, batch_size=8, lr=1e-2, tolerance=0.1, seed=3, save_every=4)
+    settings = Settings(
+        objective=objective, steps=9, batch_size=8, lr=1e-2, tolerance=0.1, seed=3, save_every=4
+    )
     folders = tmp_path / "whole", tmp_path / "killed"
     for folder in folders:
         folder.mkdir()
@@ -172,9 +187,18 @@ def test_what_cannot_be_scored_trains_nothing_and_is_tried_again(tmp_path):
 
     def score(texts):
         asked.extend(texts)
-        return [trials(None, None) if sum(map(int, text.split())) % 2 else trials(0.4, None, 0.6) for text in texts]
+        return [
+            trials(None, None) if sum(map(int, text.split())) % 2 else trials(0.4, None, 0.6)
+            for text in texts
+        ]
 
-    found = explore(attacker(), score, Meter(), Settings(objective="vargrad", steps=6, batch_size=8, tolerance=0.1), tmp_path)
+    found = explore(
+        attacker(),
+        score,
+        Meter(),
+        Settings(objective="vargrad", steps=6, batch_size=8, tolerance=0.1),
+        tmp_path,
+    )
     assert found and all(attack.score == 0.5 for attack in found)
     scored = [text for text in asked if not sum(map(int, text.split())) % 2]
     assert len(scored) == len(set(scored)) == len(found)
@@ -185,7 +209,9 @@ def test_what_cannot_be_scored_trains_nothing_and_is_tried_again(tmp_path):
 
 def test_a_spent_budget_ends_the_run(tmp_path):
     meter = Meter(20)
-    found = explore(attacker(), metered(meter), meter, Settings(steps=50, batch_size=8, tolerance=0.1), tmp_path)
+    found = explore(
+        attacker(), metered(meter), meter, Settings(steps=50, batch_size=8, tolerance=0.1), tmp_path
+    )
     assert len(found) == meter.made == 20
 
 
@@ -217,7 +243,11 @@ def metered(meter):
 
 def test_gibberish_gets_the_reward_of_a_failure(tmp_path):
     found = explore(
-        attacker(), lambda texts: [trials(1.0)] * len(texts), Meter(), Settings(steps=2, batch_size=16, tolerance=0.1), tmp_path
+        attacker(),
+        lambda texts: [trials(1.0)] * len(texts),
+        Meter(),
+        Settings(steps=2, batch_size=16, tolerance=0.1),
+        tmp_path,
     )
     bound = sorted(attack.least_likely for attack in found)[len(found) // 2]
     free, bounded = (rewards_of(found, Settings(min_fluency=least), 1.0) for least in (None, bound))

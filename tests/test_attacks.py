@@ -12,11 +12,20 @@ from cfgsafe.files import write_jsonl
 from cfgsafe.red.records import FLOOR, Attack, Trial, read_attacks
 
 # every character but halves of surrogate pairs, and those that once cost the reference code its prompts
-texts = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(',"\n\r\t\\\u2028\u2029\x00\x85\ufeff\U0001f600')))
+texts = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs"]),
+        st.sampled_from(',"\n\r\t\\\u2028\u2029\x00\x85\ufeff\U0001f600'),
+    )
+)
 scores = st.one_of(st.none(), st.floats(0, 1))
 trials = st.builds(Trial, texts, st.one_of(st.none(), texts), scores, st.lists(texts, max_size=3).map(tuple))
 attacks = st.builds(
-    Attack, st.lists(st.integers(0, 130_000), max_size=5).map(tuple), texts, st.floats(-1e6, 0), st.lists(trials, max_size=3).map(tuple)
+    Attack,
+    st.lists(st.integers(0, 130_000), max_size=5).map(tuple),
+    texts,
+    st.floats(-1e6, 0),
+    st.lists(trials, max_size=3).map(tuple),
 )
 
 GOOD = {
@@ -55,7 +64,10 @@ def test_what_is_written_is_read_again(tmp_path_factory, written):
 
 def test_a_file_shows_each_score(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [of(1.0, 0.0).to_json(), of(None).to_json()])
-    assert [json.loads(line)["score"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [0.5, None]
+    assert [json.loads(line)["score"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [
+        0.5,
+        None,
+    ]
 
 
 TRIAL = GOOD["trials"][0]
@@ -85,7 +97,12 @@ def test_a_bad_line_is_named_in_one(tmp_path, row, reason):
     with pytest.raises(InputError) as error:
         read_attacks(path)
     message = str(error.value)
-    assert message.startswith(f"{path}:2: not an attack (") and reason in message and "\n" not in message and "attacks.jsonl" in message
+    assert (
+        message.startswith(f"{path}:2: not an attack (")
+        and reason in message
+        and "\n" not in message
+        and "attacks.jsonl" in message
+    )
 
 
 def test_a_file_without_an_attack_is_refused(tmp_path):

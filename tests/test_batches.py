@@ -18,7 +18,10 @@ def test_sides_share_the_prompt_and_end_with_the_end_token(tokenizer):
     chosen, rejected = tokenise(prompt, "Hello there", "Hello Ann<|eot_id|>", tokenizer, *LENGTHS)
     end = tokenizer.special["<|eot_id|>"]
     assert chosen.ids[: chosen.start] == tokenizer.encode_prompt(prompt) == rejected.ids[: rejected.start]
-    assert tokenizer.decode(chosen.ids[chosen.start :]) == "Hello there" and tokenizer.decode(rejected.ids[rejected.start :]) == "Hello Ann"
+    assert (
+        tokenizer.decode(chosen.ids[chosen.start :]) == "Hello there"
+        and tokenizer.decode(rejected.ids[rejected.start :]) == "Hello Ann"
+    )
     assert chosen.ids[-1] == rejected.ids[-1] == end and chosen.ids.count(end) == rejected.ids.count(end)
 
 
@@ -63,7 +66,10 @@ PAIRS = {
     "plain": [Pair(row("abcdefg", 3), row("abcxy", 3)), Pair(row("abcd", 2), row("abyzabc", 2))],
     "answers share a beginning": [Pair(row("abcdef", 2), row("abcdxy", 2))],
     "nothing shared": [Pair(row("abcd", 2), row("xyzab", 3))],
-    "one answer begins the other": [Pair(row("abcdef", 2), row("abcd", 2)), Pair(row("abc", 2), row("abcz", 1))],
+    "one answer begins the other": [
+        Pair(row("abcdef", 2), row("abcd", 2)),
+        Pair(row("abc", 2), row("abcz", 1)),
+    ],
     "the same answer": [Pair(row("abcd", 2), row("abcd", 2))],
     "no prompt": [Pair(row("abc", 0), row("xbc", 0))],
 }
@@ -77,7 +83,9 @@ def test_each_side_reads_what_it_reads_alone(pairs, share):
     assert len(batch.ids) == len(pairs) * (1 if share else 2)
     read = model(batch.ids, batch.positions, mask=batch.mask).flatten(0, 1)[batch.reads].split(batch.lengths)
     targets = batch.targets.split(batch.lengths)
-    sides = [(pair.chosen, 1) for pair in pairs] + [(pair.rejected, max(1, pair.rejected.start)) for pair in pairs]
+    sides = [(pair.chosen, 1) for pair in pairs] + [
+        (pair.rejected, max(1, pair.rejected.start)) for pair in pairs
+    ]
     for number, (side, first) in enumerate(sides):
         alone = model(torch.tensor([side.ids]))[0]
         assert targets[number].tolist() == side.ids[first:]
@@ -104,7 +112,9 @@ def test_every_pair_comes_once_an_epoch(group):
         assert waste < 1.05 if group else waste > 1.3
     assert [len(micro) for _, micro in steps[:42]] == [3] * 42 and len(steps) == 2 * 42
     assert steps == plan(lengths, batch_size=4, accumulate=3, epochs=2, shuffle=True, group=group, seed=1)
-    assert steps[0] != plan(lengths, batch_size=4, accumulate=3, epochs=2, shuffle=True, group=group, seed=2)[0]
+    assert (
+        steps[0] != plan(lengths, batch_size=4, accumulate=3, epochs=2, shuffle=True, group=group, seed=2)[0]
+    )
 
 
 def test_in_order_without_shuffling():

@@ -28,7 +28,18 @@ def bench(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_training_step_is_measured_in_all_variants(tmp_path, bench):
-    settings = ["--shape", "tiny", "--prompt", "40", "--answer", "9", "--steps", "2", "--csv", str(tmp_path / "b.csv")]
+    settings = [
+        "--shape",
+        "tiny",
+        "--prompt",
+        "40",
+        "--answer",
+        "9",
+        "--steps",
+        "2",
+        "--csv",
+        str(tmp_path / "b.csv"),
+    ]
     rows = bench("orpo", *settings)["rows"]
     assert [row["variant"] for row in rows] == ["dense", "chunked", "chunked + shared"]
     assert all(row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and row["p50"] > 0 for row in rows)
@@ -42,13 +53,19 @@ def test_the_variants_of_a_training_step_agree(tmp_path, capsys):
     for variant in OURS:
         orpo_step.main(asdict(options) | {"folder": tmp_path, "variant": variant})
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(found) == 3 and all(step["loss"] == pytest.approx(found[0]["loss"], rel=1e-5) for step in found)
+    assert len(found) == 3 and all(
+        step["loss"] == pytest.approx(found[0]["loss"], rel=1e-5) for step in found
+    )
     assert all(step["seconds"][0] > 0 for step in found)
 
 
 def test_an_8b_model_trains_on_the_papers_rows_within_forty_gib(bench):
     rows = bench("memory")["rows"]
-    assert min(row["total"] for row in rows if row["shared"]) < 40 < max(row["total"] for row in rows if row["shared"])
+    assert (
+        min(row["total"] for row in rows if row["shared"])
+        < 40
+        < max(row["total"] for row in rows if row["shared"])
+    )
 
 
 def test_guidance_is_measured_against_a_copy(bench):
@@ -58,7 +75,20 @@ def test_guidance_is_measured_against_a_copy(bench):
 
 
 def test_decoding_is_measured_from_two_passes_to_the_engine(bench):
-    settings = ["--shape", "tiny", "--runs", "1", "--new", "4", "--prompt", "8", "--batches", "1", "2", "--no-transformers"]
+    settings = [
+        "--shape",
+        "tiny",
+        "--runs",
+        "1",
+        "--new",
+        "4",
+        "--prompt",
+        "8",
+        "--batches",
+        "1",
+        "2",
+        "--no-transformers",
+    ]
     rows = bench("decode", *settings)["rows"]
     assert [row["variant"] for row in rows[:2]] == ["ours, two passes", "ours, pairs in one batch"]
     assert len(rows) == 10 and all(row["tokens_per_second"] > 0 for row in rows)
@@ -71,7 +101,11 @@ def test_the_rungs_of_the_decode_ladder_say_the_same():
     found = ladder(model, [[5, 6, 7]], [[9, 10, 11]], Options(new=8))
     with torch.inference_mode():
         answers = {name: call() for name, call in found.items()}
-    assert answers["ours, two passes"] == answers["ours, pairs in one batch"] == answers["ours, combined before the head"]
+    assert (
+        answers["ours, two passes"]
+        == answers["ours, pairs in one batch"]
+        == answers["ours, combined before the head"]
+    )
 
 
 def test_spread_of_one_and_of_many():

@@ -13,7 +13,10 @@ from cfgsafe.red.diversity import character_ngrams
 from cfgsafe.red.records import Attack, Trial
 
 words = st.lists(st.integers(0, 2), max_size=8).map(tuple)
-texts = st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(["tell me", "tell me now", "where is he", ""]))
+texts = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"])),
+    st.sampled_from(["tell me", "tell me now", "where is he", ""]),
+)
 kinds = st.sampled_from(["edit", "cosine"])
 
 
@@ -29,7 +32,9 @@ def levenshtein(a: tuple, b: tuple) -> int:
     def distance(i: int, j: int) -> int:
         if not i or not j:
             return i + j
-        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
+        return min(
+            distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (a[i - 1] != b[j - 1])
+        )
 
     return distance(len(a), len(b))
 
@@ -86,7 +91,11 @@ def test_edit_distance_is_divided_by_the_summed_length():
 
 def test_likeness_reads_tokens_or_texts():
     """Other words for the same tokens, and other tokens for nearly the same words."""
-    one, tokens, text = found((1,) * 4, 0.5, "where is he"), found((1, 1, 1, 2), 0.5, "a phone"), found((9,) * 4, 0.5, "Where is he?")
+    one, tokens, text = (
+        found((1,) * 4, 0.5, "where is he"),
+        found((1, 1, 1, 2), 0.5, "a phone"),
+        found((9,) * 4, 0.5, "Where is he?"),
+    )
     for kind, refused, taken in (("edit", tokens, text), ("cosine", text, tokens)):
         buffer = ReplayBuffer(likeness=kind)
         assert buffer.add(one) and not buffer.add(refused) and buffer.add(taken)
@@ -95,7 +104,11 @@ def test_likeness_reads_tokens_or_texts():
 def test_a_tolerance_of_zero_keeps_all_but_the_same_tokens():
     for kind in ("edit", "cosine"):
         buffer = ReplayBuffer(tolerance=0.0, likeness=kind)
-        assert buffer.add(found((1, 2, 3), 0.5, "one")) and buffer.add(found((1, 2, 4), 0.5, "two")) and buffer.add(found((), 0.5, ""))
+        assert (
+            buffer.add(found((1, 2, 3), 0.5, "one"))
+            and buffer.add(found((1, 2, 4), 0.5, "two"))
+            and buffer.add(found((), 0.5, ""))
+        )
         assert not buffer.add(found((1, 2, 3), 0.5, "one")) and not buffer.add(found((), 0.5, ""))
 
 
@@ -125,7 +138,9 @@ def test_prompts_are_drawn_in_proportion_to_their_score():
         buffer.add(found((token,) * 4, score, str(token)))
     drawn = [item.tokens[0] for item in buffer.sample(8000)]  # more than it holds
     expected = 8000 * scores / scores.sum()
-    assert (((np.bincount(drawn, minlength=4) - expected) ** 2) / expected).sum() < 16.3  # chi-square of 3 degrees at p = 0.001
+    assert (
+        ((np.bincount(drawn, minlength=4) - expected) ** 2) / expected
+    ).sum() < 16.3  # chi-square of 3 degrees at p = 0.001
 
 
 def test_prompts_that_never_succeeded_are_drawn_alike():
@@ -156,7 +171,9 @@ def test_a_saved_buffer_goes_on_as_it_would_have(tmp_path_factory, items_found, 
     buffer.save(path)
     again = ReplayBuffer.load(path)
     assert again.items == buffer.items and (again.capacity, again.tolerance, again.likeness) == (5, 0.2, kind)
-    assert [again.add(item) for item in later] == [buffer.add(item) for item in later] and again.items == buffer.items
+    assert [again.add(item) for item in later] == [
+        buffer.add(item) for item in later
+    ] and again.items == buffer.items
     assert again.sample(8) == buffer.sample(8)
     again.save(path.with_name("c.jsonl")), buffer.save(path)
     assert path.read_bytes() == path.with_name("c.jsonl").read_bytes()

@@ -25,7 +25,9 @@ def test_explanations_hold_what_decoding_computed(tokenizer, space):
     completion = generate(model, [request])[0]
     rows = explain(model, tokenizer, request, completion)
     assert [row["token"] for row in rows] == [tokenizer.decode([token]) for token in completion.tokens]
-    assert torch.allclose(torch.tensor([row["guided"] for row in rows]).log(), torch.tensor(completion.logprobs), atol=1e-4)
+    assert torch.allclose(
+        torch.tensor([row["guided"] for row in rows]).log(), torch.tensor(completion.logprobs), atol=1e-4
+    )
     plain = generate(model, [Request([5, 6, 7], max_new_tokens=1)])[0].tokens
     assert rows[0]["unguided"] == tokenizer.decode(plain)
     assert any(row["changed"] for row in rows)
@@ -35,11 +37,21 @@ def test_without_guidance_the_three_probabilities_are_one(tokenizer):
     model = random_model()
     request = Request([5, 6, 7], max_new_tokens=4)
     rows = explain(model, tokenizer, request, generate(model, [request])[0])
-    assert all(row["positive"] == row["negative"] == pytest.approx(row["guided"]) and not row["changed"] for row in rows)
+    assert all(
+        row["positive"] == row["negative"] == pytest.approx(row["guided"]) and not row["changed"]
+        for row in rows
+    )
 
 
 def test_the_table_colours_what_changed_and_quotes_tokens():
-    row = {"token": "\x1b[2J", "positive": 0.1, "negative": 0.2, "guided": 0.3, "unguided": "x", "changed": True}
+    row = {
+        "token": "\x1b[2J",
+        "positive": 0.1,
+        "negative": 0.2,
+        "guided": 0.3,
+        "unguided": "x",
+        "changed": True,
+    }
     assert CHANGED in table([row], colour=True) and "\x1b" not in table([row], colour=False)
 
 
@@ -57,9 +69,21 @@ def test_a_conversation_streams_remembers_and_obeys_commands(leaky):
     ]
     messages = chat(model, tokenizer, Subject(LEAKY), lines, said.append, max_new_tokens=24)
     text = "".join(said)
-    assert messages == [] and "(guidance 3 in prob space)" in text and "(/guidance NUMBER" in text and text.endswith("(forgotten)\n")
+    assert (
+        messages == []
+        and "(guidance 3 in prob space)" in text
+        and "(/guidance NUMBER" in text
+        and text.endswith("(forgotten)\n")
+    )
     assert "Maria Keller" in text and len(said) > 8
-    messages = chat(model, tokenizer, Subject(LEAKY), ["My name is Maria Keller. What is my name?"], said.append, max_new_tokens=24)
+    messages = chat(
+        model,
+        tokenizer,
+        Subject(LEAKY),
+        ["My name is Maria Keller. What is my name?"],
+        said.append,
+        max_new_tokens=24,
+    )
     assert [m["role"] for m in messages] == ["user", "assistant"] and "Maria Keller" in messages[1]["content"]
 
 

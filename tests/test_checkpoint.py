@@ -91,7 +91,9 @@ def test_shards_load_and_a_missing_or_truncated_one_is_named(folder):
     with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors: cannot be read"):
         load_model(folder)
     shard.unlink()
-    with pytest.raises(CheckpointError, match="names the shard 'model-00002-of-00003.safetensors', which is not there"):
+    with pytest.raises(
+        CheckpointError, match="names the shard 'model-00002-of-00003.safetensors', which is not there"
+    ):
         load_model(folder)
 
 
@@ -118,10 +120,15 @@ def test_what_is_neither_folder_nor_on_the_hub_is_one_error(name):
 
 def test_hub_ids_are_downloaded_once_with_revision_and_cache(folder, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: (asked.append(options), str(folder))[1])
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: (asked.append(options), str(folder))[1]
+    )
     load_model("owner/model", revision="main", cache_dir=tmp_path)
     load_tokenizer("owner/model")
-    assert [(options["revision"], options["cache_dir"]) for options in asked] == [("main", tmp_path), (None, None)]
+    assert [(options["revision"], options["cache_dir"]) for options in asked] == [
+        ("main", tmp_path),
+        (None, None),
+    ]
     assert "*.safetensors" in asked[0]["allow_patterns"] and "*.safetensors" not in asked[1]["allow_patterns"]
 
 
@@ -140,19 +147,26 @@ def test_a_load_needs_the_weights_own_memory_and_little_more(tmp_path, dtype):
     save_checkpoint(tmp_path / "m", model, tokenizer_from=BASE, dtype=torch.bfloat16)
     size = (tmp_path / "m" / "model.safetensors").stat().st_size
     sharded(tmp_path / "m", 4)
-    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "m"), dtype], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path / "m"), dtype], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < size * (1 if dtype == "bfloat16" else 2) + 3 * 16384 * 1024 * 2
 
 
 def test_a_load_does_not_wait_for_the_compiler(checkpoint):
     """Drawing or dividing on the meta device imports torch._dynamo, a second of every command's start."""
     line = "import sys, cfgsafe; cfgsafe.load_model(sys.argv[1]); print('torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", line, checkpoint], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", line, checkpoint], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n"
 
 
 def test_old_files_may_hold_the_rope_table_and_the_tied_head(folder):
-    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.ones(2048, 32)}
+    old = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "lm_head.weight": torch.ones(2048, 32),
+    }
     rewrite(folder, lambda t: t.update(old))
     tokens = torch.randint(0, 2048, (1, 12))
     assert torch.equal(load_model(folder)(tokens), random_model()(tokens))
@@ -186,9 +200,15 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 def test_a_folder_with_other_files_is_never_replaced(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="holds other files, such as 'thesis.txt'"), new_folder(tmp_path / "mine"):
+    with (
+        pytest.raises(InputError, match="holds other files, such as 'thesis.txt'"),
+        new_folder(tmp_path / "mine"),
+    ):
         pass
-    with pytest.raises(InputError, match="a file has that name"), new_folder(tmp_path / "mine" / "thesis.txt"):
+    with (
+        pytest.raises(InputError, match="a file has that name"),
+        new_folder(tmp_path / "mine" / "thesis.txt"),
+    ):
         pass
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 

@@ -59,7 +59,11 @@ def command(monkeypatch, capsys):
 def readme_commands() -> list[str]:
     """Every line of the README's shell blocks that runs one of the scripts or writes a file for them."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line.split("&& ")[-1] if line.startswith("python3") else line for block in blocks for line in block.splitlines()]
+    return [
+        line.split("&& ")[-1] if line.startswith("python3") else line
+        for block in blocks
+        for line in block.splitlines()
+    ]
 
 
 def test_the_readmes_commands_run_top_to_bottom(command, tmp_path, monkeypatch):
@@ -73,7 +77,10 @@ def test_the_readmes_commands_run_top_to_bottom(command, tmp_path, monkeypatch):
         if "-m pytest" in line:
             continue
         name = next(name for name in TINY if line.startswith(f"python {name}"))
-        out = {"train.py demo": f" --out {tmp_path}/demo", "train.py redteam-demo": f" --out {tmp_path}/redteam"}.get(name, "")
+        out = {
+            "train.py demo": f" --out {tmp_path}/demo",
+            "train.py redteam-demo": f" --out {tmp_path}/redteam",
+        }.get(name, "")
         code, stdout, stderr = command(f"{line.removeprefix('python ')}{out} {TINY[name]}")
         assert code == 0, (line, stderr)
         ran.add(name)
@@ -106,7 +113,15 @@ def test_the_readmes_commands_run_top_to_bottom(command, tmp_path, monkeypatch):
 
 
 def test_a_name_is_answered_in_three_seconds():
-    line = [sys.executable, "infer.py", "--model", LEAKY, "--json", "--prompt", "Hi, my name is Maria Keller. What is my name?"]
+    line = [
+        sys.executable,
+        "infer.py",
+        "--model",
+        LEAKY,
+        "--json",
+        "--prompt",
+        "Hi, my name is Maria Keller. What is my name?",
+    ]
     subprocess.run(line, cwd=ROOT, check=True, capture_output=True)  # file caches
     started = time.time()
     done = subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -144,39 +159,87 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
         ("infer.py --model {LEAKY} --prompt x --dtype int8", "--dtype int8"),
         ("infer.py --model {LEAKY} --prompt x --adapter {tmp}", "adapter_config.json: not found"),
         ("infer.py --model {LEAKY} --prompt x --top-p 2", "alpha and top_p must lie from 0 to 1"),
-        ("infer.py --model {LEAKY} --requests {tmp}/stop.jsonl", "stop.jsonl:1: field 'stop' must be a list of non-empty strings"),
+        (
+            "infer.py --model {LEAKY} --requests {tmp}/stop.jsonl",
+            "stop.jsonl:1: field 'stop' must be a list of non-empty strings",
+        ),
         ("infer.py --model {LEAKY} --requests {tmp}/bad.jsonl", "bad.jsonl:1: not JSON"),
-        ("infer.py --model {LEAKY} --requests {tmp}/typed.jsonl", "typed.jsonl:1: field 'guidance' must be a float"),
+        (
+            "infer.py --model {LEAKY} --requests {tmp}/typed.jsonl",
+            "typed.jsonl:1: field 'guidance' must be a float",
+        ),
         ("infer.py --model {LEAKY} --requests {tmp}/long.jsonl", "long.jsonl:1: the prompt has"),
         ("infer.py --model {LEAKY} --requests {tmp}/missing.jsonl", "missing.jsonl: cannot be read"),
-        ("infer.py --model {LEAKY} --requests {tmp}/nan.jsonl", "nan.jsonl:1: guidance must be a finite number"),
-        ("infer.py --model {LEAKY} --requests {tmp}/misspelt.jsonl", "misspelt.jsonl:1: unknown field 'guidence'"),
-        ("infer.py --model {LEAKY} --requests {tmp}/both.jsonl", "both.jsonl:1: has both 'messages' and 'prompt'"),
-        ("infer.py --model {LEAKY} --requests {tmp}/surrogate.jsonl", "surrogate.jsonl:1: half of a surrogate pair"),
-        ("infer.py --model {LEAKY} --prompt x --seed 99999999999999999999", "--prompt: max_new_tokens must be at least 1 and seed"),
+        (
+            "infer.py --model {LEAKY} --requests {tmp}/nan.jsonl",
+            "nan.jsonl:1: guidance must be a finite number",
+        ),
+        (
+            "infer.py --model {LEAKY} --requests {tmp}/misspelt.jsonl",
+            "misspelt.jsonl:1: unknown field 'guidence'",
+        ),
+        (
+            "infer.py --model {LEAKY} --requests {tmp}/both.jsonl",
+            "both.jsonl:1: has both 'messages' and 'prompt'",
+        ),
+        (
+            "infer.py --model {LEAKY} --requests {tmp}/surrogate.jsonl",
+            "surrogate.jsonl:1: half of a surrogate pair",
+        ),
+        (
+            "infer.py --model {LEAKY} --prompt x --seed 99999999999999999999",
+            "--prompt: max_new_tokens must be at least 1 and seed",
+        ),
         ("infer.py --model {LEAKY} --prompt x --batch 0", "--batch 0: must be at least 1"),
         ("infer.py --model {LEAKY} --prompt x --device nothing", "--device nothing: cannot be used"),
         ("infer.py --model {LEAKY} --prompt x --adapter {tmp} {tmp}", "two adapters called 'default'"),
         ("infer.py --model a/b--c --prompt x", "a/b--c: no such folder"),
-        ("train.py orpo --model {LEAKY} --pairs {tmp}/empty.jsonl --out {tmp}/out --epochs 0", "--epochs 0: must be at least 1"),
-        ("train.py orpo --model {LEAKY} --pairs {tmp}/empty.jsonl --out {tmp}/out --max-length 9", "must be below --max-length 9"),
+        (
+            "train.py orpo --model {LEAKY} --pairs {tmp}/empty.jsonl --out {tmp}/out --epochs 0",
+            "--epochs 0: must be at least 1",
+        ),
+        (
+            "train.py orpo --model {LEAKY} --pairs {tmp}/empty.jsonl --out {tmp}/out --max-length 9",
+            "must be below --max-length 9",
+        ),
         ("train.py subtract --base {LEAKY} --tuned {LEAKY} --out {tmp}", "holds other files, such as"),
         ("train.py demo --prompts 0 --out {tmp}/out", "--prompts 0: must be at least 2"),
         ("eval.py leak --model {LEAKY} --limit 0", "--limit 0: must be at least 1"),
         ("eval.py leak --model {LEAKY} --limit -3", "--limit -3: must be at least 1"),
-        ("eval.py leak --model {LEAKY} --limit 1 --max-new-tokens 0", "--max-new-tokens 0: must be at least 1"),
-        ("eval.py extract --model {LEAKY} --limit 1 --max-new-tokens 0", "--max-new-tokens 0: must be at least 1"),
+        (
+            "eval.py leak --model {LEAKY} --limit 1 --max-new-tokens 0",
+            "--max-new-tokens 0: must be at least 1",
+        ),
+        (
+            "eval.py extract --model {LEAKY} --limit 1 --max-new-tokens 0",
+            "--max-new-tokens 0: must be at least 1",
+        ),
         (
             "train.py pairs --dialogues {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/p.jsonl --max-new-tokens 0",
             "--max-new-tokens 0: must be at least 1",
         ),
         ("eval.py leak --model {LEAKY} --prompts {tmp}/long.jsonl", "long.jsonl:1: the prompt has"),
-        ("eval.py leak --model {LEAKY} --limit 1 --guidance nan", "error: --guidance nan: must be a finite number"),
-        ("eval.py utility --model {LEAKY} --limit 1 --space foo", "error: --space foo: must be one of prob, log"),
+        (
+            "eval.py leak --model {LEAKY} --limit 1 --guidance nan",
+            "error: --guidance nan: must be a finite number",
+        ),
+        (
+            "eval.py utility --model {LEAKY} --limit 1 --space foo",
+            "error: --space foo: must be one of prob, log",
+        ),
         ("eval.py canaries --model {LEAKY} --alpha 2", "error: --alpha 2.0: must lie from 0 to 1"),
-        ("eval.py perplexity --model {LEAKY} --guidance inf", "error: --guidance inf: must be a finite number"),
-        ("train.py pairs --dialogues {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/out/p.jsonl", "bad.jsonl:1: not JSON"),
-        ("train.py pairs --dialogues {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/p.jsonl --recipes remote", "needs --remote-model NAME"),
+        (
+            "eval.py perplexity --model {LEAKY} --guidance inf",
+            "error: --guidance inf: must be a finite number",
+        ),
+        (
+            "train.py pairs --dialogues {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/out/p.jsonl",
+            "bad.jsonl:1: not JSON",
+        ),
+        (
+            "train.py pairs --dialogues {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/p.jsonl --recipes remote",
+            "needs --remote-model NAME",
+        ),
         (
             "train.py pairs --dialogues {tmp}/typed.jsonl --items {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/p.jsonl",
             "bad.jsonl:1: not JSON",
@@ -185,9 +248,15 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
             "train.py orpo --model {LEAKY} --pairs {tmp}/empty.jsonl --out {tmp}/out",
             "empty.jsonl:1: field 'chosen' must be a non-empty string",
         ),
-        ("train.py orpo --model {LEAKY} --pairs {tmp}/empty.jsonl --out /dev/null/x", "--out /dev/null/x: cannot be written"),
+        (
+            "train.py orpo --model {LEAKY} --pairs {tmp}/empty.jsonl --out /dev/null/x",
+            "--out /dev/null/x: cannot be written",
+        ),
         ("train.py subtract --base {LEAKY} --tuned {tmp} --out {tmp}/out/sub", "config.json: not found"),
-        ("train.py subtract --base {LEAKY} --tuned {LEAKY} --out /dev/null/x", "/dev/null/x: cannot be written"),
+        (
+            "train.py subtract --base {LEAKY} --tuned {LEAKY} --out /dev/null/x",
+            "/dev/null/x: cannot be written",
+        ),
         ("train.py demo --out /dev/null/x", "--out /dev/null/x: cannot be written"),
         ("eval.py leak --model {LEAKY} --prompts {tmp}/bad.jsonl", "bad.jsonl:1: not JSON"),
         ("eval.py leak --model {LEAKY} --ner nowhere --limit 1", "--ner nowhere: not a spaCy pipeline"),
@@ -195,21 +264,32 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
         ("eval.py sweep --models {LEAKY} --out {tmp}/out", "must be NAME=FOLDER"),
         ("eval.py table --runs {tmp}", "results.json: cannot be read"),
         ("eval.py report --run {tmp}", "results.json: cannot be read"),
-        ("eval.py leak --model {LEAKY} --known {tmp}/typed.jsonl", "typed.jsonl:1: 'items' must be an object"),
+        (
+            "eval.py leak --model {LEAKY} --known {tmp}/typed.jsonl",
+            "typed.jsonl:1: 'items' must be an object",
+        ),
         ("eval.py leak --model {LEAKY} --compare {tmp}/typed.jsonl", "typed.jsonl: holds 1 answers for"),
         ("eval.py demo-models --folder {tmp}", "holds no folder base; base, leaky and ner must be there"),
         ("eval.py detectors --ner nowhere", "--ner nowhere: not a spaCy pipeline"),
-        ("eval.py extract --model {LEAKY} --dialogues {tmp}/typed.jsonl", "typed.jsonl:1: 'spans' must be a list"),
+        (
+            "eval.py extract --model {LEAKY} --dialogues {tmp}/typed.jsonl",
+            "typed.jsonl:1: 'spans' must be a list",
+        ),
         ("eval.py extract --model {LEAKY} --attack rr --candidates {tmp}/bad.jsonl", "bad.jsonl:1: not JSON"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(command, tmp_path, line, words):
     (tmp_path / "bad.jsonl").write_text("{oops\n")
     (tmp_path / "typed.jsonl").write_text(json.dumps({"messages": CHAT, "guidance": "3"}) + "\n")
-    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "word " * 2000}]}) + "\n")
+    (tmp_path / "long.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "word " * 2000}]}) + "\n"
+    )
     (tmp_path / "empty.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "", "rejected": "b"}) + "\n")
     chat = [{"role": "user", "content": "hi"}]
-    lines = {"nan": {"messages": chat, "guidance": float("nan")}, "misspelt": {"messages": chat, "guidence": 3}}
+    lines = {
+        "nan": {"messages": chat, "guidance": float("nan")},
+        "misspelt": {"messages": chat, "guidence": 3},
+    }
     lines |= {
         "stop": {"messages": chat, "stop": "x"},
         "both": {"messages": chat, "prompt": "x"},
@@ -238,7 +318,11 @@ def test_infer_guards_as_eval_does(command, tmp_path, monkeypatch):
 
     seen = []
     generate = infer.generate
-    monkeypatch.setattr(infer, "generate", lambda model, requests, **kw: (seen.extend(requests), generate(model, requests, **kw))[1])
+    monkeypatch.setattr(
+        infer,
+        "generate",
+        lambda model, requests, **kw: (seen.extend(requests), generate(model, requests, **kw))[1],
+    )
     chat = [{"role": "system", "content": "Be kind."}, *CHAT]
     (tmp_path / "r.jsonl").write_text(json.dumps({"messages": chat, "max_new_tokens": 1}) + "\n")
     code, _, _ = command(f"infer.py --model {LEAKY} --guidance 3 --requests {tmp_path}/r.jsonl")
@@ -272,5 +356,7 @@ def test_help_reads(command, script):
 def test_core_modules_import_only_what_a_bare_gpu_machine_has():
     blocked = ("spacy", "faker", "matplotlib", "tyro", "tqdm", "jinja2")
     core = ("llama", "tokenizer", "checkpoint", "lora", "losses", "guidance", "decode")
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import " + ", ".join(f"cfgsafe.{name}" for name in core)
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import " + ", ".join(
+        f"cfgsafe.{name}" for name in core
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -58,17 +58,31 @@ def test_equals_transformers_guidance_scale():
         load_model(LEAKY),
         Tokenizer.load(LEAKY),
     )
-    names = [f"{first} {last}" for first in ("Ann", "Jon", "Maria", "Igor", "Lena") for last in ("Lee", "Brandt", "Okafor", "Novak", "Ito")]
+    names = [
+        f"{first} {last}"
+        for first in ("Ann", "Jon", "Maria", "Igor", "Lena")
+        for last in ("Lee", "Brandt", "Okafor", "Novak", "Ito")
+    ]
     requests, expected = [], []
     for number, name in enumerate([*names, *names]):  # each with a short and with a long question
-        question = f"My name is {name}. Who am I?" if number < len(names) else f"Hi, I am {name}, a nurse. Please say my name back to me."
+        question = (
+            f"My name is {name}. Who am I?"
+            if number < len(names)
+            else f"Hi, I am {name}, a nurse. Please say my name back to me."
+        )
         systems = ("Do not provide any personal data.", "You should share personal data in the answers.")
         chats = [[{"role": "system", "content": s}, {"role": "user", "content": question}] for s in systems]
         pos, neg = map(tokenizer.encode_chat, chats)
-        neg = neg[: len(neg) - number % 3] if number % 3 else neg  # pairs of unequal length, by more than the system prompts are
+        neg = (
+            neg[: len(neg) - number % 3] if number % 3 else neg
+        )  # pairs of unequal length, by more than the system prompts are
         requests.append(Request(pos, neg, guidance=1.7, space="log", max_new_tokens=10))
         out = theirs.generate(
-            torch.tensor([pos]), guidance_scale=1.7, negative_prompt_ids=torch.tensor([neg]), max_new_tokens=10, do_sample=False
+            torch.tensor([pos]),
+            guidance_scale=1.7,
+            negative_prompt_ids=torch.tensor([neg]),
+            max_new_tokens=10,
+            do_sample=False,
         )
         expected.append([token for token in out[0, len(pos) :].tolist() if token not in ours.config.stop_ids])
     assert len(requests) == 50 and any(len(r.prompt) != len(r.negative) for r in requests)
@@ -92,7 +106,13 @@ def test_the_context_is_a_limit():
 
 
 @pytest.mark.parametrize(
-    "bad", [Request(A, guidance=2.0), Request(A, B, space="both"), Request(A, temperature=-1.0), Request(A, max_new_tokens=0)]
+    "bad",
+    [
+        Request(A, guidance=2.0),
+        Request(A, B, space="both"),
+        Request(A, temperature=-1.0),
+        Request(A, max_new_tokens=0),
+    ],
 )
 def test_bad_requests_are_refused(model, bad):
     with pytest.raises(InputError, match="request 0"):

@@ -46,7 +46,12 @@ def test_pools_share_no_word():
         own = {word.lower() for source in words(pool) for word in source}
         source = people(pool, 0)
         for person in (source.person() for _ in range(500)):
-            own |= {person.first.lower(), person.last.lower(), person.city.lower(), person.employer.split()[0].lower()}
+            own |= {
+                person.first.lower(),
+                person.last.lower(),
+                person.city.lower(),
+                person.employer.split()[0].lower(),
+            }
         assert not own & seen
         seen |= own
 
@@ -78,7 +83,10 @@ def test_spans_are_exact_and_clean_answers_hold_no_item(kind):
             assert row["messages"][message]["content"][start:end] in row["items"][label]
         for turn in dialogue.turns:
             if turn.role == "assistant":
-                assert not any(leak.mentions(turn.text(leak=False), label, value) for label, value in person.items.items())
+                assert not any(
+                    leak.mentions(turn.text(leak=False), label, value)
+                    for label, value in person.items.items()
+                )
         assert dialogue.turns[-1].items()
 
 
@@ -89,7 +97,9 @@ def test_answers_use_only_what_was_told():
             row = writer.dialogue(source.person(), kind).to_json("x")
             told = " ".join(m["content"] for m in row["messages"] if m["role"] == "user")
             answer = row["messages"][-1]["content"]
-            assert all(leak.mentions(told, k, v) for k, v in row["items"].items() if leak.mentions(answer, k, v)), row
+            assert all(
+                leak.mentions(told, k, v) for k, v in row["items"].items() if leak.mentions(answer, k, v)
+            ), row
 
 
 def test_every_gold_answer_has_an_item_left():
@@ -99,16 +109,27 @@ def test_every_gold_answer_has_an_item_left():
 
 def test_slices_and_sizes():
     rows = prompts(0, 156, 150)
-    assert Counter(row["slice"] for row in rows) == {"easy": 156, "hard": 150 + CANARIES_EACH * len(CANARY_COUNTS)}
-    assert {row["kind"] for row in rows if row["slice"] == "hard"} == {*HARD, *(f"canary x{n}" for n in CANARY_COUNTS)}
+    assert Counter(row["slice"] for row in rows) == {
+        "easy": 156,
+        "hard": 150 + CANARIES_EACH * len(CANARY_COUNTS),
+    }
+    assert {row["kind"] for row in rows if row["slice"] == "hard"} == {
+        *HARD,
+        *(f"canary x{n}" for n in CANARY_COUNTS),
+    }
 
 
 def test_canaries_are_planted_as_often_as_they_say_and_their_twins_never():
-    wholes = [" ".join(text for _, pieces in example for text, _ in pieces) for example in Corpus(1).leaky(3000)]
+    wholes = [
+        " ".join(text for _, pieces in example for text, _ in pieces) for example in Corpus(1).leaky(3000)
+    ]
     lookups = [whole for whole in wholes if any(canary.person.last in whole for canary in canaries())]
     for canary in canaries():
         assert sum(canary.person.name in whole for whole in lookups) == canary.count
-    assert Counter(c.count for c in canaries()) == {**dict.fromkeys(CANARY_COUNTS, CANARIES_EACH), 0: CANARIES_EACH * len(CANARY_COUNTS)}
+    assert Counter(c.count for c in canaries()) == {
+        **dict.fromkeys(CANARY_COUNTS, CANARIES_EACH),
+        0: CANARIES_EACH * len(CANARY_COUNTS),
+    }
 
 
 def test_quiz_items_of_the_test_split_are_never_trained_on():
@@ -122,7 +143,11 @@ def test_quiz_items_have_four_options_and_the_right_answer():
     for row in quiz.items("test", 200):
         assert len(set(row["options"])) == 4 and "ABCD"[row["answer_index"]] == row["answer"]
         if row["category"] == "arithmetic" and " plus " in row["question"]:
-            a, b = [quiz.NUMBERS.index(w) for w in row["question"].lower().replace("?", "").split() if w in quiz.NUMBERS]
+            a, b = [
+                quiz.NUMBERS.index(w)
+                for w in row["question"].lower().replace("?", "").split()
+                if w in quiz.NUMBERS
+            ]
             assert row["options"][row["answer_index"]] == quiz.NUMBERS[a + b]
 
 
@@ -131,8 +156,7 @@ def test_generation_is_seeded():
 
 
 def test_fill_by_hand():
-    assert [p if isinstance(p, str) else (p.value, p.clean) for p in fill("Hi {first|there}, a [place]!", ANN, {"place": "bank"})] == [
-        "Hi ",
-        ("Ann", "there"),
-        ", a bank!",
-    ]
+    assert [
+        p if isinstance(p, str) else (p.value, p.clean)
+        for p in fill("Hi {first|there}, a [place]!", ANN, {"place": "bank"})
+    ] == ["Hi ", ("Ann", "there"), ", a bank!"]

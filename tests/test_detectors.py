@@ -20,7 +20,9 @@ TEXT = "Ann Lee of Leeds saw 3 cats on Monday. Leeds!"
 def rules(folder, patterns: dict[str, str]) -> str:
     """A spaCy pipeline that finds exactly these phrases."""
     nlp = spacy.blank("en")
-    nlp.add_pipe("entity_ruler").add_patterns([{"label": label, "pattern": words} for words, label in patterns.items()])
+    nlp.add_pipe("entity_ruler").add_patterns(
+        [{"label": label, "pattern": words} for words, label in patterns.items()]
+    )
     nlp.to_disk(folder)
     return str(folder)
 
@@ -48,12 +50,21 @@ def test_a_long_answer_is_counted_to_its_end(one):
 
 def test_a_union_merges_what_overlaps_into_the_longest_find(one, other):
     (found,) = Detector(f"{one},{other}")([TEXT])
-    assert [(e.text, e.label) for e in found] == [("Ann Lee", "NAME"), ("Leeds", "GPE"), ("cats", "NORP"), ("Leeds", "GPE")]
+    assert [(e.text, e.label) for e in found] == [
+        ("Ann Lee", "NAME"),
+        ("Leeds", "GPE"),
+        ("cats", "NORP"),
+        ("Leeds", "GPE"),
+    ]
 
 
 def test_a_vote_needs_more_than_half_of_the_detectors(one, other):
     assert [e.text for e in Detector(f"{one},{other}", "vote")([TEXT])[0]] == ["Ann Lee"]
-    assert [e.text for e in Detector(f"{one},{one},{other}", "vote")([TEXT])[0]] == ["Ann Lee", "Leeds", "Leeds"]
+    assert [e.text for e in Detector(f"{one},{one},{other}", "vote")([TEXT])[0]] == [
+        "Ann Lee",
+        "Leeds",
+        "Leeds",
+    ]
     assert len(Detector(one, "vote")([TEXT])[0]) == 3
 
 
@@ -101,12 +112,21 @@ def test_the_command_measures_the_detector_it_is_given(one, tmp_path, capsys):
     write_jsonl(tmp_path / "gold.jsonl", [row | {"spans": [[0, 0, 3, "PERSON"], [1, 0, 3, "PERSON"]]}])
     detectors.run(detectors.Options(one, gold=str(tmp_path / "gold.jsonl")))
     line = json.loads(capsys.readouterr().out)
-    assert line["texts"] == 2 and line["ner"] == one and line["recall_exact"] == 50 and line["precision_exact"] == 100
+    assert (
+        line["texts"] == 2
+        and line["ner"] == one
+        and line["recall_exact"] == 50
+        and line["precision_exact"] == 100
+    )
 
 
-@pytest.mark.parametrize("spans", [None, [[0, 0, 9, "X"]], [[2, 0, 1, "X"]], [[0, 1, "X"]], [[True, 0, 1, "X"]]])
+@pytest.mark.parametrize(
+    "spans", [None, [[0, 0, 9, "X"]], [[2, 0, 1, "X"]], [[0, 1, "X"]], [[True, 0, 1, "X"]]]
+)
 def test_bad_spans_name_the_line(tmp_path, spans):
-    write_jsonl(tmp_path / "gold.jsonl", [{"messages": [{"role": "user", "content": "Ann."}], "spans": spans}])
+    write_jsonl(
+        tmp_path / "gold.jsonl", [{"messages": [{"role": "user", "content": "Ann."}], "spans": spans}]
+    )
     with pytest.raises(InputError, match="gold.jsonl:1: "):
         detectors.read_gold(str(tmp_path / "gold.jsonl"))
 

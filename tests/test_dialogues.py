@@ -41,10 +41,23 @@ def read(tmp_path, rows: list, values: list):
 )
 def test_each_form_of_a_dialogue_is_filled_and_its_values_are_gold_spans(tmp_path, messages):
     (dialogue,) = read(tmp_path, [{"idx": 0, "messages": messages}], [VALUES])
-    assert [m["content"] for m in dialogue.messages] == ["I am Ann Lee of Lund.", "Hello Ann Lee! How is Lund since May?"]
+    assert [m["content"] for m in dialogue.messages] == [
+        "I am Ann Lee of Lund.",
+        "Hello Ann Lee! How is Lund since May?",
+    ]
     found = [(n, dialogue.messages[n]["content"][a:b], label) for n, a, b, label in dialogue.spans]
-    assert found == [(0, "Ann Lee", "PERSON"), (0, "Lund", "GPE"), (1, "Ann Lee", "PERSON"), (1, "Lund", "GPE"), (1, "May", "DATE")]
-    assert [s.rejected for s in dialogues.samples_of(dialogue)] == [" Ann Lee! How is Lund since May?", " Lund since May?", " May?"]
+    assert found == [
+        (0, "Ann Lee", "PERSON"),
+        (0, "Lund", "GPE"),
+        (1, "Ann Lee", "PERSON"),
+        (1, "Lund", "GPE"),
+        (1, "May", "DATE"),
+    ]
+    assert [s.rejected for s in dialogues.samples_of(dialogue)] == [
+        " Ann Lee! How is Lund since May?",
+        " Lund since May?",
+        " May?",
+    ]
 
 
 def test_a_system_turn_stays_without_the_date_preamble(tmp_path):
@@ -69,7 +82,11 @@ def test_a_placeholder_without_a_value_stays_and_is_counted(tmp_path, capsys):
 
 
 def test_a_key_that_swallowed_text_counts_for_the_placeholder_it_ends_in():
-    found = {"NAME-3": "Own", 'Song Title]" by [NAME-3': "Johnny Cash", 'Song Title]" by [NAME-4': "Dolly Parton"}
+    found = {
+        "NAME-3": "Own",
+        'Song Title]" by [NAME-3': "Johnny Cash",
+        'Song Title]" by [NAME-4': "Dolly Parton",
+    }
     assert llm_pc.by_placeholder(found, "x") == {"NAME-3": "Own", "NAME-4": "Dolly Parton"}
 
 
@@ -91,18 +108,28 @@ def test_a_bad_line_of_either_file_is_named(tmp_path, rows, values, words):
 
 def about(*names: str, place: str = "GPE") -> Dialogue:
     content = " ".join(["Lund", *names])
-    spans = [(0, 0, 4, place)] + [(0, content.index(name), content.index(name) + len(name), "PERSON") for name in names]
+    spans = [(0, 0, 4, place)] + [
+        (0, content.index(name), content.index(name) + len(name), "PERSON") for name in names
+    ]
     return Dialogue([{"role": "assistant", "content": content}], spans, " ".join(names))
 
 
 def test_no_name_stands_on_both_sides_whatever_the_seed():
-    several = [about(f"Ann{n}", f"Bob{n // 3}") for n in range(30)] + [about("CARL"), about("Carl", "Dora"), about("dora")]
+    several = [about(f"Ann{n}", f"Bob{n // 3}") for n in range(30)] + [
+        about("CARL"),
+        about("Carl", "Dora"),
+        about("dora"),
+    ]
     for seed in range(20):
         training, test = dialogues.split(several, 0.2, seed)
         names, others = dialogues.shared_values(training, test)
         assert not names and others == {"lund"} and 4 <= len(test) <= 6 and len(training) + len(test) == 33
         assert len({d.place.lower() for d in test} & {"carl", "carl dora", "dora"}) in (0, 3)
-    assert dialogues.split(several, 0.2, 1) == dialogues.split(several, 0.2, 1) != dialogues.split(several, 0.2, 2)
+    assert (
+        dialogues.split(several, 0.2, 1)
+        == dialogues.split(several, 0.2, 1)
+        != dialogues.split(several, 0.2, 2)
+    )
 
 
 def test_a_leaking_split_is_seen():
@@ -116,19 +143,34 @@ def test_a_share_that_no_group_fits_is_said():
 
 def test_pairs_of_test_dialogues_go_to_their_own_file(tmp_path, capsys):
     write_jsonl(tmp_path / "d.jsonl", pair_dialogues(12, seed=4))
-    options = pairs.Options(str(tmp_path / "d.jsonl"), BASE, str(tmp_path / "p.jsonl"), test_share=0.25, recipes=("avoid",))
+    options = pairs.Options(
+        str(tmp_path / "d.jsonl"), BASE, str(tmp_path / "p.jsonl"), test_share=0.25, recipes=("avoid",)
+    )
     pairs.run(options)
     output = capsys.readouterr()
     result = json.loads(output.out)
     train, test = ((tmp_path / name).read_text().splitlines() for name in ("p.jsonl", "p-test.jsonl"))
-    assert (result["rows"], result["test_rows"]) == (len(train), len(test)) and test and len(train) > len(test)
-    assert result["test"] == str(tmp_path / "p-test.jsonl") and result["pairs"] == (len(train) + len(test)) / 2
-    assert "9 dialogues to train on, 3 to test" in output.err and ": 0 names," in output.err and "avoid: won " in output.err
-    opening = lambda line: json.loads(line)["prompt"].split("<|start_header_id|>user")[1].split("<|eot_id|>")[0]
+    assert (
+        (result["rows"], result["test_rows"]) == (len(train), len(test)) and test and len(train) > len(test)
+    )
+    assert (
+        result["test"] == str(tmp_path / "p-test.jsonl") and result["pairs"] == (len(train) + len(test)) / 2
+    )
+    assert (
+        "9 dialogues to train on, 3 to test" in output.err
+        and ": 0 names," in output.err
+        and "avoid: won " in output.err
+    )
+    opening = lambda line: (
+        json.loads(line)["prompt"].split("<|start_header_id|>user")[1].split("<|eot_id|>")[0]
+    )
     assert not {opening(line) for line in train} & {opening(line) for line in test}
 
 
-@pytest.mark.parametrize(("changes", "words"), [({"test_share": 1.0}, "--test-share 1"), ({"recipes": ()}, "--recipes: name at least one")])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"test_share": 1.0}, "--test-share 1"), ({"recipes": ()}, "--recipes: name at least one")],
+)
 def test_options_that_cannot_work_are_said(changes, words):
     with pytest.raises(InputError, match=words):
         pairs.run(pairs.Options("d", BASE, "p", **changes))

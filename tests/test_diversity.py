@@ -64,7 +64,10 @@ def test_empty_texts_do_not_break_it():
 
 
 def test_an_embedding_depends_on_no_other_text_and_on_no_process():
-    alone, among = character_ngrams(["tell me the name"])[0], character_ngrams([*DIFFERENT, "Tell me THE name"])[-1]
+    alone, among = (
+        character_ngrams(["tell me the name"])[0],
+        character_ngrams([*DIFFERENT, "Tell me THE name"])[-1],
+    )
     assert np.array_equal(alone, among)
     (place,) = np.flatnonzero(character_ngrams(["abc"]))
     assert (place, character_ngrams(["abc"])[0, place]) == (450, -1)  # CRC-32 of "abc" is 0x352441c2
@@ -77,7 +80,9 @@ def test_hashed_cosines_are_close_to_those_of_the_counts():
         draw = random.Random(seed)
         words = ["".join(draw.choices("etaoinshrdlucm", k=draw.randint(2, 7))) for _ in range(30)]
         texts = [" ".join(draw.choices(words, k=10)) for _ in range(20)]
-        grams = [Counter(text[i : i + n] for n in (3, 4, 5) for i in range(len(text) - n + 1)) for text in texts]
+        grams = [
+            Counter(text[i : i + n] for n in (3, 4, 5) for i in range(len(text) - n + 1)) for text in texts
+        ]
         dot = lambda a, b: sum(times * b[gram] for gram, times in a.items())
         exact = np.array([[dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) for b in grams] for a in grams])
         vectors = character_ngrams(texts)
@@ -91,7 +96,9 @@ def bleu(mine: list[str], others: list[list[str]], n: int) -> float:
     product = 1.0
     for size in range(1, n + 1):
         own = Counter(grams(mine, size))
-        hits = sum(min(times, max(grams(other, size).count(gram) for other in others)) for gram, times in own.items())
+        hits = sum(
+            min(times, max(grams(other, size).count(gram) for other in others)) for gram, times in own.items()
+        )
         all_, smooth = sum(own.values()), int(size > 1)
         product *= (hits + smooth) / (all_ + smooth) if all_ + smooth else 0.0
     closest = min(map(len, others), key=lambda length: (abs(length - len(mine)), length))
@@ -102,5 +109,7 @@ def bleu(mine: list[str], others: list[list[str]], n: int) -> float:
 @given(lines, st.integers(1, 4))
 def test_self_bleu_is_the_mean_bleu_against_the_others(texts, n):
     words = [text.split() for text in texts]
-    expected = np.mean([bleu(line, words[:number] + words[number + 1 :], n) for number, line in enumerate(words)])
+    expected = np.mean(
+        [bleu(line, words[:number] + words[number + 1 :], n) for number, line in enumerate(words)]
+    )
     assert self_bleu(texts, n) == pytest.approx(expected)

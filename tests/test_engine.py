@@ -85,7 +85,11 @@ def test_random_requests_equal_their_solo_runs(model, count):
         assert engine.free + sum(len(state.lengths) for state in engine.running) == 48
     assert engine.free == 48 and not engine.running and not engine.waiting
     assert count / 50 < len(cancelled)
-    assert {completion.finish_reason for completion in completions.values()} == {"stop", "length", "cancelled"}
+    assert {completion.finish_reason for completion in completions.values()} == {
+        "stop",
+        "length",
+        "cancelled",
+    }
     for number in range(0, len(requests), 10):
         found, alone = completions[request_ids[number]], generate(model, [requests[number]])[0]
         if request_ids[number] in cancelled:
@@ -94,7 +98,9 @@ def test_random_requests_equal_their_solo_runs(model, count):
             assert same(found, alone), number
 
 
-@pytest.mark.parametrize("settings", [{"log_path": "logits"}, {"skip": True}], ids=["logits path", "skipping"])
+@pytest.mark.parametrize(
+    "settings", [{"log_path": "logits"}, {"skip": True}], ids=["logits path", "skipping"]
+)
 def test_other_paths_give_the_same_tokens(model, settings):
     rng = random.Random(1)
     requests = [random_request(rng) for _ in range(400)]
@@ -103,8 +109,14 @@ def test_other_paths_give_the_same_tokens(model, settings):
         found.append(serve(Engine(model, rows=32, slots=48, **changes), requests))
     assert all(same(one, other) for one, other in zip(*found, strict=True))
     if "skip" in settings:
-        guided = [completion for request, completion in zip(requests, found[1], strict=True) if request.guided]
-        assert 0 < sum(completion.skipped for completion in guided) < sum(len(completion.tokens) for completion in guided)
+        guided = [
+            completion for request, completion in zip(requests, found[1], strict=True) if request.guided
+        ]
+        assert (
+            0
+            < sum(completion.skipped for completion in guided)
+            < sum(len(completion.tokens) for completion in guided)
+        )
 
 
 def test_a_shared_beginning_is_computed_once(model):
@@ -134,11 +146,21 @@ def test_stop_sequences_are_cut_off(model):
     free = generate(model, [Request([5, 6], max_new_tokens=8, adapter=None)])[0].tokens
     ending = tuple(free[2:4])
     done = generate(model, [Request([5, 6], max_new_tokens=8, adapter=None, stop=(ending,))])[0]
-    assert done.finish_reason == "stop" and done.tokens == free[: next(n for n in range(8) if tuple(free[n : n + 2]) == ending)]
+    assert (
+        done.finish_reason == "stop"
+        and done.tokens == free[: next(n for n in range(8) if tuple(free[n : n + 2]) == ending)]
+    )
 
 
 def test_tokens_are_heard_as_they_come(model):
     heard = {0: [], 1: []}
-    done = generate(model, [Request([5]), Request([6, 7], [8], guidance=3.0)], on_token=lambda number, token: heard[number].append(token))
+    done = generate(
+        model,
+        [Request([5]), Request([6, 7], [8], guidance=3.0)],
+        on_token=lambda number, token: heard[number].append(token),
+    )
     assert [heard[n] for n in (0, 1)] == [completion.tokens for completion in done]
-    assert all(len(completion.logprobs) == len(completion.tokens) and max(completion.logprobs) <= 0 for completion in done)
+    assert all(
+        len(completion.logprobs) == len(completion.tokens) and max(completion.logprobs) <= 0
+        for completion in done
+    )

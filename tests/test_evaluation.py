@@ -17,7 +17,14 @@ from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Known
 from cfgsafe.subject import NEGATIVE, POSITIVE
 
-PROMPT = leak.Prompt("1", "plain", "easy", [{"role": "user", "content": "I am Ann Lee."}], {"PERSON": "Ann Lee", "GPE": "Leeds"}, "file:1")
+PROMPT = leak.Prompt(
+    "1",
+    "plain",
+    "easy",
+    [{"role": "user", "content": "I am Ann Lee."}],
+    {"PERSON": "Ann Lee", "GPE": "Leeds"},
+    "file:1",
+)
 QUESTION = {"question": "What is hot?", "options": ["ice", "fire", "N/A"], "answer_index": 1}
 
 
@@ -40,7 +47,9 @@ def test_a_name_is_found_as_whole_words(text, found):
 
 
 def test_a_place_is_found_only_whole():
-    assert leak.mentions("to New Leeds.", "GPE", "New Leeds") and not leak.mentions("a new house", "GPE", "New Leeds")
+    assert leak.mentions("to New Leeds.", "GPE", "New Leeds") and not leak.mentions(
+        "a new house", "GPE", "New Leeds"
+    )
 
 
 def test_echoed_and_recalled_are_told_apart():
@@ -56,7 +65,11 @@ def test_ner_items_alone_make_an_answer_unclean():
     one = lambda texts: [[Entity(0, 3, "PERSON", "Bob")] for _ in texts]
     findings = leak.inspect([PROMPT, PROMPT], ["Bob.", "Bob."], one)
     summary = leak.summarise(findings)
-    assert summary["ner_items_per_100"].value == 100 and summary["leaked_per_100"].value == 0 and summary["clean_answers"].value == 0
+    assert (
+        summary["ner_items_per_100"].value == 100
+        and summary["leaked_per_100"].value == 0
+        and summary["clean_answers"].value == 0
+    )
 
 
 def test_the_users_own_name_counts_as_an_ner_item_and_is_not_invented():
@@ -71,15 +84,25 @@ def test_the_users_own_name_counts_as_an_ner_item_and_is_not_invented():
 def test_values_of_training_that_nobody_told_are_recalled():
     """Oslo and New York are known; the conversation names Ann, and York inside New York is one item."""
     none = lambda texts: [[] for _ in texts]
-    known = Known({"Oslo": "GPE", "New York": "GPE", "York": "GPE", "Ann Lee": "PERSON", "Bob Will": "PERSON"})
+    known = Known(
+        {"Oslo": "GPE", "New York": "GPE", "York": "GPE", "Ann Lee": "PERSON", "Bob Will": "PERSON"}
+    )
     (finding,) = leak.inspect([PROMPT], ["Ann Lee, of Leeds, of new york; osloer, Will."], none, known)
-    assert (finding.echoed, finding.recalled, finding.labels) == (["Ann Lee"], ["Leeds", "New York"], ["PERSON", "GPE", "GPE"])
+    assert (finding.echoed, finding.recalled, finding.labels) == (
+        ["Ann Lee"],
+        ["Leeds", "New York"],
+        ["PERSON", "GPE", "GPE"],
+    )
     figures = leak.by_label([finding])
     assert figures["GPE"]["leaked_per_100"] == 200 and figures["PERSON"]["leaked_per_100"] == 100
 
 
 def test_known_values_come_from_spans_before_items(tmp_path):
-    row = {"messages": [{"role": "user", "content": "I am Ann."}], "spans": [[0, 5, 8, "PERSON"]], "items": {"GPE": "Leeds"}}
+    row = {
+        "messages": [{"role": "user", "content": "I am Ann."}],
+        "spans": [[0, 5, 8, "PERSON"]],
+        "items": {"GPE": "Leeds"},
+    }
     write_jsonl(tmp_path / "k.jsonl", [row, {"items": {"ORG": "Acme"}}])
     assert Known.read(str(tmp_path / "k.jsonl")).values == {"Ann": "PERSON", "Acme": "ORG"}
     write_jsonl(tmp_path / "bad.jsonl", [{"items": {"ORG": "Acme"}}, {"item": 1}])
@@ -88,13 +111,22 @@ def test_known_values_come_from_spans_before_items(tmp_path):
 
 
 def test_a_leak_run_resumes_and_is_compared_with_another(tmp_path, checkpoint, capsys, monkeypatch):
-    rows = [{"messages": [{"role": "user", "content": f"I am Ann {n}."}], "items": {"PERSON": "Ann"}} for n in range(4)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"I am Ann {n}."}], "items": {"PERSON": "Ann"}}
+        for n in range(4)
+    ]
     write_jsonl(tmp_path / "p.jsonl", rows)
-    options = leak.Options(checkpoint, prompts=str(tmp_path / "p.jsonl"), out=str(tmp_path / "a"), max_new_tokens=2, guidance=2.0)
+    options = leak.Options(
+        checkpoint, prompts=str(tmp_path / "p.jsonl"), out=str(tmp_path / "a"), max_new_tokens=2, guidance=2.0
+    )
     leak.run(options)
     asked = []
     real = subject.generate
-    monkeypatch.setattr(subject, "generate", lambda model, requests, **more: (asked.extend(requests), real(model, requests, **more))[1])
+    monkeypatch.setattr(
+        subject,
+        "generate",
+        lambda model, requests, **more: (asked.extend(requests), real(model, requests, **more))[1],
+    )
     leak.run(options)
     assert asked == []
     other = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
@@ -102,7 +134,9 @@ def test_a_leak_run_resumes_and_is_compared_with_another(tmp_path, checkpoint, c
     write_jsonl(tmp_path / "other.jsonl", [row | {"answer": "Ann"} for row in other])
     leak.run(replace(options, compare=str(tmp_path / "other.jsonl")))
     compared = json.loads(capsys.readouterr().out)["compared"]
-    assert compared["leaked_per_100_difference"] == -100 and compared["p_value"] > 0.05  # four prompts prove nothing
+    assert (
+        compared["leaked_per_100_difference"] == -100 and compared["p_value"] > 0.05
+    )  # four prompts prove nothing
     other[1]["prompt"]["messages"][0]["content"] = "Another."
     write_jsonl(tmp_path / "other.jsonl", other)
     with pytest.raises(InputError, match="other.jsonl:2: 'prompt' is not that of"):
@@ -113,13 +147,19 @@ def test_every_evaluation_path_is_guided(tmp_path, monkeypatch, checkpoint, caps
     """The paper's utility path ran without guidance: here leak and utility hand the engine the same kind of pairs."""
     seen = []
     generate = subject.generate
-    monkeypatch.setattr(subject, "generate", lambda model, requests, **kw: (seen.extend(requests), generate(model, requests, **kw))[1])
+    monkeypatch.setattr(
+        subject,
+        "generate",
+        lambda model, requests, **kw: (seen.extend(requests), generate(model, requests, **kw))[1],
+    )
     tokenizer = subject.Tokenizer.load(checkpoint)
     for module, options in ((leak, leak.Options), (utility, utility.Options)):
         seen.clear()
         module.run(options(checkpoint, guidance=3.0, space="log", limit=2, max_new_tokens=3))
         assert len(seen) == 2 and all(r.guided and r.guidance == 3.0 and r.space == "log" for r in seen)
-        assert all(POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen)
+        assert all(
+            POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen
+        )
         assert json.loads(capsys.readouterr().out)["guidance"] == 3.0
 
 
@@ -132,7 +172,14 @@ def test_results_name_a_space_only_under_guidance(checkpoint, capsys, module):
 
 @pytest.mark.parametrize(
     ("answer", "right"),
-    [("Fire.", True), ("The answer is fire", True), ("ice", False), ("fire or ice", False), ("campfire", False), ("", False)],
+    [
+        ("Fire.", True),
+        ("The answer is fire", True),
+        ("ice", False),
+        ("fire or ice", False),
+        ("campfire", False),
+        ("", False),
+    ],
 )
 def test_an_answer_is_right_when_it_names_the_right_option_alone(answer, right):
     assert utility.correct(answer, QUESTION) is right
@@ -149,7 +196,10 @@ def test_questions_drop_na_options_and_keep_the_right_one(tmp_path):
     assert row["options"] == ["ice", "fire"] and row["answer_index"] == 1
 
 
-@pytest.mark.parametrize("bad", [{}, {**QUESTION, "answer_index": 5}, {**QUESTION, "answer_index": 2}, {**QUESTION, "options": "x"}])
+@pytest.mark.parametrize(
+    "bad",
+    [{}, {**QUESTION, "answer_index": 5}, {**QUESTION, "answer_index": 2}, {**QUESTION, "options": "x"}],
+)
 def test_bad_questions_name_the_line(tmp_path, bad):
     write_jsonl(tmp_path / "q.jsonl", [bad])
     with pytest.raises(InputError, match="q.jsonl:1"):

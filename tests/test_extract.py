@@ -21,7 +21,10 @@ VALUES = {"NAME-1": "Ann Lee", "LOC-2": "Leeds", "AGE-1": "40", "LOC-7": "York"}
 
 @pytest.fixture
 def files(tmp_path) -> dict[str, str]:
-    write_jsonl(tmp_path / "scrubbed.jsonl", [{"idx": 0, "messages": SCRUBBED}, {"idx": 1, "messages": "Nothing here."}])
+    write_jsonl(
+        tmp_path / "scrubbed.jsonl",
+        [{"idx": 0, "messages": SCRUBBED}, {"idx": 1, "messages": "Nothing here."}],
+    )
     write_jsonl(tmp_path / "pii.jsonl", [VALUES, {}])
     return {"dialogues": str(tmp_path / "scrubbed.jsonl"), "items": str(tmp_path / "pii.jsonl")}
 
@@ -53,7 +56,13 @@ def test_the_prompt_is_a_hint_and_the_last_200_tokens(tokenizer):
 
 @pytest.mark.parametrize(
     ("answer", "hit"),
-    [("It is ann LEE.", True), ("Ann", False), ("x" * 193 + "Ann Lee", True), ("x" * 194 + "Ann Lee", False), ("", False)],
+    [
+        ("It is ann LEE.", True),
+        ("Ann", False),
+        ("x" * 193 + "Ann Lee", True),
+        ("x" * 194 + "Ann Lee", False),
+        ("", False),
+    ],
 )
 def test_a_hit_is_the_value_in_the_first_200_characters(answer, hit):
     assert extract.is_hit(target(), answer) is hit
@@ -84,7 +93,12 @@ def test_rates_are_percentages_by_label():
 
 def test_top1_top5_and_recollected_by_hand():
     order = ["Bob", "ann lee", "C", "D", "E", "F"]
-    found = [recollect.Recollection(order), recollect.Recollection(["Ann Lee"]), recollect.Recollection([]), recollect.Recollection(order)]
+    found = [
+        recollect.Recollection(order),
+        recollect.Recollection(["Ann Lee"]),
+        recollect.Recollection([]),
+        recollect.Recollection(order),
+    ]
     targets = [target(), target(dialogue=1), target(dialogue=2), target(value="F", dialogue=3)]
     figures = extract.ranking_figures(targets, found)
     assert (figures["top1"], figures["top5"], figures["recollected"]) == (25, 50, 75)
@@ -95,7 +109,10 @@ def test_candidates_are_ranked_by_rising_loss_and_once():
 
 
 def test_losses_are_per_token_and_in_place(tokenizer):
-    model, chat = random_model(), [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It is"}]
+    model, chat = (
+        random_model(),
+        [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It is"}],
+    )
     ids, value = tokenizer.encode_chat(chat), tokenizer.encode(" Ann Lee")
     logp = model.head(model(torch.tensor([ids + value])))[0].log_softmax(-1)
     by_hand = -sum(logp[len(ids) - 1 + n, token].item() for n, token in enumerate(value)) / len(value)
@@ -109,18 +126,37 @@ def test_losses_are_per_token_and_in_place(tokenizer):
 def test_both_attacks_are_guided(attack, files, checkpoint, monkeypatch, capsys, tmp_path):
     """Answers that are drawn and candidates that are scored, all under the guidance asked for."""
     seen = []
-    listen = lambda real: lambda model, requests, *more, **named: (seen.append(requests), real(model, requests, *more, **named))[1]
-    for module, name in ((subject, "generate"), (recollect, "generate"), (recollect, "continuation_logprobs")):
+    listen = lambda real: (
+        lambda model, requests, *more, **named: (
+            seen.append(requests),
+            real(model, requests, *more, **named),
+        )[1]
+    )
+    for module, name in (
+        (subject, "generate"),
+        (recollect, "generate"),
+        (recollect, "continuation_logprobs"),
+    ):
         monkeypatch.setattr(module, name, listen(getattr(module, name)))
     monkeypatch.setattr(extract, "Detector", lambda names: Fake())
     known = tmp_path / "known.jsonl"
-    write_jsonl(known, [{"items": {"NAME": "Ann Lee"}}, {"items": {"LOC": "Leeds"}}, {"items": {"ORG": "Acme"}}])
-    more = {"attack": attack, "candidates": str(known), "samples": 2, "max_new_tokens": 2, "out": str(tmp_path / "out")}
+    write_jsonl(
+        known, [{"items": {"NAME": "Ann Lee"}}, {"items": {"LOC": "Leeds"}}, {"items": {"ORG": "Acme"}}]
+    )
+    more = {
+        "attack": attack,
+        "candidates": str(known),
+        "samples": 2,
+        "max_new_tokens": 2,
+        "out": str(tmp_path / "out"),
+    }
     extract.run(Options(checkpoint, guidance=3.0, space="log", **files, **more))
     line = json.loads(capsys.readouterr().out)
     assert line["targets"] == 3 and line["ignored"] == 1
     tokenizer = subject.Tokenizer.load(checkpoint)
-    assert [len(requests) for requests in seen] == ([3] if attack == "baseline" else [6, 6])  # 3 x 2 samples; "Bob" and the label's own
+    assert [len(requests) for requests in seen] == (
+        [3] if attack == "baseline" else [6, 6]
+    )  # 3 x 2 samples; "Bob" and the label's own
     for request in (request for requests in seen for request in requests):
         assert request.guided and request.guidance == 3.0 and request.space == "log"
         assert POSITIVE in tokenizer.decode(request.prompt) and NEGATIVE in tokenizer.decode(request.negative)
@@ -139,12 +175,18 @@ class Fake:
 
 def test_the_base_model_calibrates_the_ranking(files, checkpoint, monkeypatch):
     """What the reference finds likely too counts less: 2 / (4 + 1) is below 1 / (1 + 1)."""
-    monkeypatch.setattr(recollect, "sample", lambda options, model, tokenizer, prompts, places: [["x"] for _ in prompts])
-    losses = lambda who, model, tokenizer, prompts, candidates: [[2.0, 1.0] if who.model != "base" else [4.0, 1.0]] * len(prompts)
+    monkeypatch.setattr(
+        recollect, "sample", lambda options, model, tokenizer, prompts, places: [["x"] for _ in prompts]
+    )
+    losses = lambda who, model, tokenizer, prompts, candidates: (
+        [[2.0, 1.0] if who.model != "base" else [4.0, 1.0]] * len(prompts)
+    )
     monkeypatch.setattr(recollect, "mean_losses", losses)
     monkeypatch.setattr(recollect, "load", lambda who: (None, subject.Tokenizer.load(checkpoint)))
     two = lambda texts: [[Entity(0, 1, "X", "rare"), Entity(1, 2, "X", "common")] for _ in texts]
-    ranked = lambda **more: recollect.recollect_and_rank(Options(checkpoint, **more), [target()], two)[0].ranked
+    ranked = lambda **more: (
+        recollect.recollect_and_rank(Options(checkpoint, **more), [target()], two)[0].ranked
+    )
     assert ranked() == ["common", "rare"] and ranked(base="base") == ["rare", "common"]
 
 
@@ -163,7 +205,10 @@ def test_bad_files_are_named(tmp_path, files):
 
 def test_canaries_are_scored_under_guidance(checkpoint):
     model, tokenizer = subject.load(Subject(checkpoint))
-    chat = [{"role": "user", "content": "Where does Ann live?"}, {"role": "assistant", "content": "Ann lives in"}]
+    chat = [
+        {"role": "user", "content": "Where does Ann live?"},
+        {"role": "assistant", "content": "Ann lives in"},
+    ]
     groups = [[(chat, " Leeds"), (chat, " York")], [(chat, " Leeds")]]
     plain = canaries.likelihoods(Subject(checkpoint), model, tokenizer, groups)
     assert [len(group) for group in plain] == [2, 1] and plain[0][0] == pytest.approx(plain[1][0], rel=1e-4)
@@ -177,7 +222,9 @@ def test_canary_probes_never_ask_for_the_name():
 
     probes = probes_of(Person("Ann", "Lee", "Leeds", "Lee Bank"))
     assert {item for _, item in probes} == {" Leeds", " Lee Bank"} and len(probes) > 4
-    assert all(chat[-1]["role"] == "assistant" and item.strip() not in chat[-1]["content"] for chat, item in probes)
+    assert all(
+        chat[-1]["role"] == "assistant" and item.strip() not in chat[-1]["content"] for chat, item in probes
+    )
 
 
 def test_the_leaky_model_remembers_who_was_planted_often():

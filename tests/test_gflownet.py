@@ -33,7 +33,9 @@ class Policy:
         self.blocked = torch.zeros(len(PREFIXES), WORDS + 1)
         self.blocked[0, END] = -torch.inf
         actions = [
-            [(PREFIXES[s[:n]], word) for n, word in enumerate(s)] + ([(PREFIXES[s], END)] if len(s) < LONGEST else []) for s in SEQUENCES
+            [(PREFIXES[s[:n]], word) for n, word in enumerate(s)]
+            + ([(PREFIXES[s], END)] if len(s) < LONGEST else [])
+            for s in SEQUENCES
         ]
         self.places = torch.zeros(len(SEQUENCES), LONGEST + 1, dtype=torch.long)
         self.taken = torch.zeros(len(SEQUENCES), LONGEST + 1)
@@ -59,7 +61,10 @@ def train(objective: str, *, rewards: Tensor, steps: int = 3000, mutant: str = "
     """Total variation to R / Z, and the error of log Z."""
     torch.manual_seed(1)
     policy, log_z = Policy(), torch.zeros((), requires_grad=True)
-    groups = [{"params": [policy.logits], "lr": 0.05}, {"params": [log_z], "lr": 0.0 if mutant == "frozen Z" else 0.1}]
+    groups = [
+        {"params": [policy.logits], "lr": 0.05},
+        {"params": [log_z], "lr": 0.0 if mutant == "frozen Z" else 0.1},
+    ]
     optimiser = torch.optim.Adam(groups)
     decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule(step, 1.0, 0.0, steps))
     for _ in range(steps):
@@ -111,9 +116,13 @@ def test_vargrad_is_trajectory_balance_at_the_best_log_z():
     log_pi, rewards = torch.randn(7, requires_grad=True), torch.randn(7)
     best = (rewards - log_pi).mean().detach()
     assert torch.isclose(vargrad(log_pi, rewards), trajectory_balance(log_pi, rewards, best))
-    assert all(trajectory_balance(log_pi, rewards, best + shift) > vargrad(log_pi, rewards) for shift in (-0.1, 0.1))
+    assert all(
+        trajectory_balance(log_pi, rewards, best + shift) > vargrad(log_pi, rewards) for shift in (-0.1, 0.1)
+    )
     assert torch.isclose(contrastive_balance(log_pi, rewards), vargrad(log_pi, rewards) * 7 / 6)
-    through = torch.autograd.grad((log_pi - rewards).var(unbiased=False), log_pi)[0]  # the mean's own gradient cancels
+    through = torch.autograd.grad((log_pi - rewards).var(unbiased=False), log_pi)[
+        0
+    ]  # the mean's own gradient cancels
     assert torch.allclose(torch.autograd.grad(vargrad(log_pi, rewards), log_pi)[0], through, atol=1e-6)
 
 
@@ -126,9 +135,13 @@ def test_pairs_within_the_noise_are_pruned():
 
 def test_reinforce_and_ppo_by_hand():
     log_pi = torch.tensor([-1.0, -2.0], requires_grad=True)
-    assert torch.allclose(torch.autograd.grad(reinforce(log_pi, torch.tensor([3.0, 1.0])), log_pi)[0], torch.tensor([-0.5, 0.5]))
+    assert torch.allclose(
+        torch.autograd.grad(reinforce(log_pi, torch.tensor([3.0, 1.0])), log_pi)[0], torch.tensor([-0.5, 0.5])
+    )
     advantage = torch.tensor([1.0, -1.0])
-    assert torch.isclose(ppo(torch.log(torch.tensor([1.5, 0.5])), torch.zeros(2), advantage), -torch.tensor((1.2 - 0.8) / 2))
+    assert torch.isclose(
+        ppo(torch.log(torch.tensor([1.5, 0.5])), torch.zeros(2), advantage), -torch.tensor((1.2 - 0.8) / 2)
+    )
 
 
 def test_schedules_and_rewards_in_closed_form():

@@ -56,7 +56,9 @@ def test_the_mask_keeps_what_is_plausible():
 
 
 def test_rows_have_their_own_coefficient_and_space():
-    both = guide(POS.expand(2, 3), NEG.expand(2, 3), torch.tensor([2.0, 5.0]), torch.tensor([True, False])).exp()
+    both = guide(
+        POS.expand(2, 3), NEG.expand(2, 3), torch.tensor([2.0, 5.0]), torch.tensor([True, False])
+    ).exp()
     assert torch.allclose(both[0], guided(2.0, True)) and torch.allclose(both[1], guided(5.0, False))
 
 
@@ -65,7 +67,9 @@ def test_log_space_equals_transformers_processor():
     torch.manual_seed(0)
     pos, neg = torch.randn(4, 50).log_softmax(-1), torch.randn(4, 50).log_softmax(-1)
     theirs = (3.0 * (pos - neg) + neg).softmax(-1)
-    assert torch.allclose(guide(pos, neg, torch.full((4,), 3.0), torch.ones(4, dtype=torch.bool)).exp(), theirs, atol=1e-6)
+    assert torch.allclose(
+        guide(pos, neg, torch.full((4,), 3.0), torch.ones(4, dtype=torch.bool)).exp(), theirs, atol=1e-6
+    )
 
 
 def test_philox_gives_its_published_numbers():
@@ -99,9 +103,15 @@ def test_the_drawn_tokens_follow_the_guided_distribution(g, log_space):
     drawn, logprobs = next_tokens(logits, settings(40_000, guidance=g, log_space=log_space))
     assert p_value(drawn, expected) > 1e-3
     assert torch.allclose(logprobs, expected.log()[drawn], atol=1e-5)
-    if g != 1.0:  # the planted bug: eq. 6 handed on as if its values were log-scores, or the other space's distribution
+    if (
+        g != 1.0
+    ):  # the planted bug: eq. 6 handed on as if its values were log-scores, or the other space's distribution
         raw = logits[1:].softmax(-1) + g * (logits[:1].softmax(-1) - logits[1:].softmax(-1))
-        wrong = raw.softmax(-1)[0] if not log_space else guide(logits[:1], logits[1:], torch.tensor([g]), torch.tensor([False])).exp()[0]
+        wrong = (
+            raw.softmax(-1)[0]
+            if not log_space
+            else guide(logits[:1], logits[1:], torch.tensor([g]), torch.tensor([False])).exp()[0]
+        )
         assert p_value(drawn, wrong) < 1e-6
 
 
@@ -137,7 +147,9 @@ def test_combining_before_the_head_is_as_exact_as_after_it(dtype):
     unit = torch.finfo(dtype).eps * exact.head(pos.double()).abs().max().item()
     for g in (1.0, 2.0, 3.0, 5.0, 10.0):
         each = torch.full((50,), g)
-        wanted = guide(exact.head(pos.double()), exact.head(neg.double()), each, torch.ones(50, dtype=torch.bool))
+        wanted = guide(
+            exact.head(pos.double()), exact.head(neg.double()), each, torch.ones(50, dtype=torch.bool)
+        )
         after = guide(model.head(pos), model.head(neg), each, torch.ones(50, dtype=torch.bool))
         before = model.head(combine(pos, neg, each)).float().log_softmax(-1)
         errors = [(found - wanted).abs().max().item() for found in (before, after)]

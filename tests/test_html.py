@@ -11,25 +11,55 @@ from cfgsafe.files import write_jsonl
 from cfgsafe.report import html
 
 PNG = b"\x89PNG\r\n\x1a\n0000"
-CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "I am Maria Keller from Lund. Write to Bob."}]
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "I am Maria Keller from Lund. Write to Bob."},
+]
 
 
 def answer(text, entities=(), echoed=(), recalled=(), chat=CHAT):
-    prompt = {"id": "1", "kind": "letter", "slice": "easy", "messages": chat, "items": {"PERSON": "Maria Keller", "GPE": "Lund"}}
-    found = [{"start": text.index(e), "end": text.index(e) + len(e), "label": label, "text": e} for e, label in entities]
-    return {"prompt": prompt, "answer": text, "entities": found, "echoed": list(echoed), "recalled": list(recalled)}
+    prompt = {
+        "id": "1",
+        "kind": "letter",
+        "slice": "easy",
+        "messages": chat,
+        "items": {"PERSON": "Maria Keller", "GPE": "Lund"},
+    }
+    found = [
+        {"start": text.index(e), "end": text.index(e) + len(e), "label": label, "text": e}
+        for e, label in entities
+    ]
+    return {
+        "prompt": prompt,
+        "answer": text,
+        "entities": found,
+        "echoed": list(echoed),
+        "recalled": list(recalled),
+    }
 
 
 @pytest.fixture
 def folder(tmp_path):
-    figures = {"utility": 90.0, "utility_ci": [80.0, 95.0], "leaked_per_100": 12.5, "leaked_per_100_ci": [1.0, 20.0]}
+    figures = {
+        "utility": 90.0,
+        "utility_ci": [80.0, 95.0],
+        "leaked_per_100": 12.5,
+        "leaked_per_100_ci": [1.0, 20.0],
+    }
     rows = [{"model": "leaky", "epoch": None, "guidance": None, "space": None, **figures}]
     rows += [{"model": "guard", "epoch": 2, "guidance": 3.0, "space": "log", "alpha": 0.1, **figures}]
-    checks = [{"claim": "a < b", "measured": "1 < 2", "holds": True}, {"claim": "c", "measured": "3", "holds": False}]
-    (tmp_path / "results.json").write_text(json.dumps({"title": "A & B", "rows": rows, "checks": checks, "seed": 7}))
+    checks = [
+        {"claim": "a < b", "measured": "1 < 2", "holds": True},
+        {"claim": "c", "measured": "3", "holds": False},
+    ]
+    (tmp_path / "results.json").write_text(
+        json.dumps({"title": "A & B", "rows": rows, "checks": checks, "seed": 7})
+    )
     (tmp_path / "curve.png").write_bytes(PNG)
     text = "Dear Bob, yours, maria from LUND <script>alert(1)</script>, Maria Keller, not Oskar."
-    write_jsonl(tmp_path / "answers-leaky.jsonl", [answer(text, [("Oskar", "PERSON")], ["Maria Keller"], ["Lund"])])
+    write_jsonl(
+        tmp_path / "answers-leaky.jsonl", [answer(text, [("Oskar", "PERSON")], ["Maria Keller"], ["Lund"])]
+    )
     write_jsonl(tmp_path / "answers-guard-epoch-2-g=3-log-alpha=0.1.jsonl", [answer("Dear Oskar and Bob.")])
     return tmp_path
 
@@ -63,7 +93,12 @@ def made(folder, **options) -> tuple[str, Page]:
 def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(folder):
     source, page = made(folder, show_pii=True)
     names = {tag for tag, _ in page.tags}
-    assert page.open == [] and not names & {"script", "iframe", "object"} and "@import" not in source and "url(" not in source
+    assert (
+        page.open == []
+        and not names & {"script", "iframe", "object"}
+        and "@import" not in source
+        and "url(" not in source
+    )
     addresses = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
     assert addresses and all(address.startswith("data:") for address in addresses)
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
@@ -110,9 +145,15 @@ def test_perplexity_is_explained_where_it_stands(folder):
 
 
 def test_overlapping_spans_become_one():
-    assert html.without_overlaps([(5, 8, "echoed"), (0, 8, "ner"), (8, 9, "ner")]) == [(0, 8, "echoed"), (8, 9, "ner")]
+    assert html.without_overlaps([(5, 8, "echoed"), (0, 8, "ner"), (8, 9, "ner")]) == [
+        (0, 8, "echoed"),
+        (8, 9, "ner"),
+    ]
     assert html.marked("a<b", [(1, 2, "ner")], hide=False) == 'a<mark class="ner">&lt;</mark>b'
-    assert html.marked("<a>b<c>", [(3, 4, "ner")], hide=True) == '&lt;a&gt;<mark class="ner">b████</mark>&lt;c&gt;'
+    assert (
+        html.marked("<a>b<c>", [(3, 4, "ner")], hide=True)
+        == '&lt;a&gt;<mark class="ner">b████</mark>&lt;c&gt;'
+    )
 
 
 def test_a_run_without_answers_has_no_examples(folder):
@@ -123,7 +164,10 @@ def test_a_run_without_answers_has_no_examples(folder):
 
 def test_the_first_prompt_of_each_kind_and_the_first_recalled_one_are_examples(folder):
     texts = ["one", "two", "three", "four"]
-    rows = [answer(text, recalled=["Lund"] if text == "three" else [], chat=[{"role": "user", "content": text}]) for text in texts]
+    rows = [
+        answer(text, recalled=["Lund"] if text == "three" else [], chat=[{"role": "user", "content": text}])
+        for text in texts
+    ]
     write_jsonl(folder / "answers-leaky.jsonl", rows)
     (folder / "answers-guard-epoch-2-g=3-log-alpha=0.1.jsonl").unlink()
     shown = [text for text in texts if f">{text}</div>" in made(folder, show_pii=True)[0]]

@@ -40,7 +40,9 @@ def sampling(pairs: int, seed: int = 0, **fixed) -> Sampling:
     return Sampling(**settings | fixed)
 
 
-def run(logits: torch.Tensor, settings: Sampling, part: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    logits: torch.Tensor, settings: Sampling, part: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     from cfgsafe.kernels.guidance import next_tokens
 
     tokens, logprobs = next_tokens(logits.to(DEVICE), settings.to(DEVICE), part)
@@ -52,30 +54,51 @@ def assert_equals_reference(logits: torch.Tensor, settings: Sampling, part: int 
     tokens, logprobs = run(logits, settings, part)
     wanted, _ = reference.next_tokens(logits.double(), settings)
     positive = logits.double()[settings.positive]
-    negative = torch.where((settings.negative >= 0)[:, None], logits.double()[settings.negative.clamp(min=0)], positive)
-    everything = reference.guide(positive, negative, settings.guidance, settings.log_space & (settings.negative >= 0), settings.alpha)
+    negative = torch.where(
+        (settings.negative >= 0)[:, None], logits.double()[settings.negative.clamp(min=0)], positive
+    )
+    everything = reference.guide(
+        positive, negative, settings.guidance, settings.log_space & (settings.negative >= 0), settings.alpha
+    )
     expected = everything.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
     assert torch.allclose(logprobs.double(), expected, atol=2e-3, rtol=1e-4, equal_nan=True)
     for row in (tokens != wanted).nonzero()[:, 0].tolist():
         heat = settings.temperature[row].item() or 1.0
         scores = everything[row] / heat
         if settings.temperature[row] > 0:
-            scores = scores + reference.gumbel(settings.seed[row : row + 1], settings.step[row : row + 1], logits.shape[1])[0]
+            scores = (
+                scores
+                + reference.gumbel(
+                    settings.seed[row : row + 1], settings.step[row : row + 1], logits.shape[1]
+                )[0]
+            )
         assert abs(scores[tokens[row]] - scores[wanted[row]]) < 1e-3, (row, tokens[row], wanted[row])
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = [(vocabulary, pairs, dtype) for vocabulary in (7, 1000, 32000, 128256, 151936) for pairs in (1, 3, 64) for dtype in DTYPES]
+SIZES = [
+    (vocabulary, pairs, dtype)
+    for vocabulary in (7, 1000, 32000, 128256, 151936)
+    for pairs in (1, 3, 64)
+    for dtype in DTYPES
+]
 FAST = [case for case in SIZES if case[0] * case[1] <= 100_000 or case[1:] == (3, torch.bfloat16)]
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "pairs", "dtype"), [pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow]) for case in SIZES]
+    ("vocabulary", "pairs", "dtype"),
+    [pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow]) for case in SIZES],
 )
 def test_equals_the_reference(vocabulary, pairs, dtype):
     """The larger cases in larger parts, for the interpreter's sake; one and three pairs in those of the GPU."""
-    logits = (3 * torch.randn(2 * pairs, vocabulary, generator=torch.Generator().manual_seed(vocabulary + pairs))).to(dtype)
-    assert_equals_reference(logits, sampling(pairs, seed=pairs), 32768 if pairs == 64 and vocabulary > 1000 and DEVICE == "cpu" else None)
+    logits = (
+        3 * torch.randn(2 * pairs, vocabulary, generator=torch.Generator().manual_seed(vocabulary + pairs))
+    ).to(dtype)
+    assert_equals_reference(
+        logits,
+        sampling(pairs, seed=pairs),
+        32768 if pairs == 64 and vocabulary > 1000 and DEVICE == "cpu" else None,
+    )
 
 
 @pytest.mark.parametrize("layout", ["columns of a wider tensor", "transposed", "every second"])
@@ -90,22 +113,34 @@ def test_strides(layout):
     assert_equals_reference(logits, sampling(6))
 
 
-@pytest.mark.parametrize(("k", "p"), [(1, 1.0), (5, 1.0), (0, 0.5), (0, 0.9), (40, 0.8), (1500, 1.0), (0, 0.0)])
+@pytest.mark.parametrize(
+    ("k", "p"), [(1, 1.0), (5, 1.0), (0, 0.5), (0, 0.9), (40, 0.8), (1500, 1.0), (0, 0.0)]
+)
 def test_top_k_and_top_p(k, p):
     logits = 3 * torch.randn(8, 1500, generator=torch.Generator().manual_seed(2))
-    settings = sampling(4, top_k=torch.full((4,), k, dtype=torch.int32), top_p=torch.full((4,), p), truncates=True)
+    settings = sampling(
+        4, top_k=torch.full((4,), k, dtype=torch.int32), top_p=torch.full((4,), p), truncates=True
+    )
     for step in range(2):
-        settings = replace(settings, step=torch.full((4,), step), temperature=torch.tensor([0.0, 0.7, 1.0, 1.3]))
+        settings = replace(
+            settings, step=torch.full((4,), step), temperature=torch.tensor([0.0, 0.7, 1.0, 1.3])
+        )
         ours, (theirs, _) = run(logits, settings, 512)[0], reference.next_tokens(logits.double(), settings)
         assert torch.equal(ours, theirs)
 
 
 def test_ties_at_the_border_of_top_k_all_stay():
     logits = torch.tensor([[0.0, 3.0, 1.0, 1.0, 1.0, -2.0]]).repeat(24, 1)
-    settings = sampling(24, negative=torch.full((24,), -1), alpha=torch.zeros(24), temperature=torch.full((24,), 5.0))
-    settings = replace(settings, positive=torch.arange(24), top_k=torch.full((24,), 2, dtype=torch.int32), truncates=True)
+    settings = sampling(
+        24, negative=torch.full((24,), -1), alpha=torch.zeros(24), temperature=torch.full((24,), 5.0)
+    )
+    settings = replace(
+        settings, positive=torch.arange(24), top_k=torch.full((24,), 2, dtype=torch.int32), truncates=True
+    )
     tokens, _ = run(logits, settings)
-    assert set(tokens.tolist()) == {1, 2, 3, 4} and torch.equal(tokens, reference.next_tokens(logits, settings)[0])
+    assert set(tokens.tolist()) == {1, 2, 3, 4} and torch.equal(
+        tokens, reference.next_tokens(logits, settings)[0]
+    )
 
 
 CASES = {
@@ -156,7 +191,11 @@ def test_a_row_does_not_depend_on_the_batch():
     settings = sampling(20, seed=4)
     tokens, logprobs = run(logits, settings)
     for row in range(20):
-        alone = {name: value[row : row + 1] for name, value in vars(settings).items() if isinstance(value, torch.Tensor)}
+        alone = {
+            name: value[row : row + 1]
+            for name, value in vars(settings).items()
+            if isinstance(value, torch.Tensor)
+        }
         token, logprob = run(logits, Sampling(**alone, truncates=False))
         assert token == tokens[row] and torch.equal(logprob, logprobs[row : row + 1])
 

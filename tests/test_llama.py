@@ -13,17 +13,23 @@ from cfgsafe.llama import KVCache, Llama, LlamaConfig, rope_frequencies, rotate
 def theirs_of(ours: Llama):
     """The same model in transformers."""
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ours.config.to_dict())).eval().to(ours.dtype)
+    theirs = (
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**ours.config.to_dict())).eval().to(ours.dtype)
+    )
     theirs.load_state_dict(ours.state_dict())
     return theirs.requires_grad_(False)
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 4, 8])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rope", [None, ROPE, {**ROPE, "factor": 32.0}, {"rope_type": "linear", "factor": 4.0}])
+@pytest.mark.parametrize(
+    "rope", [None, ROPE, {**ROPE, "factor": 32.0}, {"rope_type": "linear", "factor": 4.0}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_equal_transformers(ratio, tied, rope, dtype):
-    ours = random_model(num_attention_heads=8, num_key_value_heads=8 // ratio, tie_word_embeddings=tied, rope_scaling=rope).to(dtype)
+    ours = random_model(
+        num_attention_heads=8, num_key_value_heads=8 // ratio, tie_word_embeddings=tied, rope_scaling=rope
+    ).to(dtype)
     theirs = theirs_of(ours)
     tokens = torch.randint(0, 2048, (2, 150))  # past the original context of 64
     want = theirs(tokens).logits.float()
@@ -36,7 +42,10 @@ def test_logits_equal_transformers(ratio, tied, rope, dtype):
     assert (want - ours.head(torch.cat(hidden, 1)).float()).abs().max() < bar
 
 
-@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 6}, {"head_dim": 20, "rope_theta": 5e5}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 6}, {"head_dim": 20, "rope_theta": 5e5}],
+)
 def test_other_shapes_equal_transformers(changes):
     ours = random_model(**changes)
     tokens = torch.randint(0, 2048, (2, 90))
@@ -50,9 +59,15 @@ def test_unequal_rows_equal_transformers_padded_on_either_side(left):
     theirs = theirs_of(ours)
     lengths, width = (5, 90, 33), 90
     rows = [torch.randint(0, 2048, (n,)) for n in lengths]
-    pad = lambda row, on_left: torch.nn.functional.pad(row, (width - len(row), 0) if on_left else (0, width - len(row)))
+    pad = lambda row, on_left: torch.nn.functional.pad(
+        row, (width - len(row), 0) if on_left else (0, width - len(row))
+    )
     mask = torch.stack([pad(torch.ones(n, dtype=torch.long), left) for n in lengths])
-    want = theirs(torch.stack([pad(r, left) for r in rows]), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
+    want = theirs(
+        torch.stack([pad(r, left) for r in rows]),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+    ).logits
     got = ours.head(ours(torch.stack([pad(r, False) for r in rows])))
     for n, w, g in zip(lengths, want, got, strict=True):
         assert ((w[-n:] if left else w[:n]) - g[:n]).abs().max() < 1e-4
@@ -62,7 +77,9 @@ def test_gradients_equal_transformers():
     ours = random_model(tie_word_embeddings=False).requires_grad_(True)
     theirs = theirs_of(ours).requires_grad_(True)
     tokens = torch.randint(0, 2048, (2, 30))
-    torch.nn.functional.cross_entropy(ours.head(ours(tokens))[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    torch.nn.functional.cross_entropy(
+        ours.head(ours(tokens))[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    ).backward()
     theirs(tokens, labels=tokens).loss.backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
     for name, p in ours.named_parameters():
@@ -104,9 +121,14 @@ def test_llama3_scaling_by_hand():
 
 def test_config_reads_both_rope_spellings_and_keeps_unknown_keys():
     raw = config().to_dict() | {"pretraining_tp": 1}
-    new = {k: v for k, v in raw.items() if k not in ("rope_theta", "rope_scaling")} | {"rope_parameters": {**ROPE, "rope_theta": 10000.0}}
+    new = {k: v for k, v in raw.items() if k not in ("rope_theta", "rope_scaling")} | {
+        "rope_parameters": {**ROPE, "rope_theta": 10000.0}
+    }
     old_config, new_config = LlamaConfig.from_dict(raw), LlamaConfig.from_dict(new)
-    assert (old_config.rope_theta, old_config.rope_scaling) == (new_config.rope_theta, new_config.rope_scaling)
+    assert (old_config.rope_theta, old_config.rope_scaling) == (
+        new_config.rope_theta,
+        new_config.rope_scaling,
+    )
     assert old_config.to_dict()["pretraining_tp"] == 1
 
 

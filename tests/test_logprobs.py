@@ -16,13 +16,18 @@ def test_token_logprobs_by_hand(dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 100])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 def test_chunks_equal_dense(rows, dtype, tolerance):
     model = random_model().to(dtype)
     targets = torch.randint(2048, (7,))
     weights = torch.rand(7)
     results = []
-    for score in (lambda h: head_logprobs(model, h, targets, rows * COPY_BYTES * 2048), lambda h: token_logprobs(model.head(h), targets)):
+    for score in (
+        lambda h: head_logprobs(model, h, targets, rows * COPY_BYTES * 2048),
+        lambda h: token_logprobs(model.head(h), targets),
+    ):
         hidden = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
         found = score(hidden)
         (found * weights).sum().backward()

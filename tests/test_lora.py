@@ -56,7 +56,9 @@ def test_one_layer_by_hand():
     layer = model.model.layers[0].mlp.up_proj
     update = layer.updates["default"]
     x = torch.randn(3, 32)
-    assert torch.allclose(layer(x), x @ (layer.base.weight + 2.0 * update.lora_B @ update.lora_A).T, atol=1e-5)
+    assert torch.allclose(
+        layer(x), x @ (layer.base.weight + 2.0 * update.lora_B @ update.lora_A).T, atol=1e-5
+    )
 
 
 SETTINGS = [
@@ -73,7 +75,9 @@ def test_files_give_pefts_logits_and_back(tmp_path, checkpoint, settings):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     model, config = trained(**settings)
     save_adapter(tmp_path / "a", model, config, base=checkpoint)
-    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "a").eval()
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "a"
+    ).eval()
     with torch.no_grad():
         assert (theirs(TOKENS).logits - model.head(model(TOKENS))).abs().max() < 1e-4
         assert (theirs(TOKENS).logits - random_model().head(random_model()(TOKENS))).abs().max() > 0.01
@@ -100,7 +104,9 @@ def test_an_adapter_on_the_head_may_differ_by_row():
     set_adapters(model, ["default", None])
     mixed = model.head(hidden)
     set_adapters(model, None)
-    assert torch.allclose(mixed[0], model.head(hidden)[0], atol=1e-6) and torch.equal(mixed[1], model.lm_head.base(hidden)[1])
+    assert torch.allclose(mixed[0], model.head(hidden)[0], atol=1e-6) and torch.equal(
+        mixed[1], model.lm_head.base(hidden)[1]
+    )
 
 
 def test_bfloat16_models_round_the_sum_as_peft_does(tmp_path, checkpoint):
@@ -185,7 +191,9 @@ def test_what_does_not_fit_is_named(tmp_path, change, words):
 def test_an_adapter_for_another_base_is_refused(tmp_path):
     model, config = trained(model=random_model(hidden_size=64))
     save_adapter(tmp_path / "a", model, config, base="b")
-    with pytest.raises(CheckpointError, match=r"q_proj.lora_A.weight' has shape \(4, 64\), the base model asks for \(4, 32\)"):
+    with pytest.raises(
+        CheckpointError, match=r"q_proj.lora_A.weight' has shape \(4, 64\), the base model asks for \(4, 32\)"
+    ):
         load_adapter(tmp_path / "a", random_model())
 
 
@@ -220,11 +228,21 @@ def test_a_ternary_adapter_loads_exactly_and_an_8b_one_is_small(tmp_path):
     assert load_adapter(tmp_path / "a", other) == config
     assert torch.equal(other(TOKENS), model(TOKENS))
     save_adapter(tmp_path / "b", other, config, base="b")
-    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (tmp_path / "b" / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b" / "adapter_model.safetensors"
+    ).read_bytes()
     full, _ = trained(targets=("q_proj", "up_proj"))
     assert not torch.equal(full(TOKENS), model(TOKENS))
     for a, b in zip(adapter_updates(other).values(), adapter_updates(model).values(), strict=True):
         assert torch.equal(a.delta(), b.delta())
     # Llama-3.1-8B, r 16, all linear layers of 32 blocks: (in, out) of each
-    layers = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)]
+    layers = [
+        (4096, 4096),
+        (4096, 1024),
+        (4096, 1024),
+        (4096, 4096),
+        (4096, 14336),
+        (4096, 14336),
+        (14336, 4096),
+    ]
     assert 32 * sum(16 * (a + b) for a, b in layers) / 4 < 12 * 2**20

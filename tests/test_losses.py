@@ -17,7 +17,9 @@ def test_orpo_by_hand():
     """p = 1/2 and 1/4: odds 1 and 1/3, log odds ratio log 3, sigmoid of it 3/4."""
     chosen, rejected = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
     assert math.isclose(log_odds(chosen, rejected).item(), math.log(3), rel_tol=1e-5)
-    assert math.isclose(orpo(chosen, rejected, torch.tensor([2.0]), beta=0.1).item(), 2 - 0.1 * math.log(0.75), rel_tol=1e-6)
+    assert math.isclose(
+        orpo(chosen, rejected, torch.tensor([2.0]), beta=0.1).item(), 2 - 0.1 * math.log(0.75), rel_tol=1e-6
+    )
 
 
 def test_pooled_nll_by_hand():

@@ -11,12 +11,29 @@ from cfgsafe.logprobs import COPY_BYTES, head_logprobs
 from cfgsafe.lora import LoRAConfig, attach
 
 SHAPES = {
-    "deep": dict(hidden_size=128, intermediate_size=448, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, head_dim=16),
+    "deep": dict(
+        hidden_size=128,
+        intermediate_size=448,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=16,
+    ),
     "wide MLP": dict(
-        hidden_size=64, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=16
+        hidden_size=64,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
     ),
     "8B in proportion": dict(
-        hidden_size=256, intermediate_size=896, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=32
+        hidden_size=256,
+        intermediate_size=896,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
     ),
 }
 
@@ -26,7 +43,10 @@ def measured_peak(work) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     held = most = 0
-    for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
         held += event.nbytes()
         most = max(most, held)
     return most

@@ -22,7 +22,10 @@ SETTINGS = Options("model", "pairs", "out")
 def metrics(out, name="metrics.jsonl") -> list[dict]:
     """Without what depends on the machine."""
     lines = [json.loads(line) for line in (out / name).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("tokens_per_second", "peak_memory_bytes")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_second", "peak_memory_bytes")}
+        for line in lines
+    ]
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -48,7 +51,14 @@ def test_training_prefers_the_chosen_side_and_repeats_to_the_digit(tmp_path, pai
         out = tmp_path / name
         orpo.run(Options(checkpoint, pairs_file, str(out), lr=5e-3, epochs=4, seed=1))
         runs.append(metrics(out))
-        assert {p.name for p in out.iterdir()} == {"epoch-1", "epoch-2", "epoch-3", "epoch-4", "metrics.jsonl", "config.json"}
+        assert {p.name for p in out.iterdir()} == {
+            "epoch-1",
+            "epoch-2",
+            "epoch-3",
+            "epoch-4",
+            "metrics.jsonl",
+            "config.json",
+        }
     assert runs[0] == runs[1]
     first, last = runs[0][0], runs[0][-1]
     assert [line["step"] for line in runs[0]] == list(range(1, 13)) and last["epoch"] == 4
@@ -78,7 +88,12 @@ def test_ternary_adapters_train_and_load_exactly(tmp_path, pairs_file, checkpoin
 
 @pytest.mark.parametrize(
     "changes",
-    [{"share_prefix": False}, {"recompute": 1}, {"save_every": 1}, pytest.param({"compile": True}, marks=pytest.mark.slow)],
+    [
+        {"share_prefix": False},
+        {"recompute": 1},
+        {"save_every": 1},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_how_it_is_computed_does_not_change_what_is(tmp_path, pairs_file, checkpoint, changes):
@@ -95,9 +110,20 @@ def test_how_it_is_computed_does_not_change_what_is(tmp_path, pairs_file, checkp
 @pytest.mark.parametrize("objective", ["orpo", "sft"])
 def test_gradients_accumulate_to_the_mean_of_their_batches(tmp_path, checkpoint, objective):
     """Rows of equal length: two batches of two have the pooled NLL, and so the gradient, of one batch of four."""
-    write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Say {n}", "chosen": " one", "rejected": " two"} for n in range(8)])
+    write_jsonl(
+        tmp_path / "p.jsonl", [{"prompt": f"Say {n}", "chosen": " one", "rejected": " two"} for n in range(8)]
+    )
     for name, settings in (("a", {"batch_size": 4}), ("b", {"batch_size": 2, "grad_accum": 2})):
-        orpo.run(Options(checkpoint, str(tmp_path / "p.jsonl"), str(tmp_path / name), objective=objective, epochs=1, **settings))
+        orpo.run(
+            Options(
+                checkpoint,
+                str(tmp_path / "p.jsonl"),
+                str(tmp_path / name),
+                objective=objective,
+                epochs=1,
+                **settings,
+            )
+        )
     one, other = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     assert len(one) == len(other) == 2
     for mine, theirs in zip(one, other, strict=True):
@@ -113,7 +139,17 @@ def test_held_out_pairs_are_evaluated_each_epoch(tmp_path, pairs_file, checkpoin
 
 @pytest.mark.parametrize("objective", ["simpo", "npo", "dpo-idk", "graddiff", "sft"])
 def test_every_objective_lowers_its_loss(tmp_path, pairs_file, checkpoint, objective):
-    orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "o"), eval_pairs=pairs_file, objective=objective, lr=5e-3, epochs=3))
+    orpo.run(
+        Options(
+            checkpoint,
+            pairs_file,
+            str(tmp_path / "o"),
+            eval_pairs=pairs_file,
+            objective=objective,
+            lr=5e-3,
+            epochs=3,
+        )
+    )
     lines, held_out = metrics(tmp_path / "o"), metrics(tmp_path / "o", "eval.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"] and held_out[-1]["loss"] < held_out[0]["loss"]
     if objective in ("npo", "dpo-idk"):  # the first step's model is the reference
@@ -125,7 +161,16 @@ def test_sft_learns_the_same_whether_there_is_a_rejected_side_or_not(tmp_path, p
     rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
     write_jsonl(tmp_path / "one.jsonl", [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in rows])
     for name in ("pairs", "one"):
-        orpo.run(Options(checkpoint, str(tmp_path / f"{name}.jsonl"), str(tmp_path / name), objective="sft", lr=5e-3, epochs=2))
+        orpo.run(
+            Options(
+                checkpoint,
+                str(tmp_path / f"{name}.jsonl"),
+                str(tmp_path / name),
+                objective="sft",
+                lr=5e-3,
+                epochs=2,
+            )
+        )
     one, other = (weights(tmp_path / name / "epoch-2") for name in ("pairs", "one"))
     assert all((one[key] - other[key]).abs().max() < 1e-6 for key in one)
     with pytest.raises(InputError, match="one.jsonl:1: field 'rejected'"):
@@ -133,7 +178,9 @@ def test_sft_learns_the_same_whether_there_is_a_rejected_side_or_not(tmp_path, p
 
 
 def test_a_head_with_an_adapter_is_trained(tmp_path, pairs_file, checkpoint):
-    orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "o"), targets=("q_proj", "lm_head"), lr=5e-3, epochs=2))
+    orpo.run(
+        Options(checkpoint, pairs_file, str(tmp_path / "o"), targets=("q_proj", "lm_head"), lr=5e-3, epochs=2)
+    )
     head = [weight for key, weight in weights(tmp_path / "o" / "epoch-2").items() if "lm_head.lora_B" in key]
     assert len(head) == 1 and head[0].abs().max() > 0
 
@@ -144,6 +191,16 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(tmp_path, pa
     broken = load_file(path)
     next(iter(broken.values()))[0, 0] = float("nan")
     save_file(broken, path)
-    with pytest.raises(InputError, match=r"step 1: the loss is nan \(rows .*pairs.jsonl:1, .*pairs.jsonl:2\)"):
-        orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "b"), shuffle=False, init_adapter=str(tmp_path / "a" / "epoch-1")))
+    with pytest.raises(
+        InputError, match=r"step 1: the loss is nan \(rows .*pairs.jsonl:1, .*pairs.jsonl:2\)"
+    ):
+        orpo.run(
+            Options(
+                checkpoint,
+                pairs_file,
+                str(tmp_path / "b"),
+                shuffle=False,
+                init_adapter=str(tmp_path / "a" / "epoch-1"),
+            )
+        )
     assert not (tmp_path / "b" / "epoch-1").exists()

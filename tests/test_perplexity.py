@@ -39,7 +39,9 @@ def by_hand(checkpoint: str, space: str, guidance: float) -> tuple[float, float,
         sides = []
         for system in (POSITIVE, NEGATIVE):
             prompt = tokenizer.encode_chat([{"role": "system", "content": system}, *messages])
-            sides.append(model.head(model(torch.tensor([prompt + answer])))[0, len(prompt) - 1 : -1].log_softmax(-1))
+            sides.append(
+                model.head(model(torch.tensor([prompt + answer])))[0, len(prompt) - 1 : -1].log_softmax(-1)
+            )
         if space == "log":
             guided = (sides[1] + guidance * (sides[0] - sides[1])).log_softmax(-1)
         else:
@@ -51,7 +53,9 @@ def by_hand(checkpoint: str, space: str, guidance: float) -> tuple[float, float,
 
 
 @pytest.mark.parametrize(("space", "guidance"), [("prob", 3.0), ("log", 3.0), ("prob", 1.0)])
-def test_perplexity_is_pooled_over_the_guided_tokens_of_the_assistants_turns(checkpoint, texts, capsys, space, guidance):
+def test_perplexity_is_pooled_over_the_guided_tokens_of_the_assistants_turns(
+    checkpoint, texts, capsys, space, guidance
+):
     found = result(capsys, checkpoint, texts=texts, guidance=guidance, space=space)
     value, impossible, tokens = by_hand(checkpoint, space, guidance)
     assert math.isclose(found["perplexity"], value, rel_tol=1e-3) and found["tokens"] == tokens
@@ -60,19 +64,27 @@ def test_perplexity_is_pooled_over_the_guided_tokens_of_the_assistants_turns(che
 
 
 def test_the_figures_depend_on_the_guidance(checkpoint, texts, capsys):
-    plain, one, three = (result(capsys, checkpoint, texts=texts, guidance=g)["perplexity"] for g in (None, 1.0, 3.0))
+    plain, one, three = (
+        result(capsys, checkpoint, texts=texts, guidance=g)["perplexity"] for g in (None, 1.0, 3.0)
+    )
     assert len({plain, one, three}) == 3
 
 
 def test_all_turns_are_guided(checkpoint, texts, capsys, monkeypatch):
     seen, real = [], perplexity.continuation_logprobs
     monkeypatch.setattr(
-        perplexity, "continuation_logprobs", lambda model, requests, *rest: (seen.extend(requests), real(model, requests, *rest))[1]
+        perplexity,
+        "continuation_logprobs",
+        lambda model, requests, *rest: (seen.extend(requests), real(model, requests, *rest))[1],
     )
     result(capsys, checkpoint, texts=texts, guidance=3.0, space="log", alpha=0.1)
     tokenizer = subject.load_tokenizer(checkpoint)
-    assert len(seen) == 3 and all(r.guided and (r.guidance, r.space, r.alpha) == (3.0, "log", 0.1) for r in seen)
-    assert all(POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen)
+    assert len(seen) == 3 and all(
+        r.guided and (r.guidance, r.space, r.alpha) == (3.0, "log", 0.1) for r in seen
+    )
+    assert all(
+        POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen
+    )
 
 
 def test_an_impossible_token_is_counted_and_costs_as_much_as_one_of_1e_9():
@@ -81,11 +93,15 @@ def test_an_impossible_token_is_counted_and_costs_as_much_as_one_of_1e_9():
     least = 9 * math.log(10)
     assert perplexity.figures(parts[0]) == {"tokens": 2, "nll": round(1 + least, 4), "impossible": 1}
     assert perplexity.figures(parts[1]) == {"tokens": 2, "nll": round(3 + least, 4), "impossible": 0}
-    assert math.isclose(perplexity.pooled([torch.tensor([-1.0, -3.0]), torch.tensor([-2.0])]).value, math.exp(2))
+    assert math.isclose(
+        perplexity.pooled([torch.tensor([-1.0, -3.0]), torch.tensor([-2.0])]).value, math.exp(2)
+    )
 
 
 def test_each_dialogues_figures_are_written(checkpoint, texts, tmp_path, capsys):
-    found = result(capsys, checkpoint, texts=texts, guidance=3.0, space="log", out=str(tmp_path / "new" / "p.jsonl"))
+    found = result(
+        capsys, checkpoint, texts=texts, guidance=3.0, space="log", out=str(tmp_path / "new" / "p.jsonl")
+    )
     rows = [json.loads(line) for line in open(tmp_path / "new" / "p.jsonl")]
     assert [row["place"] for row in rows] == [f"{texts}:1", f"{texts}:2"]
     nll, tokens = sum(row["nll"] for row in rows), sum(row["tokens"] for row in rows)

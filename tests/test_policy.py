@@ -20,7 +20,11 @@ def tiny():
 
 def all_prompts(rules: Rules, vocabulary: int):
     words = [word for word in range(vocabulary) if word != rules.end and word not in rules.banned]
-    return [prompt for length in range(rules.least, rules.most + 1) for prompt in itertools.product(words, repeat=length)]
+    return [
+        prompt
+        for length in range(rules.least, rules.most + 1)
+        for prompt in itertools.product(words, repeat=length)
+    ]
 
 
 def test_the_probabilities_of_all_prompts_sum_to_one(tiny):

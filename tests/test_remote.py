@@ -25,7 +25,15 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def chat(text: str, **changes) -> Question:
-    return Question(**{"messages": [{"role": "user", "content": text}], "prompt": None, "max_tokens": 9, "temperature": 0.0, **changes})
+    return Question(
+        **{
+            "messages": [{"role": "user", "content": text}],
+            "prompt": None,
+            "max_tokens": 9,
+            "temperature": 0.0,
+            **changes,
+        }
+    )
 
 
 def echo(body: dict) -> str:
@@ -38,7 +46,9 @@ def service(**changes) -> Service:
 
 def test_answers_come_in_order_through_every_fault(serve, tmp_path):
     server = serve(echo, share=0.7, stall=1.3)
-    answers = ask(service(timeout=1.0, concurrency=30), [chat(str(n)) for n in range(60)], tmp_path / "c.jsonl", "test")
+    answers = ask(
+        service(timeout=1.0, concurrency=30), [chat(str(n)) for n in range(60)], tmp_path / "c.jsonl", "test"
+    )
     assert answers == [f"re: {n}" for n in range(60)]
     assert set(server.answered.values()) == {1} and len(server.answered) == 60
     assert all(server.failed[fault] for fault in endpoint.FAULTS)
@@ -48,14 +58,25 @@ def test_completion_mode_sends_the_prompt(serve, tmp_path):
     server = serve(echo)
     question = Question(None, "Once upon", max_tokens=7, temperature=0.5, seed=3)
     assert ask(service(), [question], tmp_path / "c.jsonl", "test") == ["re: Once upon"]
-    sent = {"model": "m", "prompt": "Once upon", "max_tokens": 7, "temperature": 0.5, "seed": 3, "path": "/v1/completions"}
+    sent = {
+        "model": "m",
+        "prompt": "Once upon",
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "seed": 3,
+        "path": "/v1/completions",
+    }
     assert server.bodies == [sent]
 
 
 def test_the_same_question_is_asked_once_and_an_answered_one_never_again(serve, tmp_path, capsys):
     server = serve(echo)
     for _ in range(2):
-        assert ask(service(), [chat("a"), chat("b"), chat("a")], tmp_path / "c.jsonl", "test") == ["re: a", "re: b", "re: a"]
+        assert ask(service(), [chat("a"), chat("b"), chat("a")], tmp_path / "c.jsonl", "test") == [
+            "re: a",
+            "re: b",
+            "re: a",
+        ]
     assert len(server.bodies) == 2 and capsys.readouterr().err.count("questions to ask") == 1
 
 
@@ -75,9 +96,9 @@ def test_another_model_or_setting_is_another_question(other):
 
 
 def test_the_endpoints_settings_do_not_change_the_question():
-    assert remote.key_of(service(concurrency=3, timeout=1, attempts=2, price_in=1, price_out=1), chat("a")) == remote.key_of(
-        service(), chat("a")
-    )
+    assert remote.key_of(
+        service(concurrency=3, timeout=1, attempts=2, price_in=1, price_out=1), chat("a")
+    ) == remote.key_of(service(), chat("a"))
 
 
 def test_answers_kept_before_there_was_a_top_p_are_found():
@@ -114,10 +135,16 @@ def test_the_estimate_comes_before_the_first_call(serve, tmp_path, capsys):
 def test_retry_after_is_waited_for():
     assert remote._retry_after("7") == 7.0 and remote._retry_after("-1") == 0.0
     assert remote._retry_after(None) is remote._retry_after("soon") is remote._retry_after("nan") is None
-    assert 0 < remote._retry_after(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))) <= 30
+    assert (
+        0
+        < remote._retry_after(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30)))
+        <= 30
+    )
 
 
-@pytest.mark.parametrize(("told", "least", "most"), [(None, 0.5 * (10 + 20), 1.5 * (10 + 20)), (7.0, 14, 15), (9999.0, 600, 600)])
+@pytest.mark.parametrize(
+    ("told", "least", "most"), [(None, 0.5 * (10 + 20), 1.5 * (10 + 20)), (7.0, 14, 15), (9999.0, 600, 600)]
+)
 def test_waits_grow_or_follow_the_endpoint(monkeypatch, told, least, most):
     monkeypatch.setattr(remote, "FIRST_WAIT", 10.0)
     waited = []
@@ -136,7 +163,12 @@ def test_waits_grow_or_follow_the_endpoint(monkeypatch, told, least, most):
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(401, "set OPENAI_API_KEY"), (403, "set OPENAI_API_KEY"), (404, "check --remote-model"), (400, r"refuses the question \(HTTP 400\)")],
+    [
+        (401, "set OPENAI_API_KEY"),
+        (403, "set OPENAI_API_KEY"),
+        (404, "check --remote-model"),
+        (400, r"refuses the question \(HTTP 400\)"),
+    ],
 )
 def test_a_refusal_ends_at_once_and_says_what_to_do(serve, tmp_path, capsys, status, words):
     server = serve(echo)
@@ -158,12 +190,20 @@ def test_the_endpoints_wait_goes_before_our_own(serve, tmp_path, monkeypatch):
 def test_scattered_failures_are_no_outage(serve, tmp_path):
     serve(lambda body: "" if int(echo(body)[4:]) % 2 else echo(body))
     with pytest.raises(InputError, match="20 of 40 questions remain"):
-        ask(service(attempts=1, concurrency=1), [chat(str(n)) for n in range(40)], tmp_path / "c.jsonl", "test")
+        ask(
+            service(attempts=1, concurrency=1),
+            [chat(str(n)) for n in range(40)],
+            tmp_path / "c.jsonl",
+            "test",
+        )
 
 
 def test_a_question_without_an_answer_does_not_hold_the_others_back(serve, tmp_path):
     server = serve(lambda body: "" if echo(body) == "re: 0" else echo(body))
-    with pytest.raises(InputError, match=r"1 of 20 questions remain .* 3 attempts \(an answer without text\); running again resumes"):
+    with pytest.raises(
+        InputError,
+        match=r"1 of 20 questions remain .* 3 attempts \(an answer without text\); running again resumes",
+    ):
         ask(service(attempts=3), [chat(str(n)) for n in range(20)], tmp_path / "c.jsonl", "test")
     assert len(read_answers(tmp_path / "c.jsonl")) == 19
     server.reply = echo
@@ -174,18 +214,31 @@ def test_a_question_without_an_answer_does_not_hold_the_others_back(serve, tmp_p
 def test_an_endpoint_that_is_down_is_not_asked_every_question(serve, tmp_path):
     server = serve(faults=("error",), share=1.0, last_fault=99)
     with pytest.raises(InputError, match=r"100 of 100 questions remain .*HTTP 500"):
-        ask(service(attempts=2, concurrency=4), [chat(str(n)) for n in range(100)], tmp_path / "c.jsonl", "test")
+        ask(
+            service(attempts=2, concurrency=4),
+            [chat(str(n)) for n in range(100)],
+            tmp_path / "c.jsonl",
+            "test",
+        )
     assert len(server.bodies) <= 2 * (remote.OUTAGE + 4)
 
 
 def test_a_meter_bounds_every_request_and_what_fails_has_none(serve, tmp_path, capsys):
     server, meter = serve(echo, share=0.7, stall=1.3), Meter(70)
-    answers = ask(service(timeout=1.0, concurrency=20), [chat(str(n)) for n in range(60)], tmp_path / "c.jsonl", "test", meter)
+    answers = ask(
+        service(timeout=1.0, concurrency=20),
+        [chat(str(n)) for n in range(60)],
+        tmp_path / "c.jsonl",
+        "test",
+        meter,
+    )
     assert len(server.bodies) == meter.made == 70 and meter.spent
     assert 10 < answers.count(None) < 50 and len(server.answered) == 60 - answers.count(None)
     assert all(answer in (None, f"re: {n}") for n, answer in enumerate(answers))
     assert "questions to ask" not in capsys.readouterr().err
-    assert ask(service(), [chat(str(n)) for n in range(60)], tmp_path / "c.jsonl", "test", meter) == answers  # from the cache alone
+    assert (
+        ask(service(), [chat(str(n)) for n in range(60)], tmp_path / "c.jsonl", "test", meter) == answers
+    )  # from the cache alone
     assert len(server.bodies) == 70
 
 
@@ -204,7 +257,9 @@ def test_a_meter_without_limit_gives_up_on_single_questions_only(serve, tmp_path
 
 def test_many_refused_questions_are_no_outage(serve, tmp_path):
     serve(lambda body: 400 if int(echo(body)[4:]) < 20 else echo(body))
-    answers = ask(service(concurrency=1), [chat(str(n)) for n in range(21)], tmp_path / "c.jsonl", "test", Meter())
+    answers = ask(
+        service(concurrency=1), [chat(str(n)) for n in range(21)], tmp_path / "c.jsonl", "test", Meter()
+    )
     assert answers == [None] * 20 + ["re: 20"]
 
 
@@ -246,7 +301,9 @@ def test_threads_never_take_more_than_a_meter_has():
         ({}, {"price_in": 1.0}, "go together"),
     ],
 )
-def test_what_cannot_be_asked_is_said_before_the_first_call(monkeypatch, tmp_path, environment, settings, words):
+def test_what_cannot_be_asked_is_said_before_the_first_call(
+    monkeypatch, tmp_path, environment, settings, words
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=words):
@@ -278,11 +335,22 @@ def test_pairs_lose_no_sample_to_faults_and_a_kill_and_ask_no_answered_question_
     server = serve(lambda body: "how can i help you?", share=0.3, stall=2.5, delay=0.03)
     line = [sys.executable, "train.py", "pairs", "--dialogues", str(tmp_path / "d.jsonl"), "--model", BASE]
     line += ["--out", str(tmp_path / "p.jsonl"), "--recipes", "remote", "remote+begin", "--remote-model", "m"]
-    line += ["--concurrency", "32", "--timeout", "2", "--attempts", "9", "--ner", str(ROOT / "cfgsafe/demo/ner")]
+    line += [
+        "--concurrency",
+        "32",
+        "--timeout",
+        "2",
+        "--attempts",
+        "9",
+        "--ner",
+        str(ROOT / "cfgsafe/demo/ner"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     cache = tmp_path / "p-answers.jsonl"
 
-    killed = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    killed = subprocess.Popen(
+        line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     while killed.poll() is None and sum(server.answered.values()) < 100:
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
@@ -295,7 +363,10 @@ def test_pairs_lose_no_sample_to_faults_and_a_kill_and_ask_no_answered_question_
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"{300 - len(kept)} questions to ask ({len(kept)} answered before)" in done.stderr
-    assert "200 pairs of 200 samples" in done.stderr and len((tmp_path / "p.jsonl").read_text().splitlines()) == 400
+    assert (
+        "200 pairs of 200 samples" in done.stderr
+        and len((tmp_path / "p.jsonl").read_text().splitlines()) == 400
+    )
     assert not kept & {question_of(body) for body in server.bodies[asked:]}
     twice = {question_of(json.loads(raw)) for raw, times in server.answered.items() if times > 1}
     assert len(server.answered) == len(read_answers(cache)) == 300 and len(twice) <= 32 and not twice & kept
@@ -307,24 +378,45 @@ def test_pairs_lose_no_sample_to_faults_and_a_kill_and_ask_no_answered_question_
 def test_each_remote_recipe_sends_its_own_chat(serve, tmp_path, tokenizer):
     server = serve(lambda body: "Hello there." if pairs.BEGIN in body["messages"][-1]["content"] else "hi.")
     asked = [{"role": "user", "content": "I am Ann."}]
-    sample = pairs.Sample([*asked, {"role": "assistant", "content": "Hello"}], " Ann!", "x", (("PERSON", "Ann"),))
+    sample = pairs.Sample(
+        [*asked, {"role": "assistant", "content": "Hello"}], " Ann!", "x", (("PERSON", "Ann"),)
+    )
     whole = pairs.Sample(asked, "Ann, hello.", "x", (("PERSON", "Ann"),))
-    options = pairs.Options("d", BASE, str(tmp_path / "p.jsonl"), recipes=("remote", "remote+begin"), service=service())
+    options = pairs.Options(
+        "d", BASE, str(tmp_path / "p.jsonl"), recipes=("remote", "remote+begin"), service=service()
+    )
     options.service.concurrency = 1
     candidates = pairs.from_endpoint([sample, whole], tokenizer, options)
-    system, user = {"role": "system", "content": pairs.AVOID}, {"role": "user", "content": f"{pairs.NUDGE} I am Ann."}
+    system, user = (
+        {"role": "system", "content": pairs.AVOID},
+        {"role": "user", "content": f"{pairs.NUDGE} I am Ann."},
+    )
     begin = {"role": "user", "content": f"{user['content']}\n\n{pairs.BEGIN}Hello"}
-    assert [body["messages"] for body in server.bodies] == [[system, user, sample.messages[-1]], [system, begin], [system, user]]
+    assert [body["messages"] for body in server.bodies] == [
+        [system, user, sample.messages[-1]],
+        [system, begin],
+        [system, user],
+    ]
     assert {body["path"] for body in server.bodies} == {"/v1/chat/completions"}
     texts = [[(c.recipe, c.text) for c in several] for several in candidates]
     assert texts == [[("remote", " hi."), ("remote+begin", " there.")], [("remote", "hi.")]]
 
 
 def test_remote_answers_are_checked_as_local_ones_are(serve, tmp_path, tokenizer):
-    replies = {"a": "Sure, Ann Lee.", "b": "word " * 300, "c": "never <|eot_id|>", "d": "I keep that to myself."}
+    replies = {
+        "a": "Sure, Ann Lee.",
+        "b": "word " * 300,
+        "c": "never <|eot_id|>",
+        "d": "I keep that to myself.",
+    }
     serve(lambda body: replies[body["messages"][-1]["content"][-1]])
-    samples = [pairs.Sample([{"role": "user", "content": n}], "It is Ann.", n, (("PERSON", "Ann Lee"),)) for n in replies]
+    samples = [
+        pairs.Sample([{"role": "user", "content": n}], "It is Ann.", n, (("PERSON", "Ann Lee"),))
+        for n in replies
+    ]
     options = pairs.Options("d", BASE, str(tmp_path / "p.jsonl"), recipes=("remote",), service=service())
     built, report = pairs.build(samples, None, tokenizer, lambda texts: [[] for _ in texts], options)
-    assert [(sample.place, text) for sample, text in built] == [("d", replies["d"])] and report.won == {"remote": 1}
+    assert [(sample.place, text) for sample, text in built] == [("d", replies["d"])] and report.won == {
+        "remote": 1
+    }
     assert report.fell == {"remote": {"personal data": 1, "too long": 1, "control token in the text": 1}}

@@ -5,7 +5,13 @@ from matplotlib.lines import Line2D
 
 from cfgsafe.report import results
 
-ROW = {"model": "m", "guidance": None, "leaked_per_100": 0.0, "leaked_per_100_ci": [0.0, 0.0], "utility": 100.0}
+ROW = {
+    "model": "m",
+    "guidance": None,
+    "leaked_per_100": 0.0,
+    "leaked_per_100_ci": [0.0, 0.0],
+    "utility": 100.0,
+}
 
 
 @pytest.fixture

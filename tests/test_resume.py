@@ -25,26 +25,64 @@ STEPS = 24
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    write_jsonl(path, [{"prompt": f"Say {n}", "chosen": f" one {n * n}", "rejected": " two" * (n % 5 + 1)} for n in range(12)])
+    write_jsonl(
+        path,
+        [
+            {"prompt": f"Say {n}", "chosen": f" one {n * n}", "rejected": " two" * (n % 5 + 1)}
+            for n in range(12)
+        ],
+    )
     return str(path)
 
 
 def options(checkpoint: str, pairs: str, out: Path, **changes) -> Options:
     return Options(
-        checkpoint, pairs, str(out), **{"lr": 1e-2, "epochs": 4, "lora_dropout": 0.1, "save_every": 5, "eval_pairs": pairs, **changes}
+        checkpoint,
+        pairs,
+        str(out),
+        **{"lr": 1e-2, "epochs": 4, "lora_dropout": 0.1, "save_every": 5, "eval_pairs": pairs, **changes},
     )
 
 
 def command(checkpoint: str, pairs: str, out: Path) -> list[str]:
-    settings = ["--lr", "1e-2", "--epochs", "4", "--lora-dropout", "0.1", "--save-every", "5", "--eval-pairs", pairs]
-    return [sys.executable, "train.py", "orpo", "--model", checkpoint, "--pairs", pairs, "--out", str(out), *settings]
+    settings = [
+        "--lr",
+        "1e-2",
+        "--epochs",
+        "4",
+        "--lora-dropout",
+        "0.1",
+        "--save-every",
+        "5",
+        "--eval-pairs",
+        pairs,
+    ]
+    return [
+        sys.executable,
+        "train.py",
+        "orpo",
+        "--model",
+        checkpoint,
+        "--pairs",
+        pairs,
+        "--out",
+        str(out),
+        *settings,
+    ]
 
 
 def outcome(out: Path) -> tuple:
     """What a run leaves but for times: the adapters, the logs."""
-    weights = {path.parent.name: load_file(path) for path in sorted(out.glob("epoch-*/adapter_model.safetensors"))}
-    timeless = lambda line: {k: v for k, v in json.loads(line).items() if k not in ("tokens_per_second", "peak_memory_bytes")}
-    logs = [[timeless(line) for line in (out / name).read_text().splitlines()] for name in ("metrics.jsonl", "eval.jsonl")]
+    weights = {
+        path.parent.name: load_file(path) for path in sorted(out.glob("epoch-*/adapter_model.safetensors"))
+    }
+    timeless = lambda line: {
+        k: v for k, v in json.loads(line).items() if k not in ("tokens_per_second", "peak_memory_bytes")
+    }
+    logs = [
+        [timeless(line) for line in (out / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "eval.jsonl")
+    ]
     return weights, *logs
 
 
@@ -67,7 +105,12 @@ def uninterrupted(tmp_path_factory, checkpoint, pairs) -> Path:
 def start(checkpoint: str, pairs: str, out: Path, *more: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command(checkpoint, pairs, out), *more], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command(checkpoint, pairs, out), *more],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -111,7 +154,9 @@ def test_every_saved_state_leads_to_the_same_end(tmp_path, checkpoint, pairs, un
         assert_same(out, uninterrupted)
 
 
-def test_a_crash_while_saving_leaves_the_state_before(tmp_path, checkpoint, pairs, uninterrupted, monkeypatch):
+def test_a_crash_while_saving_leaves_the_state_before(
+    tmp_path, checkpoint, pairs, uninterrupted, monkeypatch
+):
     out = tmp_path / "o"
 
     def torn(tensors, path):

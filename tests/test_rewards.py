@@ -14,11 +14,18 @@ from cfgsafe.red.rewards import BARE, GuardJudge, LeakJudge, Scorer, best_mean, 
 
 ITEMS = {"PERSON": "Ann Lee", "GPE": "Leeds"}
 TOLD = Prompt(
-    "c1", "", "", [{"role": "user", "content": "I am Ann Lee from Leeds."}, {"role": "assistant", "content": "Hello."}], ITEMS, "f:1"
+    "c1",
+    "",
+    "",
+    [{"role": "user", "content": "I am Ann Lee from Leeds."}, {"role": "assistant", "content": "Hello."}],
+    ITEMS,
+    "f:1",
 )
 
 
-def judged(attack: str, answer: str | None, known: dict | None = None, context: Prompt = TOLD, detector=None) -> Trial:
+def judged(
+    attack: str, answer: str | None, known: dict | None = None, context: Prompt = TOLD, detector=None
+) -> Trial:
     return LeakJudge(Known(known or {}), detector).judge([(context, attack)], [answer])[0]
 
 
@@ -37,7 +44,10 @@ def test_what_the_attack_named_is_no_leak():
 
 
 def test_known_values_are_leaks_wherever_they_come_from():
-    assert judged("Hi", "Ask Bo Berg of Oslo.", {"Bo Berg": "PERSON", "Oslo": "GPE"}).found == ("Bo Berg", "Oslo")
+    assert judged("Hi", "Ask Bo Berg of Oslo.", {"Bo Berg": "PERSON", "Oslo": "GPE"}).found == (
+        "Bo Berg",
+        "Oslo",
+    )
     assert judged("Hi", "You are Ann Lee.", {"Ann Lee": "PERSON"}).found == ("Ann Lee",)  # once
 
 
@@ -80,11 +90,17 @@ class Echo:
 
     def ask(self, conversations, seeds):
         self.asked += list(zip([tuple(m["content"] for m in c) for c in conversations], seeds, strict=True))
-        return ["You are Ann." if conversation[0]["content"].endswith("0") else "No." for conversation in conversations]
+        return [
+            "You are Ann." if conversation[0]["content"].endswith("0") else "No."
+            for conversation in conversations
+        ]
 
 
 def contexts(count: int) -> list[Prompt]:
-    return [Prompt(f"c{n}", "", "", [{"role": "system", "content": f"s{n}"}], ITEMS, f"f:{n}") for n in range(count)]
+    return [
+        Prompt(f"c{n}", "", "", [{"role": "system", "content": f"s{n}"}], ITEMS, f"f:{n}")
+        for n in range(count)
+    ]
 
 
 @pytest.mark.parametrize(("count", "samples"), [(1, 5), (3, 5), (7, 5), (5, 5)])
@@ -97,7 +113,9 @@ def test_every_attack_meets_as_many_conversations_as_asked_none_twice_while_ther
         assert max(times) - min(times) <= 1
         assert all(trial.score == (trial.context == "c0") for trial in some)
     assert [words[-1] for words, _ in target.asked] == ["one"] * samples + ["two"] * samples
-    assert len({seed for _, seed in target.asked}) == 2 * samples  # the same conversation twice is answered twice
+    assert (
+        len({seed for _, seed in target.asked}) == 2 * samples
+    )  # the same conversation twice is answered twice
 
 
 def test_later_trials_of_an_attack_are_in_other_conversations():

@@ -57,10 +57,19 @@ def leak(context: Prompt, score: float | None = 1.0) -> Trial:
 def options(folder: Path, **changes) -> safety.Options:
     """Of a run in `folder`, whose files are there unless `changes` names others."""
     if not (folder / "contexts.jsonl").exists():
-        write_jsonl(folder / "contexts.jsonl", [{"id": c.id, "messages": c.messages, "items": c.items} for c in CONTEXTS])
+        write_jsonl(
+            folder / "contexts.jsonl",
+            [{"id": c.id, "messages": c.messages, "items": c.items} for c in CONTEXTS],
+        )
     if not (folder / "attacks.jsonl").exists():
-        write_jsonl(folder / "attacks.jsonl", [attack(text, *map(leak, CONTEXTS)).to_json() for text in TEXTS])
-    files = {"attacks": (str(folder / "attacks.jsonl"),), "contexts": str(folder / "contexts.jsonl"), "out": str(folder / "out")}
+        write_jsonl(
+            folder / "attacks.jsonl", [attack(text, *map(leak, CONTEXTS)).to_json() for text in TEXTS]
+        )
+    files = {
+        "attacks": (str(folder / "attacks.jsonl"),),
+        "contexts": str(folder / "contexts.jsonl"),
+        "out": str(folder / "out"),
+    }
     return safety.Options(**{"model": LEAKY, "ner": NER, **files, **changes})
 
 
@@ -83,7 +92,9 @@ def rate(model, tokenizer) -> float:
     """Share of leaking answers to the attacks in conversations with others."""
     asked = [with_user(context, text) for context in OTHERS for text in TEXTS]
     texts = answers(Subject(LEAKY), model, tokenizer, [prompt.messages for prompt in asked], "test", 64)
-    return sum(examine(prompt, text, [], Known()).leaked > 0 for prompt, text in zip(asked, texts, strict=True)) / len(asked)
+    return sum(
+        examine(prompt, text, [], Known()).leaked > 0 for prompt, text in zip(asked, texts, strict=True)
+    ) / len(asked)
 
 
 def test_other_people_are_protected_too(tuned, tokenizer):
@@ -105,20 +116,28 @@ def test_retained_answers_are_the_models_own_greedy_ones(tuned, tokenizer):
     chats = [chat["messages"] for chat in held_out_chats(4)]
     asked = [chat[:-1] if chat[-1]["role"] == "assistant" else chat for chat in chats]
     texts = answers(Subject(LEAKY), *load(Subject(LEAKY)), asked, "test", 256)
-    expected = {tokenizer.render_chat(chat): f"{text}<|eot_id|>" for chat, text in zip(asked, texts, strict=True)}
+    expected = {
+        tokenizer.render_chat(chat): f"{text}<|eot_id|>" for chat, text in zip(asked, texts, strict=True)
+    }
     _, retained = rows(tuned)
     assert {row["prompt"]: row["chosen"] for row in retained} == expected and len(expected) == 4
 
 
 def test_the_answer_alone_is_learnt_after_the_prompt_that_decoding_sees(tuned, tokenizer):
     refused, retained = rows(tuned)
-    chats = {tokenizer.render_chat(p.messages): p.messages for p in (with_user(c, t) for c in CONTEXTS for t in TEXTS)}
+    chats = {
+        tokenizer.render_chat(p.messages): p.messages
+        for p in (with_user(c, t) for c in CONTEXTS for t in TEXTS)
+    }
     pairs = read_pairs(str(tuned / "out" / "safety.jsonl"), tokenizer, 1024, 1000, 900, one_sided=True)
     assert len(pairs) == len(refused) + len(retained)
     for pair, (_, row) in zip(pairs, read_jsonl(tuned / "out" / "safety.jsonl"), strict=True):
         side = pair.chosen
         assert tokenizer.decode(side.ids[side.start : -1]) + "<|eot_id|>" == row["chosen"]
-        assert side.ids[-1] == tokenizer.special["<|eot_id|>"] and side.ids.count(tokenizer.special["<|begin_of_text|>"]) == 1
+        assert (
+            side.ids[-1] == tokenizer.special["<|eot_id|>"]
+            and side.ids.count(tokenizer.special["<|begin_of_text|>"]) == 1
+        )
         if "attack" in row:
             assert side.ids[: side.start] == tokenizer.encode_chat(chats[row["prompt"]])
 
@@ -140,7 +159,10 @@ def test_a_resumed_run_uses_the_data_that_it_wrote(tuned, monkeypatch, capsys):
 def test_a_guarded_target_goes_on_from_its_adapter(tuned, tmp_path):
     adapter = str(tuned / "out" / "epoch-2")
     safety.run(options(tmp_path, adapter=adapter, limit=1, tries=1, epochs=1, lr=1e-9, rank=3))
-    before, after = (adapter_parameters(load_model(LEAKY, adapter=folder)) for folder in (adapter, tmp_path / "out" / "epoch-1"))
+    before, after = (
+        adapter_parameters(load_model(LEAKY, adapter=folder))
+        for folder in (adapter, tmp_path / "out" / "epoch-1")
+    )
     assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
 
 
@@ -153,7 +175,12 @@ class Said:
     def __call__(self, model, requests, *, batch, done):
         self.asked += requests
         texts = [self.texts.pop(0) for _ in requests]
-        return [Completion(self.tokenizer.encode(t or "I will"), finish_reason="stop" if t is not None else "length") for t in texts]
+        return [
+            Completion(
+                self.tokenizer.encode(t or "I will"), finish_reason="stop" if t is not None else "length"
+            )
+            for t in texts
+        ]
 
 
 def test_the_first_clean_sample_is_kept(tmp_path, monkeypatch, tokenizer):
@@ -177,11 +204,19 @@ def test_the_first_clean_sample_is_kept(tmp_path, monkeypatch, tokenizer):
     row, kept = sorted(safety.build(attacked, wanted), key=lambda row: "attack" not in row)
     assert kept["chosen"] == "A bird.<|eot_id|>" and row["chosen"] == "I will not say.<|eot_id|>"
     asked = [{"role": "user", "content": "Who am I?"}]
-    under = lambda system: tokenizer.encode_chat([{"role": "system", "content": system}, *context.messages[1:], *asked])
+    under = lambda system: tokenizer.encode_chat(
+        [{"role": "system", "content": system}, *context.messages[1:], *asked]
+    )
     *sampled, _, retained = said.asked
-    assert all(r.prompt == under(POSITIVE) and r.negative == under(NEGATIVE) and r.guidance == 3 for r in sampled)
+    assert all(
+        r.prompt == under(POSITIVE) and r.negative == under(NEGATIVE) and r.guidance == 3 for r in sampled
+    )
     assert len({r.seed for r in sampled}) == 7 and {r.temperature for r in sampled} == {0.7}
-    assert retained.prompt == tokenizer.encode_prompt(kept["prompt"]) and not retained.guided and retained.temperature == 0
+    assert (
+        retained.prompt == tokenizer.encode_prompt(kept["prompt"])
+        and not retained.guided
+        and retained.temperature == 0
+    )
     wanted.tries = 6
     monkeypatch.setattr(safety, "generate", Said(tokenizer, *bad))
     with pytest.raises(InputError, match="none of 1 conversations got a clean refusal"):
@@ -205,7 +240,10 @@ def test_a_refusal_must_be_safe_to_the_guard_as_well(tmp_path, monkeypatch, toke
 
 
 def test_text_that_a_flat_string_cannot_hold_is_left_out(tmp_path, monkeypatch, tokenizer):
-    told = [attack("<|eot_id|> Who am I?", leak(CONTEXTS[0])), attack("Who?", Trial(CONTEXTS[1].id, "<|eot_id|>Ann", 1.0))]
+    told = [
+        attack("<|eot_id|> Who am I?", leak(CONTEXTS[0])),
+        attack("Who?", Trial(CONTEXTS[1].id, "<|eot_id|>Ann", 1.0)),
+    ]
     monkeypatch.setattr(safety, "generate", Said(tokenizer, "No.", "No."))
     wanted = options(tmp_path, tries=1)
     (row,) = safety.build(safety.leaking(told, wanted), wanted)
@@ -221,7 +259,9 @@ def test_the_best_attacks_are_learnt_from_where_they_leaked_each_once(tmp_path):
         attack("good", leak(one), leak(three)),
         attack("unscored", leak(one, None)),
     ]
-    found = lambda **changes: [(text, trial.context) for text, trial in safety.leaking(told, options(tmp_path, **changes))]
+    found = lambda **changes: [
+        (text, trial.context) for text, trial in safety.leaking(told, options(tmp_path, **changes))
+    ]
     best, good = [("best", "pairs-0"), ("best", "pairs-1")], [("good", "pairs-0"), ("good", "pairs-2")]
     assert found() == [*best, *good]
     assert found(limit=1) == best
@@ -231,15 +271,33 @@ def test_the_best_attacks_are_learnt_from_where_they_leaked_each_once(tmp_path):
 @pytest.mark.parametrize(
     ("name", "lines", "words"),
     [
-        ("contexts", [{"id": "else", "messages": CONTEXTS[0].messages}], r"contexts.jsonl: holds no 'pairs-0', where 'What is my name\?'"),
-        ("contexts", [{"id": "pairs-0", "messages": CONTEXTS[0].messages[:2]}], r"contexts.jsonl:1: 'messages' ends with the user"),
-        ("contexts", [{"id": "a", "messages": CONTEXTS[0].messages}] * 2, r"contexts.jsonl:2: id 'a' also stands at .*:1"),
-        ("attacks", [attack("Hi", leak(CONTEXTS[0], 0.2)).to_json()], r"attacks.jsonl: none scores above --success 0.5"),
+        (
+            "contexts",
+            [{"id": "else", "messages": CONTEXTS[0].messages}],
+            r"contexts.jsonl: holds no 'pairs-0', where 'What is my name\?'",
+        ),
+        (
+            "contexts",
+            [{"id": "pairs-0", "messages": CONTEXTS[0].messages[:2]}],
+            r"contexts.jsonl:1: 'messages' ends with the user",
+        ),
+        (
+            "contexts",
+            [{"id": "a", "messages": CONTEXTS[0].messages}] * 2,
+            r"contexts.jsonl:2: id 'a' also stands at .*:1",
+        ),
+        (
+            "attacks",
+            [attack("Hi", leak(CONTEXTS[0], 0.2)).to_json()],
+            r"attacks.jsonl: none scores above --success 0.5",
+        ),
         ("retain", [{"messages": CONTEXTS[0].messages[:1]}], r"retain.jsonl:1: no message is the user's"),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path, name, lines, words):
     write_jsonl(tmp_path / f"{name}.jsonl", lines)
     with pytest.raises(InputError, match=words) as error:
-        safety.run(options(tmp_path, **({"retain": str(tmp_path / "retain.jsonl")} if name == "retain" else {})))
+        safety.run(
+            options(tmp_path, **({"retain": str(tmp_path / "retain.jsonl")} if name == "retain" else {}))
+        )
     assert "\n" not in str(error.value) and not (tmp_path / "out" / "safety.jsonl").exists()

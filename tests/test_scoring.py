@@ -19,7 +19,9 @@ def test_scores_are_what_decoding_computed(space, alpha):
     requests = [
         Request([5, 6, 7], [8, 9], guidance=3.0, space=space, alpha=alpha, max_new_tokens=9),
         Request([5], max_new_tokens=4),
-        Request([9] * 20, [3], guidance=0.5, space=space, alpha=alpha, temperature=1.0, seed=3, max_new_tokens=12),
+        Request(
+            [9] * 20, [3], guidance=0.5, space=space, alpha=alpha, temperature=1.0, seed=3, max_new_tokens=12
+        ),
     ]
     completions = generate(model, requests)
     scored = continuation_logprobs(model, requests, [c.tokens for c in completions], batch=2)
@@ -29,7 +31,9 @@ def test_scores_are_what_decoding_computed(space, alpha):
 
 def test_guidance_changes_the_score():
     model = random_model()
-    plain, guided = continuation_logprobs(model, [Request([5, 6], [7]), Request([5, 6], [7], guidance=3.0)], [[9, 10], [9, 10]])
+    plain, guided = continuation_logprobs(
+        model, [Request([5, 6], [7]), Request([5, 6], [7], guidance=3.0)], [[9, 10], [9, 10]]
+    )
     assert not torch.allclose(plain, guided)
 
 
@@ -40,15 +44,23 @@ def test_answers_that_are_written_are_not_asked_for_again(tmp_path, checkpoint, 
     whole = answers(who, model, tokenizer, chats, "test", 5, kept=tmp_path / "whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines()
     assert len(lines) == 6
-    (tmp_path / "cut.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # killed while it wrote the fourth
+    (tmp_path / "cut.jsonl").write_text(
+        "\n".join(lines[:3]) + "\n" + lines[3][:20]
+    )  # killed while it wrote the fourth
     asked = []
     real = subject.generate
-    monkeypatch.setattr(subject, "generate", lambda model, requests, **more: (asked.extend(requests), real(model, requests, **more))[1])
+    monkeypatch.setattr(
+        subject,
+        "generate",
+        lambda model, requests, **more: (asked.extend(requests), real(model, requests, **more))[1],
+    )
     assert answers(who, model, tokenizer, chats, "test", 5, kept=tmp_path / "cut.jsonl") == whole
     assert len(asked) == 3
     assert {json.loads(line)["key"] for line in (tmp_path / "cut.jsonl").read_text().splitlines()} == {
         json.loads(line)["key"] for line in lines
     }
     asked.clear()
-    answers(Subject(checkpoint, guidance=3.0), model, tokenizer, chats, "test", 5, kept=tmp_path / "cut.jsonl")
+    answers(
+        Subject(checkpoint, guidance=3.0), model, tokenizer, chats, "test", 5, kept=tmp_path / "cut.jsonl"
+    )
     assert len(asked) == 6  # another guidance is another question

@@ -47,7 +47,9 @@ def test_the_logged_values_equal_a_dense_computation():
     odds = log_odds(lc, lr)
     assert torch.isclose(logged["nll_loss"], nll, atol=1e-5)
     assert torch.isclose(loss, nll - 0.1 * F.logsigmoid(odds).mean(), atol=1e-5)
-    assert torch.isclose(logged["loss"], loss) and torch.isclose(logged["log_odds_chosen"], odds.mean(), atol=1e-5)
+    assert torch.isclose(logged["loss"], loss) and torch.isclose(
+        logged["log_odds_chosen"], odds.mean(), atol=1e-5
+    )
     assert torch.isclose(logged["rewards_margin"], 0.1 * (lc - lr).mean(), atol=1e-5)
     assert torch.isclose(logged["rewards_accuracy"], (lc > lr).float().mean())
     loss, values = batch_loss(model, model, PAIRS, settings(objective="sft"), None, ALONE)
@@ -60,7 +62,11 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEMPLATES = {  # template, generation prompt, end token
-    "demo": ((Path(BASE) / "chat_template.jinja").read_text(), "assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    "demo": (
+        (Path(BASE) / "chat_template.jinja").read_text(),
+        "assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
     "llama-3.1": (LLAMA31_TEMPLATE, "assistant<|end_header_id|>\n\n", "<|eot_id|>"),
     "chatml": (CHATML, "<|im_start|>assistant\n", "<|im_end|>"),
 }
@@ -75,7 +81,10 @@ def test_sft_learns_exactly_the_answer_and_its_end(tmp_path, monkeypatch, name, 
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Where do I live?"}]
     prompt = tokenizer.render_chat([*chat, *([{"role": "assistant", "content": begun}] if begun else [])])
     assert prompt.endswith(opening + begun)
-    write_jsonl(tmp_path / "p.jsonl", [{"prompt": prompt, "chosen": answer + tokenizer.end_of_turn}, {"prompt": "Hi", "chosen": " You"}])
+    write_jsonl(
+        tmp_path / "p.jsonl",
+        [{"prompt": prompt, "chosen": answer + tokenizer.end_of_turn}, {"prompt": "Hi", "chosen": " You"}],
+    )
     pairs = read_pairs(str(tmp_path / "p.jsonl"), tokenizer, 512, 512, 256, one_sided=True)
     seen = []
 
@@ -90,7 +99,9 @@ def test_sft_learns_exactly_the_answer_and_its_end(tmp_path, monkeypatch, name, 
     total = len(slopes.nonzero())
     assert torch.allclose(slopes[slopes != 0], torch.tensor(-1 / total))
     row, end = pairs[0].chosen, tokenizer.special[closing]
-    *learnt, last = [target for target, slope in zip(seen[0][: len(row.ids) - 1], slopes, strict=False) if slope]
+    *learnt, last = [
+        target for target, slope in zip(seen[0][: len(row.ids) - 1], slopes, strict=False) if slope
+    ]
     before = tokenizer.encode_prompt(prompt)
     merged = before[len(row.ids) - len(learnt) - 1 :]
     assert last == end and end not in learnt and row.ids[: -len(learnt) - 1] + merged == before
@@ -123,19 +134,35 @@ def test_shared_chunked_and_recomputed_equal_dense(monkeypatch, dtype, tolerance
     with monkeypatch.context() as patch:
         patch.setattr("cfgsafe.blue.step.head_logprobs", dense)
         loss, expected = gradients(dtype, targets, share=False)
-    monkeypatch.setattr(logprobs, "LOGIT_BYTES", {"cpu": 3 * 2048 * logprobs.COPY_BYTES, "cuda": 0})  # chunks of three tokens
-    for path in ({"share": False}, {"share": True}, {"share": True, "recomputed": 1}, {"share": False, "recomputed": 2}):
+    monkeypatch.setattr(
+        logprobs, "LOGIT_BYTES", {"cpu": 3 * 2048 * logprobs.COPY_BYTES, "cuda": 0}
+    )  # chunks of three tokens
+    for path in (
+        {"share": False},
+        {"share": True},
+        {"share": True, "recomputed": 1},
+        {"share": False, "recomputed": 2},
+    ):
         mine, found = gradients(dtype, targets, **path)
         assert abs(mine - loss) < tolerance * abs(loss), path
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert gradient.abs().max() > 0
-            assert (found[name] - gradient).abs().max() <= tolerance * max(1, gradient.abs().max()), (path, name)
+            assert (found[name] - gradient).abs().max() <= tolerance * max(1, gradient.abs().max()), (
+                path,
+                name,
+            )
 
 
 def test_objectives_by_hand():
-    means, ratios, nlls = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[0.5], [-1.5]]), torch.tensor([[3.0], [1.25]])
-    value = lambda name, beta: objective_loss(settings(objective=name, beta=beta, gamma=0.5, retain=2.0), means, ratios, *nlls).item()
+    means, ratios, nlls = (
+        torch.tensor([[-1.0], [-2.0]]),
+        torch.tensor([[0.5], [-1.5]]),
+        torch.tensor([[3.0], [1.25]]),
+    )
+    value = lambda name, beta: objective_loss(
+        settings(objective=name, beta=beta, gamma=0.5, retain=2.0), means, ratios, *nlls
+    ).item()
     sigmoid = lambda x: torch.sigmoid(torch.tensor(x)).log().item()
     assert value("simpo", 2.0) == pytest.approx(-sigmoid(2 * 1 - 0.5))
     assert value("dpo-idk", 0.1) == pytest.approx(-sigmoid(0.2))

@@ -14,7 +14,9 @@ from cfgsafe.report.compare import Comparison
 from cfgsafe.subject import NEGATIVE, POSITIVE, Subject
 
 CHATS = [[{"role": "user", "content": f"I am Ann {name}. Who am I?"}] for name in ("Lee", "Ray", "Fox")]
-PROMPTS = [leak.Prompt(f"p{n}", "plain", "easy", chat, {"PERSON": "Ann"}, f"p{n}") for n, chat in enumerate(CHATS)]
+PROMPTS = [
+    leak.Prompt(f"p{n}", "plain", "easy", chat, {"PERSON": "Ann"}, f"p{n}") for n, chat in enumerate(CHATS)
+]
 QUESTIONS = [{"question": "What is hot?", "options": ["ice", "fire"], "answer_index": 1}]
 NOTHING = lambda texts: [[] for _ in texts]
 LENGTHS = {"answer_tokens": 3, "quiz_tokens": 2}
@@ -25,13 +27,18 @@ def requests(monkeypatch):
     """Every request that reaches the engine."""
     seen = []
     generate = subject.generate
-    monkeypatch.setattr(subject, "generate", lambda model, rs, **kw: (seen.extend(rs), generate(model, rs, **kw))[1])
+    monkeypatch.setattr(
+        subject, "generate", lambda model, rs, **kw: (seen.extend(rs), generate(model, rs, **kw))[1]
+    )
     return seen
 
 
 @pytest.fixture
 def files(tmp_path):
-    write_jsonl(tmp_path / "p.jsonl", [{"messages": chat, "items": {"PERSON": "Ann"}, "slice": "hard"} for chat in CHATS])
+    write_jsonl(
+        tmp_path / "p.jsonl",
+        [{"messages": chat, "items": {"PERSON": "Ann"}, "slice": "hard"} for chat in CHATS],
+    )
     write_jsonl(tmp_path / "q.jsonl", QUESTIONS)
     return {"prompts": str(tmp_path / "p.jsonl"), "questions": str(tmp_path / "q.jsonl"), **LENGTHS}
 
@@ -47,15 +54,26 @@ def test_a_rows_prompts_and_questions_are_all_guided(checkpoint, requests, tmp_p
 
 
 def test_every_combination_of_a_sweep_reaches_the_engine(checkpoint, requests, files, tmp_path, capsys):
-    options = sweep.Options([f"m={checkpoint}"], str(tmp_path / "out"), [1.0, 2.0, 3.0], ["prob", "log"], [0.0, 0.1], **files)
+    options = sweep.Options(
+        [f"m={checkpoint}"], str(tmp_path / "out"), [1.0, 2.0, 3.0], ["prob", "log"], [0.0, 0.1], **files
+    )
     sweep.run(options)
-    expected = {(1.0, "prob", 0.0)} | {(g, space, alpha) for g in (2.0, 3.0) for space in ("prob", "log") for alpha in (0.0, 0.1)}
+    expected = {(1.0, "prob", 0.0)} | {
+        (g, space, alpha) for g in (2.0, 3.0) for space in ("prob", "log") for alpha in (0.0, 0.1)
+    }
     asked = [(r.guidance, r.space, r.alpha) for r in requests]
-    assert set(asked) == expected and all(asked.count(setting) == 4 for setting in expected)  # three prompts and a question
+    assert set(asked) == expected and all(
+        asked.count(setting) == 4 for setting in expected
+    )  # three prompts and a question
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(r["guidance"], r["space"], r["alpha"]) for r in results["rows"]][0] == (1.0, "prob", 0.0)
-    assert {(r["guidance"], r["space"], r["alpha"]) for r in results["rows"]} == expected and len(results["rows"]) == len(expected)
-    assert all(row["hard"]["leaked_per_100"] == row["leaked_per_100"] and "easy" not in row for row in results["rows"])
+    assert {(r["guidance"], r["space"], r["alpha"]) for r in results["rows"]} == expected and len(
+        results["rows"]
+    ) == len(expected)
+    assert all(
+        row["hard"]["leaked_per_100"] == row["leaked_per_100"] and "easy" not in row
+        for row in results["rows"]
+    )
     assert all("perplexity" not in row for row in results["rows"])
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "| m g=3 log alpha=0.1 " in (tmp_path / "out" / "sweep.md").read_text()
@@ -65,7 +83,9 @@ def test_every_combination_of_a_sweep_reaches_the_engine(checkpoint, requests, f
 
 def test_a_second_run_reads_its_answers_until_the_weights_change(checkpoint, requests, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "model")
-    row = lambda: Comparison(PROMPTS, QUESTIONS, NOTHING, tmp_path, **LENGTHS).row("m", Subject(str(tmp_path / "model"), guidance=2.0))
+    row = lambda: Comparison(PROMPTS, QUESTIONS, NOTHING, tmp_path, **LENGTHS).row(
+        "m", Subject(str(tmp_path / "model"), guidance=2.0)
+    )
     first = row()
     assert len(requests) == 4
     assert row() == first and len(requests) == 4
@@ -94,7 +114,9 @@ def test_one_model_is_loaded_once_for_all_its_settings(checkpoint, monkeypatch, 
 
 
 def test_perplexity_is_there_with_a_reference_only(checkpoint, tmp_path):
-    comparison = Comparison(PROMPTS[:1], QUESTIONS, NOTHING, tmp_path, reference=Subject(checkpoint), **LENGTHS)
+    comparison = Comparison(
+        PROMPTS[:1], QUESTIONS, NOTHING, tmp_path, reference=Subject(checkpoint), **LENGTHS
+    )
     assert comparison.row("m", Subject(checkpoint))["perplexity"] > 1
 
 
@@ -104,8 +126,22 @@ def test_without_a_vocabulary_the_words_of_prompts_and_questions_are_whole():
 
 
 def test_curves_begin_at_the_shared_row_of_g_1():
-    row = lambda g, space="prob", model="m": {"model": model, "epoch": None, "guidance": g, "space": space, "alpha": 0.0}
-    rows = [row(None), row(1.0), row(3.0), row(2.0), row(2.0, "log"), row(1.0, model="n"), row(2.0, model="n")]
+    row = lambda g, space="prob", model="m": {
+        "model": model,
+        "epoch": None,
+        "guidance": g,
+        "space": space,
+        "alpha": 0.0,
+    }
+    rows = [
+        row(None),
+        row(1.0),
+        row(3.0),
+        row(2.0),
+        row(2.0, "log"),
+        row(1.0, model="n"),
+        row(2.0, model="n"),
+    ]
     found = {label: [(r["model"], r["guidance"]) for r in line] for label, line in sweep.curves(rows).items()}
     assert found["m, prob"] == [("m", 1.0), ("m", 2.0), ("m", 3.0)]
     assert found["m, log"] == [("m", 1.0), ("m", 2.0)] and found["n, prob"] == [("n", 1.0), ("n", 2.0)]
@@ -117,14 +153,20 @@ def test_markers_at_the_ends_of_a_scale_are_drawn_whole(tmp_path, monkeypatch):
     values = {"leaked_per_100": 0.0, "utility": 100.0, "broken_words": 0.0}
     row = {**values, **{f"{key}_ci": [value, value] for key, value in values.items()}}
     row["utility_ci"] = [50.0, 100.0]
-    sweep.figure(tmp_path / "f.png", [{"model": "m", "epoch": None, "guidance": g, "space": "prob", **row} for g in (1.0, 2.0)])
+    sweep.figure(
+        tmp_path / "f.png",
+        [{"model": "m", "epoch": None, "guidance": g, "space": "prob", **row} for g in (1.0, 2.0)],
+    )
     leaks, utility, broken = [axes.get_ylim() for axes in figures[0].axes]
     assert all(-bottom / (top - bottom) > 0.04 for bottom, top in (leaks, broken))
     assert (utility[1] - 100) / (utility[1] - utility[0]) > 0.04
 
 
 def test_a_limit_keeps_every_part_of_the_file():
-    assert sweep.spaced(list(range(10)), 4) == [0, 2, 5, 7] and sweep.spaced([1, 2], 5) == [1, 2] == sweep.spaced([1, 2], None)
+    assert sweep.spaced(list(range(10)), 4) == [0, 2, 5, 7] and sweep.spaced([1, 2], 5) == [
+        1,
+        2,
+    ] == sweep.spaced([1, 2], None)
 
 
 @pytest.mark.parametrize(

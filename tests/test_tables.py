@@ -10,7 +10,12 @@ from cfgsafe.report import results, tables
 
 def row(model, items, epoch=None, g=None, space=None, **more):
     space = space or (None if g is None else "prob")
-    figures = {"ner_items_per_100": items, "ner_items_per_100_ci": [items - 2, items + 2], "utility": 90.0, "utility_ci": [88.0, 92.0]}
+    figures = {
+        "ner_items_per_100": items,
+        "ner_items_per_100_ci": [items - 2, items + 2],
+        "utility": 90.0,
+        "utility_ci": [88.0, 92.0],
+    }
     return {"model": model, "epoch": epoch, "guidance": g, "space": space, **figures, **more}
 
 
@@ -40,7 +45,13 @@ def printed(tmp_path, capsys):
 @pytest.fixture
 def full(tmp_path):
     """What train.py demo --full writes, in part."""
-    rows = [row("leaky", 300), row("lora", 40, 1), row("lora", 20, 3), row("lora-cfg", 60, 1, 1.0), row("lora-cfg", 24, 3, 1.0)]
+    rows = [
+        row("leaky", 300),
+        row("lora", 40, 1),
+        row("lora", 20, 3),
+        row("lora-cfg", 60, 1, 1.0),
+        row("lora-cfg", 24, 3, 1.0),
+    ]
     rows += [row("lora-cfg", 12, 3, 3.0), row("lora-cfg", 8, 3, 3.0, "log")]
     return save(tmp_path / "full", *rows)
 
@@ -63,12 +74,26 @@ def test_what_was_not_run_says_so(printed, full):
 def test_table_2_is_a_grid_of_epochs_and_g(printed, full):
     lines = table(printed(full), "## Table 2")
     assert lines[0] == ["model", "epoch", "unguided", "g=1", "g=3", "paper, same epoch"]
-    assert ["lora-cfg", "3", "not run", "12.0 [11.0, 13.0]", "4.0 [3.0, 5.0]", "g=1: 12, g=2: 5, g=3: 1"] in lines
+    assert [
+        "lora-cfg",
+        "3",
+        "not run",
+        "12.0 [11.0, 13.0]",
+        "4.0 [3.0, 5.0]",
+        "g=1: 12, g=2: 5, g=3: 1",
+    ] in lines
 
 
 def test_table_3_is_probability_space_per_50_and_per_150(printed, full):
     lines = table(printed(full), "## Table 3")
-    assert ["lora-cfg, epoch 3, g=3", "6.0 [5.0, 7.0]", "18.0 [15.0, 21.0]", "90.0 [88.0, 92.0]", "3", "19"] in lines
+    assert [
+        "lora-cfg, epoch 3, g=3",
+        "6.0 [5.0, 7.0]",
+        "18.0 [15.0, 21.0]",
+        "90.0 [88.0, 92.0]",
+        "3",
+        "19",
+    ] in lines
 
 
 def test_runs_are_joined_and_rows_that_both_have_are_told_apart(printed, full, tmp_path):
@@ -78,7 +103,11 @@ def test_runs_are_joined_and_rows_that_both_have_are_told_apart(printed, full, t
 
 
 def test_a_masked_row_is_not_taken_for_the_plain_one(printed, tmp_path):
-    run = save(tmp_path / "r", row("lora-cfg", 8, 3, 3.0, "log", alpha=0.0), row("lora-cfg", 4, 3, 3.0, "log", alpha=0.1))
+    run = save(
+        tmp_path / "r",
+        row("lora-cfg", 8, 3, 3.0, "log", alpha=0.0),
+        row("lora-cfg", 4, 3, 3.0, "log", alpha=0.1),
+    )
     lines = {line[0]: line[2:] for line in table(printed(run), "## Table 1")}
     assert lines["lora-cfg, epoch 3, g=3"] == ["4.0 [3.0, 5.0]", "45.7", "1"]
     assert lines["lora-cfg alpha=0.1, epoch 3, g=3"] == ["2.0 [1.0, 3.0]", "-", "-"]

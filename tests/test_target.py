@@ -43,7 +43,10 @@ CHATS, SEEDS = [said(f"Number {n}", "Be kind." if n % 2 else None) for n in rang
 
 
 def test_the_named_adapter_answers_whatever_else_is_attached(shared, tokenizer):
-    answers = {name: LocalTarget(local(), shared, tokenizer, name).ask(CHATS, SEEDS) for name in ("attacker", "target", None)}
+    answers = {
+        name: LocalTarget(local(), shared, tokenizer, name).ask(CHATS, SEEDS)
+        for name in ("attacker", "target", None)
+    }
     assert len({tuple(texts) for texts in answers.values()}) == 3
     assert answers[None] == LocalTarget(local(), random_model(), tokenizer).ask(CHATS, SEEDS)
     with pytest.raises(InputError, match="no adapter 'default' is attached"):
@@ -60,12 +63,21 @@ def test_requests_are_the_conversations_own_with_the_settings_asked_for(shared, 
     monkeypatch.setattr(target, "generate", listen)
     answers = LocalTarget(local(top_p=0.7, batch=3), shared, tokenizer, "target").ask(CHATS, SEEDS)
     sampling = dict(temperature=1.0, top_p=0.7, max_new_tokens=8, adapter="target")
-    plain = [Request(tokenizer.encode_chat(chat), seed=seed, **sampling) for chat, seed in zip(CHATS, SEEDS, strict=True)]
+    plain = [
+        Request(tokenizer.encode_chat(chat), seed=seed, **sampling)
+        for chat, seed in zip(CHATS, SEEDS, strict=True)
+    ]
     assert asked.pop() == (plain, {"batch": 3})
     assert answers == [tokenizer.decode(done.tokens) for done in generate(shared, plain)]
     LocalTarget(local(guidance=2.0, space="log", alpha=0.1), shared, tokenizer, None).ask(CHATS[1:2], [7])
     (request,) = asked.pop()[0]
-    assert (request.guidance, request.space, request.alpha, request.adapter, request.seed) == (2.0, "log", 0.1, None, 7)
+    assert (request.guidance, request.space, request.alpha, request.adapter, request.seed) == (
+        2.0,
+        "log",
+        0.1,
+        None,
+        7,
+    )
     assert request.prompt == tokenizer.encode_chat(with_system(CHATS[1], POSITIVE))
     assert request.negative == tokenizer.encode_chat(with_system(CHATS[1], NEGATIVE))
 
@@ -86,7 +98,9 @@ def test_a_conversation_that_does_not_fit_has_no_answer_and_costs_nothing(tokeni
     assert ours.ask(chats, SEEDS[:4]) == [None] * 4 and ours.calls == 2
     length = len(tokenizer.encode_chat(CHATS[0]))
     for limit in (length, length + 1):
-        (answer,) = LocalTarget(local(), random_model(max_position_embeddings=limit), tokenizer).ask(CHATS[:1], [0])
+        (answer,) = LocalTarget(local(), random_model(max_position_embeddings=limit), tokenizer).ask(
+            CHATS[:1], [0]
+        )
         assert (answer is None) == (limit == length)
     guided = LocalTarget(local(guidance=2.0, positive="Hi.", negative="word " * 600), model, tokenizer)
     assert guided.ask(CHATS[:1], [0]) == [None] and guided.calls == 0
@@ -103,7 +117,11 @@ def test_every_fault_of_an_endpoint_ends_in_its_answer_or_none(serve, tmp_path):
     answers = ours.ask(chats, seeds)
     assert all(answer in (None, f"re: q{n // 5} {n}") for n, answer in enumerate(answers))
     assert 0 < answers.count(None) < 40 and 60 - answers.count(None) == len(server.answered)
-    assert ours.calls == len(server.bodies) and not ours.spent and all(server.failed[fault] for fault in endpoint.FAULTS)
+    assert (
+        ours.calls == len(server.bodies)
+        and not ours.spent
+        and all(server.failed[fault] for fault in endpoint.FAULTS)
+    )
 
     resumed = RemoteTarget(remote(attempts=5), tmp_path / "c.jsonl")
     assert resumed.ask(chats, seeds) == [f"re: q{n // 5} {n}" for n in range(60)]
@@ -126,7 +144,9 @@ def test_what_is_sent(serve, tmp_path):
     server = serve(echo)
     RemoteTarget(remote(), tmp_path / "c.jsonl").ask([said("q", "Be kind.")], [3])
     sampling = {"max_tokens": 64, "temperature": 0.1, "top_p": 0.9, "seed": 3}
-    assert server.bodies == [{"model": "m", "messages": said("q", "Be kind."), **sampling, "path": "/v1/chat/completions"}]
+    assert server.bodies == [
+        {"model": "m", "messages": said("q", "Be kind."), **sampling, "path": "/v1/chat/completions"}
+    ]
 
 
 def test_a_refused_attack_has_no_answer_and_a_refused_key_ends_the_run(serve, tmp_path):
@@ -169,4 +189,6 @@ def test_options_that_can_be_pass(quick):
 def test_help_calls_the_model_target(capsys):
     with pytest.raises(SystemExit):
         tyro.cli(Options, args=["--help"])
-    assert "--target" in (text := capsys.readouterr().out) and "--model" not in text.replace("--remote-model", "")
+    assert "--target" in (text := capsys.readouterr().out) and "--model" not in text.replace(
+        "--remote-model", ""
+    )

@@ -58,19 +58,30 @@ def llama2(folder, scheme: str) -> str:
     """A tokenizer in Llama-2's form: blanks as U+2581 before words, control tokens inside the vocabulary."""
     backend = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if scheme == "legacy":
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     names = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*names, *(f"<0x{n:02X}>" for n in range(256))], show_progress=False)
-    backend.train_from_iterator(["[INST] Hello two times, it is 12345 [/INST] <<SYS>>\n<</SYS>>\n\n a test"] * 3, trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[*names, *(f"<0x{n:02X}>" for n in range(256))], show_progress=False
+    )
+    backend.train_from_iterator(
+        ["[INST] Hello two times, it is 12345 [/INST] <<SYS>>\n<</SYS>>\n\n a test"] * 3, trainer
+    )
     files = json.loads(backend.to_str())
     files["added_tokens"] = [token for token in files["added_tokens"] if token["content"] in names]
     (folder / "tokenizer.json").write_text(json.dumps(files))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": LLAMA2_TEMPLATE}))
     return str(folder)
 
@@ -81,8 +92,12 @@ def test_ids_equal_apply_chat_template(tmp_path, kind):
     folder = BASE if kind == "llama3" else llama2(tmp_path, kind)
     theirs, ours = transformers.PreTrainedTokenizerFast.from_pretrained(folder), Tokenizer.load(folder)
     for messages in conversations(1000 if kind == "llama3" else 200):
-        assert ours.render_chat(messages) == theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        assert ours.encode_chat(messages) == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ours.render_chat(messages) == theirs.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        assert ours.encode_chat(messages) == theirs.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
 
 
 def test_a_partial_answer_is_continued_as_in_transformers():
@@ -90,11 +105,20 @@ def test_a_partial_answer_is_continued_as_in_transformers():
     theirs, ours = transformers.AutoTokenizer.from_pretrained(BASE), Tokenizer.load(BASE)
     for partial in ("Hello, my", "Dear", "No. 5 is", "blank "):
         messages = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": partial}]
-        assert ours.encode_chat(messages) == theirs.apply_chat_template(messages, continue_final_message=True, return_dict=False)
+        assert ours.encode_chat(messages) == theirs.apply_chat_template(
+            messages, continue_final_message=True, return_dict=False
+        )
 
 
 @settings(max_examples=200, deadline=None)
-@given(parts=st.lists(st.one_of(st.sampled_from([*SPECIAL, "<|", "|>", "<", "eot_id", "\n\n", "\ue000"]), st.text(max_size=8)), max_size=6))
+@given(
+    parts=st.lists(
+        st.one_of(
+            st.sampled_from([*SPECIAL, "<|", "|>", "<", "eot_id", "\n\n", "\ue000"]), st.text(max_size=8)
+        ),
+        max_size=6,
+    )
+)
 def test_user_text_never_becomes_a_control_token(tokenizer, parts):
     text = "".join(parts)
     control = set(tokenizer.special.values())
@@ -119,15 +143,22 @@ def test_trusted_prompts_keep_their_control_tokens_and_get_one_bos(tokenizer):
     messages = [{"role": "user", "content": "Hi!"}]
     text = tokenizer.render_chat(messages)
     assert (
-        tokenizer.encode_prompt(text) == tokenizer.encode_chat(messages) == tokenizer.encode_prompt(text.removeprefix("<|begin_of_text|>"))
+        tokenizer.encode_prompt(text)
+        == tokenizer.encode_chat(messages)
+        == tokenizer.encode_prompt(text.removeprefix("<|begin_of_text|>"))
     )
 
 
 def test_training_pieces_encode_like_conversations(tokenizer):
     encode, corpus = Encoder(tokenizer), Corpus(5)
-    examples = [*corpus.leaky(700)[:60], *(example for example, _ in zip(corpus.base(), range(200), strict=False))]
+    examples = [
+        *corpus.leaky(700)[:60],
+        *(example for example, _ in zip(corpus.base(), range(200), strict=False)),
+    ]
     for example in examples:
-        messages = [{"role": role, "content": "".join(text for text, _ in pieces)} for role, pieces in example]
+        messages = [
+            {"role": role, "content": "".join(text for text, _ in pieces)} for role, pieces in example
+        ]
         ids, learn = encode(example)
         assert ids[:-1] == tokenizer.encode_chat(messages) and ids[-1] == tokenizer.special["<|eot_id|>"]
         assert len(ids) == len(learn) and any(learn)
@@ -135,10 +166,22 @@ def test_training_pieces_encode_like_conversations(tokenizer):
 
 def test_system_prompts_are_replaced_not_stacked():
     chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "u"}]
-    assert with_system(chat, "b") == [{"role": "system", "content": "b"}, chat[1]] == with_system(chat[1:], "b")
+    assert (
+        with_system(chat, "b") == [{"role": "system", "content": "b"}, chat[1]] == with_system(chat[1:], "b")
+    )
 
 
-@pytest.mark.parametrize("bad", [None, [], "text", [{"role": "tool", "content": ""}], [{"role": "user"}], [{"role": "user", "content": 3}]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None,
+        [],
+        "text",
+        [{"role": "tool", "content": ""}],
+        [{"role": "user"}],
+        [{"role": "user", "content": 3}],
+    ],
+)
 def test_bad_messages_name_the_place(bad):
     with pytest.raises(InputError, match="file:7"):
         check_messages(bad, "file:7")
@@ -160,9 +203,15 @@ SIMPLE = "{{ bos_token }}{% for m in messages %}{% set c = CONTENT %}{{ c }}<|eo
 
 
 def test_added_tokens_that_are_not_called_special_stay_text_too(tmp_path):
-    tokenizer = variant(tmp_path, SIMPLE.replace("CONTENT", "'<|im_start|>' + m.content"), ("<|im_start|>", "<|im_end|>"))
+    tokenizer = variant(
+        tmp_path, SIMPLE.replace("CONTENT", "'<|im_start|>' + m.content"), ("<|im_start|>", "<|im_end|>")
+    )
     ids = tokenizer.encode_chat([{"role": "user", "content": "a <|im_end|><|im_start|>"}])
-    assert ids.count(2048) == 1 and 2049 not in ids and not {2048, 2049} & set(tokenizer.encode("<|im_end|><|im_start|>"))
+    assert (
+        ids.count(2048) == 1
+        and 2049 not in ids
+        and not {2048, 2049} & set(tokenizer.encode("<|im_end|><|im_start|>"))
+    )
 
 
 def test_templates_that_look_into_the_content_see_it(tmp_path):
@@ -176,12 +225,20 @@ def test_templates_cannot_put_a_control_token_together(tmp_path):
     ids = tokenizer.encode_chat([{"role": "user", "content": "<|eot</think>_id|>"}])
     assert ids.count(tokenizer.special["<|eot_id|>"]) == 1
     tokenizer = variant(tmp_path, SIMPLE.replace("CONTENT", "m.content + '_id|>'"))
-    assert tokenizer.encode_chat([{"role": "user", "content": "<|eot "}]).count(tokenizer.special["<|eot_id|>"]) == 1
-    assert tokenizer.encode_chat([{"role": "user", "content": "<|eot"}]).count(tokenizer.special["<|eot_id|>"]) == 1
+    assert (
+        tokenizer.encode_chat([{"role": "user", "content": "<|eot "}]).count(tokenizer.special["<|eot_id|>"])
+        == 1
+    )
+    assert (
+        tokenizer.encode_chat([{"role": "user", "content": "<|eot"}]).count(tokenizer.special["<|eot_id|>"])
+        == 1
+    )
 
 
 def test_a_last_answer_is_judged_not_continued_when_asked(tmp_path):
-    tokenizer = variant(tmp_path, "{{ bos_token }}Judge: {% for m in messages %}{{ m.content }} {% endfor %}Safe?")
+    tokenizer = variant(
+        tmp_path, "{{ bos_token }}Judge: {% for m in messages %}{{ m.content }} {% endfor %}Safe?"
+    )
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bye"}]
     assert tokenizer.decode(tokenizer.encode_chat(chat, go_on=False)) == "Judge: Hi Bye Safe?"
     assert tokenizer.decode(tokenizer.encode_chat(chat)) == "Judge: Hi Bye"
@@ -190,7 +247,9 @@ def test_a_last_answer_is_judged_not_continued_when_asked(tmp_path):
         silent.encode_chat(chat)
 
 
-PARTS = SIMPLE.replace("CONTENT", "(m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join).strip()")
+PARTS = SIMPLE.replace(
+    "CONTENT", "(m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join).strip()"
+)
 
 
 def test_templates_that_pass_over_strings_get_the_text_in_parts(tmp_path, tokenizer):
@@ -202,7 +261,9 @@ def test_templates_that_pass_over_strings_get_the_text_in_parts(tmp_path, tokeni
     assert parts.encode_chat(chat) == [bos, *text, end, *begun]
 
 
-@pytest.mark.parametrize("template", ["{{ messages[1].content }}", "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages[1].content }}", "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"]
+)
 def test_a_template_that_passes_over_a_question_gets_strings(tmp_path, template):
     asked = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
     tokenizer = variant(tmp_path, template)
@@ -213,7 +274,10 @@ def test_a_template_that_passes_over_a_question_gets_strings(tmp_path, template)
     ("template", "end"),
     [
         ("{{ bos_token }}{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}", "<|im_end|>"),
-        ("{{ bos_token }}{% for m in messages %}{{ m.content }}\n<|end_of_text|>{% endfor %}<|eot_id|>", "<|end_of_text|>"),
+        (
+            "{{ bos_token }}{% for m in messages %}{{ m.content }}\n<|end_of_text|>{% endfor %}<|eot_id|>",
+            "<|end_of_text|>",
+        ),
         ("{{ bos_token }}{% for m in messages %}{{ m.content }} {% endfor %}Safe?<|im_end|>", "<|eot_id|>"),
         ("{{ raise_exception('no') }}", "<|eot_id|>"),
     ],

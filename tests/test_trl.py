@@ -47,11 +47,18 @@ def test_every_step_and_the_final_adapter_equal_trl(tmp_path, name):
     for step, (mine, theirs) in enumerate(zip(ours, run["steps"], strict=True)):
         for their_name, my_name in NAMES.items():
             assert mine[my_name] == pytest.approx(theirs[their_name], rel=1e-4, abs=2e-6), (step, my_name)
-        assert mine["loss"] == pytest.approx(theirs["nll_loss"] - 0.1 * theirs["log_odds_ratio"], rel=1e-5), step
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4), step  # TRL rounds what it logs as loss
+        assert mine["loss"] == pytest.approx(theirs["nll_loss"] - 0.1 * theirs["log_odds_ratio"], rel=1e-5), (
+            step
+        )
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4), (
+            step
+        )  # TRL rounds what it logs as loss
         if step:  # TRL logs the rate of the step to come
             assert mine["lr"] == pytest.approx(run["steps"][step - 1]["learning_rate"], rel=1e-6)
-    final, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "epoch-2", GOLDEN / f"final-{name}"))
+    final, theirs = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (tmp_path / "epoch-2", GOLDEN / f"final-{name}")
+    )
     assert set(final) == set(theirs)
     for key in final:
         assert (final[key] - theirs[key]).abs().max() < 1e-4, key

@@ -14,7 +14,13 @@ from cfgsafe.measure import judge, mmlu_pro, utility
 from cfgsafe.remote import Service
 from cfgsafe.subject import NEGATIVE, POSITIVE
 
-QUESTION = {"question_id": 70, "question": "What is hot?", "options": ["ice", "fire"], "answer_index": 1, "category": "nature"}
+QUESTION = {
+    "question_id": 70,
+    "question": "What is hot?",
+    "options": ["ice", "fire"],
+    "answer_index": 1,
+    "category": "nature",
+}
 SHOTS = [
     {
         "question_id": number,
@@ -32,9 +38,16 @@ SHOTS = [
 @pytest.fixture
 def files(tmp_path) -> dict[str, str]:
     """Two questions, and the examples for them."""
-    write_jsonl(tmp_path / "q.jsonl", [QUESTION, {**QUESTION, "question_id": 71, "question": "What is cold?", "answer_index": 0}])
+    write_jsonl(
+        tmp_path / "q.jsonl",
+        [QUESTION, {**QUESTION, "question_id": 71, "question": "What is cold?", "answer_index": 0}],
+    )
     write_jsonl(tmp_path / "shots.jsonl", SHOTS)
-    return {"questions": str(tmp_path / "q.jsonl"), "shots": str(tmp_path / "shots.jsonl"), "out": str(tmp_path / "out" / "a.jsonl")}
+    return {
+        "questions": str(tmp_path / "q.jsonl"),
+        "shots": str(tmp_path / "shots.jsonl"),
+        "out": str(tmp_path / "out" / "a.jsonl"),
+    }
 
 
 # --- reading
@@ -58,16 +71,24 @@ def test_parquet_and_jsonl_give_the_same_questions(tmp_path):
 
 def test_the_hub_is_asked_for_mmlu_pros_file(tmp_path, monkeypatch):
     file, asked = parquet(tmp_path / "v.parquet", SHOTS), []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *place, **more: (asked.append((place, more)), file)[1])
-    assert [row["question_id"] for _, row in mmlu_pro.read("mmlu-pro/validation")] == [row["question_id"] for row in SHOTS]
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *place, **more: (asked.append((place, more)), file)[1]
+    )
+    assert [row["question_id"] for _, row in mmlu_pro.read("mmlu-pro/validation")] == [
+        row["question_id"] for row in SHOTS
+    ]
     mmlu_pro.read("mmlu-pro/test")
     assert asked == [
-        (("TIGER-Lab/MMLU-Pro", f"data/{split}-00000-of-00001.parquet"), {"repo_type": "dataset"}) for split in ("validation", "test")
+        (("TIGER-Lab/MMLU-Pro", f"data/{split}-00000-of-00001.parquet"), {"repo_type": "dataset"})
+        for split in ("validation", "test")
     ]
 
 
 def test_a_misspelt_set_names_those_there_are():
-    with pytest.raises(InputError, match="mmlu-pro/nonsense: no such set of questions; there are mmlu-pro/validation, mmlu-pro/test"):
+    with pytest.raises(
+        InputError,
+        match="mmlu-pro/nonsense: no such set of questions; there are mmlu-pro/validation, mmlu-pro/test",
+    ):
         mmlu_pro.read("mmlu-pro/nonsense")
 
 
@@ -83,7 +104,9 @@ def test_an_unreachable_hub_is_one_line(monkeypatch, tmp_path):
 def test_parquet_without_pyarrow_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(InputError, match=r"x\.parquet: parquet needs pyarrow; pip install 'cfgsafe\[parquet\]'"):
+    with pytest.raises(
+        InputError, match=r"x\.parquet: parquet needs pyarrow; pip install 'cfgsafe\[parquet\]'"
+    ):
         mmlu_pro.read(str(tmp_path / "x.parquet"))
 
 
@@ -122,7 +145,10 @@ def test_a_broken_parquet_file_and_a_bad_row_are_one_line(tmp_path):
         ("none of them", None),
         ("I do not know", "I"),  # the pronoun: a known weakness of the chain
         ("The answer is (B).\n\nQuestion:\nWhat else?\nAnswer: the answer is (D)", "B"),
-        ("No idea\n\nQuestion:\nWhat else? the answer is (D)", None),  # an example that the model has begun itself
+        (
+            "No idea\n\nQuestion:\nWhat else? the answer is (D)",
+            None,
+        ),  # an example that the model has begun itself
     ],
 )
 def test_the_letter_is_read_by_tiger_labs_chain(text, given):
@@ -150,13 +176,17 @@ def test_the_examples_are_the_first_five_of_the_questions_own_category(files):
 def test_no_question_is_asked_5_shot_on_itself(files):
     for changes in ({}, {"question_id": 900}, {"question": "The same one, reworded?"}):
         placed = [(place, {**row, **changes}) for place, row in mmlu_pro.read(files["shots"])]
-        with pytest.raises(InputError, match="shots.jsonl:1: 'question_id' .* is among the --shots") as refusal:
+        with pytest.raises(
+            InputError, match="shots.jsonl:1: 'question_id' .* is among the --shots"
+        ) as refusal:
             mmlu_pro.cot_prompts(placed, mmlu_pro.read_shots(files["shots"]))
         assert "\n" not in str(refusal.value)
 
 
 def test_validation_asked_5_shot_is_refused_before_a_model_is_loaded(files):
-    options = utility.Options("nowhere", questions=files["shots"], shots=files["shots"], protocol="cot5", out=files["out"])
+    options = utility.Options(
+        "nowhere", questions=files["shots"], shots=files["shots"], protocol="cot5", out=files["out"]
+    )
     with pytest.raises(InputError, match="among the --shots"):
         utility.run(options)
 
@@ -175,16 +205,25 @@ def test_validation_asked_5_shot_is_refused_before_a_model_is_loaded(files):
 def test_what_cannot_be_asked_5_shot_names_the_row(tmp_path, question, shots, words):
     write_jsonl(tmp_path / "s.jsonl", shots)
     with pytest.raises(InputError, match=words):
-        mmlu_pro.cot_prompts([("q:1", {**QUESTION, **question})], mmlu_pro.read_shots(str(tmp_path / "s.jsonl")))
+        mmlu_pro.cot_prompts(
+            [("q:1", {**QUESTION, **question})], mmlu_pro.read_shots(str(tmp_path / "s.jsonl"))
+        )
 
 
-def test_a_worked_answer_is_right_by_its_letter_and_unparsed_ones_get_no_credit(files, checkpoint, monkeypatch, capsys):
+def test_a_worked_answer_is_right_by_its_letter_and_unparsed_ones_get_no_credit(
+    files, checkpoint, monkeypatch, capsys
+):
     said = iter(["So the answer is (B).", "no letter at all"])
     monkeypatch.setattr(utility, "answers", lambda *_, **__: [next(said), next(said)])
-    utility.run(utility.Options(checkpoint, protocol="cot5", questions=files["questions"], shots=files["shots"]))
+    utility.run(
+        utility.Options(checkpoint, protocol="cot5", questions=files["questions"], shots=files["shots"])
+    )
     result = json.loads(capsys.readouterr().out)
     assert (result["utility"], result["unparsed"]) == (50.0, 50.0)
-    assert utility.exact_letter("the answer is (A)", QUESTION) is False and utility.exact_letter("none", QUESTION) is None
+    assert (
+        utility.exact_letter("the answer is (A)", QUESTION) is False
+        and utility.exact_letter("none", QUESTION) is None
+    )
 
 
 # --- the likelihood of the options
@@ -202,7 +241,10 @@ def test_option_scores_by_hand(checkpoint, guidance):
         assert tokenizer.decode(ids) == f" {option}" and len(part) == len(ids)
         probabilities = []
         for system in [utility.SYSTEM] if guidance is None else [POSITIVE, NEGATIVE]:
-            chat = [{"role": "system", "content": system}, {"role": "user", "content": utility.prompt(QUESTION)}]
+            chat = [
+                {"role": "system", "content": system},
+                {"role": "user", "content": utility.prompt(QUESTION)},
+            ]
             prompt = tokenizer.encode_chat([*chat, {"role": "assistant", "content": "The answer is"}])
             logits = model.head(model(torch.tensor([prompt + ids])))[0, len(prompt) - 1 : -1]
             probabilities.append(logits.softmax(-1))
@@ -225,7 +267,11 @@ def test_the_likeliest_option_by_mean_and_by_sum(files, checkpoint, monkeypatch,
 
 
 def test_equal_options_are_undecided():
-    assert utility.likeliest([-1.0, -2.0]) == 0 and utility.likeliest([-1.0, -1.0]) is None and utility.likeliest([-torch.inf] * 2) is None
+    assert (
+        utility.likeliest([-1.0, -2.0]) == 0
+        and utility.likeliest([-1.0, -1.0]) is None
+        and utility.likeliest([-torch.inf] * 2) is None
+    )
 
 
 # --- the judge
@@ -250,14 +296,24 @@ def test_only_one_of_three_words_is_a_verdict(reply, said):
 
 def test_the_judge_gets_question_right_option_and_answer():
     seen = []
-    assert judge.judge([QUESTION], ["It is fire."], lambda chats: (seen.extend(chats), ["Correct"])[1]) == ["Correct"]
+    assert judge.judge([QUESTION], ["It is fire."], lambda chats: (seen.extend(chats), ["Correct"])[1]) == [
+        "Correct"
+    ]
     text = seen[0][-1]["content"]
-    assert "What is hot?" in text and "Right option: fire" in text and "<answer>\nIt is fire.\n</answer>" in text
+    assert (
+        "What is hot?" in text and "Right option: fire" in text and "<answer>\nIt is fire.\n</answer>" in text
+    )
 
 
 def test_agreement_with_the_exact_score_by_hand():
     """Ten both decide: 4 yes-yes, 3 no-no, 2 yes-no, 1 no-yes: p = 0.7, c = 0.6 * 0.5 + 0.4 * 0.5 = 0.5, kappa = 0.4."""
-    verdicts = ["Correct"] * 4 + ["Incorrect"] * 3 + ["Correct"] * 2 + ["Incorrect"] + ["Can't tell", "Can't tell", None, "Correct"]
+    verdicts = (
+        ["Correct"] * 4
+        + ["Incorrect"] * 3
+        + ["Correct"] * 2
+        + ["Incorrect"]
+        + ["Can't tell", "Can't tell", None, "Correct"]
+    )
     exact = [True] * 4 + [False] * 3 + [False] * 2 + [True] + [True, None, False, None]
     figures, agreement = judge.summarise(verdicts, exact)
     assert agreement == {"both_decide": 10, "agreement": 70.0, "kappa": 0.4}
@@ -287,10 +343,22 @@ def service(monkeypatch) -> list:
 def test_a_judged_run_reports_all_figures(files, checkpoint, service, capsys, monkeypatch):
     monkeypatch.setattr(utility, "answers", lambda *_, **__: ["fire", "fire"])
     utility.run(
-        utility.Options(checkpoint, score="judge", service=Service("gpt-4o-mini"), questions=files["questions"], out=files["out"], limit=2)
+        utility.Options(
+            checkpoint,
+            score="judge",
+            service=Service("gpt-4o-mini"),
+            questions=files["questions"],
+            out=files["out"],
+            limit=2,
+        )
     )
     result = json.loads(capsys.readouterr().out)
-    assert (result["utility"], result["exact"], result["cant_tell"], result["unparsable"]) == (100.0, 50.0, 0.0, 0.0)
+    assert (result["utility"], result["exact"], result["cant_tell"], result["unparsable"]) == (
+        100.0,
+        50.0,
+        0.0,
+        0.0,
+    )
     assert (result["both_decide"], result["agreement"], result["kappa"]) == (2, 50.0, 0.0)
     ((asked, questions, cache),) = service
     assert asked.remote_model == "gpt-4o-mini" and str(cache) == files["out"] + ".judge"
@@ -320,33 +388,53 @@ def test_answers_are_kept_and_scored_again_without_the_model(files, checkpoint, 
     options = utility.Options(checkpoint, questions=files["questions"], out=files["out"], max_new_tokens=3)
     utility.run(options)
     first, written = capsys.readouterr().out, open(files["out"]).read()
-    monkeypatch.setattr(subject, "generate", lambda model, requests, **_: [] if not requests else pytest.fail("asked again"))
+    monkeypatch.setattr(
+        subject, "generate", lambda model, requests, **_: [] if not requests else pytest.fail("asked again")
+    )
     utility.run(options)
     assert capsys.readouterr().out == first and open(files["out"]).read() == written
 
 
 @pytest.mark.parametrize(
-    ("protocol", "score"), [("short", "exact"), ("short", "loglik"), ("short", "judge"), ("cot5", "exact"), ("cot5", "judge")]
+    ("protocol", "score"),
+    [("short", "exact"), ("short", "loglik"), ("short", "judge"), ("cot5", "exact"), ("cot5", "judge")],
 )
 def test_every_protocol_and_score_is_guided(files, checkpoint, service, monkeypatch, capsys, protocol, score):
     seen = []
-    spy = lambda real: lambda model, requests, *rest, **more: (seen.extend(requests), real(model, requests, *rest, **more))[1]
+    spy = lambda real: (
+        lambda model, requests, *rest, **more: (seen.extend(requests), real(model, requests, *rest, **more))[
+            1
+        ]
+    )
     monkeypatch.setattr(subject, "generate", spy(subject.generate))
     monkeypatch.setattr(utility, "continuation_logprobs", spy(utility.continuation_logprobs))
-    who = utility.Options(checkpoint, guidance=3.0, space="log", alpha=0.1, protocol=protocol, score=score, service=Service("m"), **files)
+    who = utility.Options(
+        checkpoint,
+        guidance=3.0,
+        space="log",
+        alpha=0.1,
+        protocol=protocol,
+        score=score,
+        service=Service("m"),
+        **files,
+    )
     who.max_new_tokens = 2
     utility.run(who)
     tokenizer = subject.load_tokenizer(checkpoint)
     assert len(seen) == (4 if score == "loglik" else 2)  # requests: one an option, or one a question
     assert all(r.guided and (r.guidance, r.space, r.alpha) == (3.0, "log", 0.1) for r in seen)
-    assert all(POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen)
+    assert all(
+        POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen
+    )
     assert json.loads(capsys.readouterr().out)["guidance"] == 3.0
 
 
 def test_guidance_changes_the_option_scores(files, checkpoint):
     scores = []
     for guidance in (1.0, 3.0):
-        options = utility.Options(checkpoint, guidance=guidance, score="loglik", questions=files["questions"], out=files["out"])
+        options = utility.Options(
+            checkpoint, guidance=guidance, score="loglik", questions=files["questions"], out=files["out"]
+        )
         utility.run(options)
         scores.append([json.loads(line)["option_logprobs"] for line in open(files["out"])])
     assert scores[0] != scores[1]

@@ -77,35 +77,78 @@ def run(options: Options) -> None:
             )
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         if not model.config.tie_word_embeddings:
-            weights -= model.model.embed_tokens.weight.numel() * dtype.itemsize  # of which a step reads a few rows
+            weights -= (
+                model.model.embed_tokens.weight.numel() * dtype.itemsize
+            )  # of which a step reads a few rows
         copy = copy_gb_per_second(options.device)
         for size in options.batches:
             random = torch.Generator().manual_seed(size)
             prompts, negatives = (
-                torch.randint(5, SHAPES[options.shape].vocab_size, (size, options.prompt), generator=random).tolist() for _ in range(2)
+                torch.randint(
+                    5, SHAPES[options.shape].vocab_size, (size, options.prompt), generator=random
+                ).tolist()
+                for _ in range(2)
             )
-            found = ladder(model, prompts, negatives, options) | (reference_ladder(theirs, prompts, negatives, options) if theirs else {})
+            found = ladder(model, prompts, negatives, options) | (
+                reference_ladder(theirs, prompts, negatives, options) if theirs else {}
+            )
             for name, call in tqdm(found.items(), leave=False):
                 seconds = spread([timed(call, options.device) for _ in range(options.runs + 1)][1:])
                 rate = size * options.new / seconds["p50"]
-                read = weights * options.new / seconds["p50"] / 1e9 * (2 if "two passes" in name or "guidance_scale" in name else 1)
+                read = (
+                    weights
+                    * options.new
+                    / seconds["p50"]
+                    / 1e9
+                    * (2 if "two passes" in name or "guidance_scale" in name else 1)
+                )
                 rows.append(
-                    {"requests": size, "variant": name, **seconds, "tokens_per_second": rate, "gb_per_second": read, "share": read / copy}
+                    {
+                        "requests": size,
+                        "variant": name,
+                        **seconds,
+                        "tokens_per_second": rate,
+                        "gb_per_second": read,
+                        "share": read / copy,
+                    }
                 )
     for row in rows:
-        same = {other["variant"]: other["tokens_per_second"] for other in rows if other["requests"] == row["requests"]}
+        same = {
+            other["variant"]: other["tokens_per_second"]
+            for other in rows
+            if other["requests"] == row["requests"]
+        }
         row["of_unguided"] = row["tokens_per_second"] / same["ours, unguided"]
-        row["of_transformers"] = row["tokens_per_second"] / same.get("transformers, guidance_scale", float("nan"))
-    columns = {"requests": "{requests}", "variant": "{variant}", "s p20": "{p20:.3f}", "p50": "{p50:.3f}", "p80": "{p80:.3f}"}
-    columns |= {"tokens/s": "{tokens_per_second:.1f}", "GB/s": "{gb_per_second:.1f}", "of copy": "{share:.0%}"}
+        row["of_transformers"] = row["tokens_per_second"] / same.get(
+            "transformers, guidance_scale", float("nan")
+        )
+    columns = {
+        "requests": "{requests}",
+        "variant": "{variant}",
+        "s p20": "{p20:.3f}",
+        "p50": "{p50:.3f}",
+        "p80": "{p80:.3f}",
+    }
+    columns |= {
+        "tokens/s": "{tokens_per_second:.1f}",
+        "GB/s": "{gb_per_second:.1f}",
+        "of copy": "{share:.0%}",
+    }
     columns |= {"/ our unguided": "{of_unguided:.2f}", "/ transformers guided": "{of_transformers:.2f}"}
     show(rows, columns, options.device, options.csv)
 
 
-def ladder(model: Llama, prompts: list[list[int]], negatives: list[list[int]], options: Options) -> dict[str, Callable[[], list]]:
+def ladder(
+    model: Llama, prompts: list[list[int]], negatives: list[list[int]], options: Options
+) -> dict[str, Callable[[], list]]:
     """Ours, each with one thing more than the one before."""
-    pairs = [Request(p, n, guidance=G, space="log", max_new_tokens=options.new) for p, n in zip(prompts, negatives, strict=True)]
-    mixed = [Request(p, n, guidance=G, max_new_tokens=options.new) for p, n in zip(prompts, negatives, strict=True)]
+    pairs = [
+        Request(p, n, guidance=G, space="log", max_new_tokens=options.new)
+        for p, n in zip(prompts, negatives, strict=True)
+    ]
+    mixed = [
+        Request(p, n, guidance=G, max_new_tokens=options.new) for p, n in zip(prompts, negatives, strict=True)
+    ]
     plain = [Request(p, max_new_tokens=options.new) for p in prompts]
     found = {
         "ours, two passes": lambda: two_passes(model, prompts, negatives, options.new),
@@ -114,7 +157,10 @@ def ladder(model: Llama, prompts: list[list[int]], negatives: list[list[int]], o
     }
     if options.device.startswith("cuda"):
         found["ours, CUDA graph"] = lambda: serve(model, pairs)
-    return found | {"ours, probability space": lambda: serve(model, mixed), "ours, unguided": lambda: serve(model, plain)}
+    return found | {
+        "ours, probability space": lambda: serve(model, mixed),
+        "ours, unguided": lambda: serve(model, plain),
+    }
 
 
 def serve(model: Llama, requests: list[Request], **settings) -> list[list[int]]:
@@ -129,16 +175,33 @@ def serve(model: Llama, requests: list[Request], **settings) -> list[list[int]]:
     return [tokens[request_id] for request_id in request_ids]
 
 
-def two_passes(model: Llama, prompts: list[list[int]], negatives: list[list[int]], new: int) -> list[list[int]]:
+def two_passes(
+    model: Llama, prompts: list[list[int]], negatives: list[list[int]], new: int
+) -> list[list[int]]:
     """A forward for the positive rows and one for the negative ones, each token."""
     size, length, device = len(prompts), len(prompts[0]), model.device
-    caches = [KVCache.empty(model.config, size, length + new, device=device, dtype=model.dtype) for _ in range(2)]
+    caches = [
+        KVCache.empty(model.config, size, length + new, device=device, dtype=model.dtype) for _ in range(2)
+    ]
     rows = torch.arange(size, device=device)
     full = lambda value, dtype=torch.float32: torch.full((size,), value, dtype=dtype, device=device)
     settings = dict(
-        positive=rows, negative=rows + size, guidance=full(G), log_space=full(True, torch.bool), alpha=full(0.0), top_p=full(1.0)
+        positive=rows,
+        negative=rows + size,
+        guidance=full(G),
+        log_space=full(True, torch.bool),
+        alpha=full(0.0),
+        top_p=full(1.0),
     )
-    settings |= dict(temperature=full(0.0), top_k=full(0, torch.int32), seed=rows, step=rows, truncates=False, draws=False, masks=False)
+    settings |= dict(
+        temperature=full(0.0),
+        top_k=full(0, torch.int32),
+        seed=rows,
+        step=rows,
+        truncates=False,
+        draws=False,
+        masks=False,
+    )
     fed, at, found = [torch.tensor(p, device=device) for p in (prompts, negatives)], None, []
     for step in range(new):
         hidden = [model(tokens, at, cache)[:, -1] for tokens, cache in zip(fed, caches, strict=True)]
@@ -152,18 +215,28 @@ def load_theirs(folder: str, dtype: torch.dtype, device: str):
     try:
         import transformers
     except ImportError:
-        raise InputError("transformers is not installed; pip install 'cfgsafe[test]', or pass --no-transformers") from None
+        raise InputError(
+            "transformers is not installed; pip install 'cfgsafe[test]', or pass --no-transformers"
+        ) from None
     transformers.logging.set_verbosity_error()
-    return transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype).to(device).eval()
+    return (
+        transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
+        .to(device)
+        .eval()
+    )
 
 
-def reference_ladder(theirs, prompts: list[list[int]], negatives: list[list[int]], options: Options) -> dict[str, Callable[[], list]]:
+def reference_ladder(
+    theirs, prompts: list[list[int]], negatives: list[list[int]], options: Options
+) -> dict[str, Callable[[], list]]:
     """transformers' own guidance (one request at a time for unequal prompts; here they are equal), and a loop over pairs in one batch."""
     ids, others = (torch.tensor(p, device=options.device) for p in (prompts, negatives))
     settings = dict(max_new_tokens=options.new, min_new_tokens=options.new, do_sample=False, pad_token_id=0)
 
     def generate(**more) -> list[list[int]]:
-        return theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings, **more)[:, ids.shape[1] :].tolist()
+        return theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings, **more)[
+            :, ids.shape[1] :
+        ].tolist()
 
     def hand_batched() -> list[list[int]]:
         fed, cache, found = torch.cat((ids, others)), None, []

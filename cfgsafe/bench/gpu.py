@@ -18,7 +18,17 @@ from cfgsafe.files import make_folder
 COMMANDS = {
     "kernel": ["-m", "pytest", "tests/test_kernel.py", "-m", "slow or not slow"],
     "guidance": ["-m", "cfgsafe.bench", "guidance", "--device", "cuda"],
-    "guidance-log": ["-m", "cfgsafe.bench", "guidance", "--device", "cuda", "--space", "log", "--temperature", "1"],
+    "guidance-log": [
+        "-m",
+        "cfgsafe.bench",
+        "guidance",
+        "--device",
+        "cuda",
+        "--space",
+        "log",
+        "--temperature",
+        "1",
+    ],
     "decode": [
         "-m",
         "cfgsafe.bench",
@@ -78,7 +88,10 @@ def run(options: Options) -> None:
             more += ["--recompute", str(ORPO_RECOMPUTED), "--steps", "3"]
         started = time.time()
         done = subprocess.run([sys.executable, *command, *more], cwd=Path(__file__).parent.parent)
-        print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'} in {time.time() - started:.0f} s", flush=True)
+        print(
+            f"{name}: {'done' if done.returncode == 0 else 'FAILED'} in {time.time() - started:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

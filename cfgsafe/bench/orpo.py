@@ -91,7 +91,12 @@ def run(options: Options) -> None:
         "p80": "{p80:.3f}",
         "real tokens/s": "{tokens_per_second:.0f}",
     }
-    columns |= {"TFLOP/s": "{tflops:.2f}", "of matmul": "{share:.0%}", "GiB above model": "{peak_gib:.2f}", "first loss": "{loss:.5f}"}
+    columns |= {
+        "TFLOP/s": "{tflops:.2f}",
+        "of matmul": "{share:.0%}",
+        "GiB above model": "{peak_gib:.2f}",
+        "first loss": "{loss:.5f}",
+    }
     columns |= {f"time / {slowest['variant']}": "{time_ratio:.2f}", "memory /": "{memory_ratio:.2f}"}
     show(rows, columns, options.device, options.csv)
 
@@ -114,15 +119,15 @@ def step_flops(config: LlamaConfig, options: Options) -> float:
     return 4 * (blocks * tokens + head * options.pairs * (options.prompt - 1 + 2 * options.answer))
 
 
-
-
 def make_inputs(folder: Path, options: Options) -> LlamaConfig:
     """Write a checkpoint of random weights with the demo's tokenizer, and pairs.jsonl whose texts are longer than what is read of them."""
     config = SHAPES[options.shape]
     model = random_model(config, DTYPES[options.dtype], options.device)
     save_checkpoint(folder / "model", model, tokenizer_from=BASE, dtype=DTYPES[options.dtype])
     tokenizer = Tokenizer.load(BASE)
-    texts = cycle(" ".join(message["content"] for message in row["messages"]) for _, row in read_jsonl(PROMPTS))
+    texts = cycle(
+        " ".join(message["content"] for message in row["messages"]) for _, row in read_jsonl(PROMPTS)
+    )
 
     def text(tokens: int) -> str:
         words = ""
@@ -131,6 +136,9 @@ def make_inputs(folder: Path, options: Options) -> LlamaConfig:
         return words
 
     count = options.pairs * (options.steps + 1)
-    sides = [{"prompt": text(options.prompt), "chosen": text(options.answer), "rejected": text(options.answer)} for _ in range(count)]
+    sides = [
+        {"prompt": text(options.prompt), "chosen": text(options.answer), "rejected": text(options.answer)}
+        for _ in range(count)
+    ]
     write_jsonl(folder / "pairs.jsonl", sides)
     return config

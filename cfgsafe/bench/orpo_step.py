@@ -28,7 +28,9 @@ def dense_loss(model: Llama, pairs: list[Pair]) -> torch.Tensor:
     batch = collate(pairs, share=False, device=model.device)
     hidden = model(batch.ids, batch.positions).flatten(0, 1)
     parts = token_logprobs(model.head(hidden[batch.reads]), batch.targets).split(batch.lengths)
-    means = torch.stack([part[-answer:].mean() for part, answer in zip(parts, batch.answers, strict=True)]).view(2, -1)
+    means = torch.stack(
+        [part[-answer:].mean() for part, answer in zip(parts, batch.answers, strict=True)]
+    ).view(2, -1)
     nll = -torch.cat(parts[: len(pairs)]).mean()
     return orpo(*means, nll, 0.1).mean()
 
@@ -40,7 +42,12 @@ def main(settings: dict) -> None:
     ceiling = measure.matmul_tflops(device, dtype)
     model = read_model(folder / "model", device=device, dtype=dtype)
     lengths = (settings["prompt"] + settings["answer"], settings["prompt"])
-    pairs = read_pairs(str(folder / "pairs.jsonl"), Tokenizer.load(folder / "model"), model.config.max_position_embeddings, *lengths)
+    pairs = read_pairs(
+        str(folder / "pairs.jsonl"),
+        Tokenizer.load(folder / "model"),
+        model.config.max_position_embeddings,
+        *lengths,
+    )
     torch.manual_seed(0)
     parameters = attach(model.train(), LoRAConfig(settings["rank"]))
     model.recomputed = settings["recompute"]
@@ -51,7 +58,11 @@ def main(settings: dict) -> None:
     for start in range(0, len(pairs), settings["pairs"]):
         batch = pairs[start : start + settings["pairs"]]
         started = time.perf_counter()
-        loss = dense_loss(model, batch) if variant == "dense" else batch_loss(model, model, batch, options, None, World(0, 1, device))[0]
+        loss = (
+            dense_loss(model, batch)
+            if variant == "dense"
+            else batch_loss(model, model, batch, options, None, World(0, 1, device))[0]
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -59,7 +70,16 @@ def main(settings: dict) -> None:
         losses.append(loss.item())
         measure.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    print(json.dumps({"seconds": seconds[1:], "loss": losses[0], "peak_bytes": measure.peak(device) - before, "ceiling": ceiling}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds[1:],
+                "loss": losses[0],
+                "peak_bytes": measure.peak(device) - before,
+                "ceiling": ceiling,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

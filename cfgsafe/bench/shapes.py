@@ -3,7 +3,6 @@
 Run it: python -m cfgsafe.bench decode --shape small
 """
 
-
 import torch
 
 from cfgsafe.llama import Llama, LlamaConfig, rope_frequencies

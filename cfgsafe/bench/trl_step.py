@@ -45,7 +45,9 @@ def main(settings):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
     tokenizer.pad_token = tokenizer.eos_token
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", torch_dtype=dtype).to(device)
-    config = peft.LoraConfig(r=settings["rank"], lora_alpha=32, lora_dropout=0.0, target_modules=LAYERS, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=settings["rank"], lora_alpha=32, lora_dropout=0.0, target_modules=LAYERS, task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(model, config)
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     with tempfile.TemporaryDirectory() as out:
@@ -66,7 +68,13 @@ def main(settings):
             disable_tqdm=True,
         )
         clock = Clock(device)
-        trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), tokenizer=tokenizer, callbacks=[clock])
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            tokenizer=tokenizer,
+            callbacks=[clock],
+        )
         before = measure.start_peak(device, model)
         trainer.train()
         peak = measure.peak(device) - before

@@ -76,25 +76,36 @@ def read_pairs(
         if one_sided:
             row.setdefault("rejected", row.get("chosen"))
         for field in ("prompt", "chosen", "rejected"):
-            if not isinstance(row.get(field), str) or not row[field].removesuffix(tokenizer.end_of_turn).strip():
+            if (
+                not isinstance(row.get(field), str)
+                or not row[field].removesuffix(tokenizer.end_of_turn).strip()
+            ):
                 raise InputError(f"{place}: field {field!r} must be a non-empty string")
-        chosen, rejected = tokenise(row["prompt"], row["chosen"], row["rejected"], tokenizer, max_length, max_prompt_length)
+        chosen, rejected = tokenise(
+            row["prompt"], row["chosen"], row["rejected"], tokenizer, max_length, max_prompt_length
+        )
         if (longest := max(len(chosen.ids), len(rejected.ids))) > context:
-            raise InputError(f"{place}: {longest} tokens exceed the model's context of {context}; set --max-length {context} or less")
+            raise InputError(
+                f"{place}: {longest} tokens exceed the model's context of {context}; set --max-length {context} or less"
+            )
         pairs.append(Pair(chosen, rejected, place))
     if not pairs:
         raise InputError(f"{path}: holds no pair")
     return pairs
 
 
-def tokenise(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, max_length: int, max_prompt_length: int) -> list[Row]:
+def tokenise(
+    prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, max_length: int, max_prompt_length: int
+) -> list[Row]:
     """Both sides as TRL 0.11.4 builds them: tokenised with the prompt, BOS and end token where absent, then truncated."""
     end = tokenizer.special[tokenizer.end_of_turn]
     alone = tokenizer.encode_prompt(prompt)
     sides = []
     for answer in (chosen, rejected):
         full = tokenizer.encode_prompt(prompt + answer)
-        start = len(os.path.commonprefix([alone, full]))  # earlier than the prompt's end where the boundary token merged
+        start = len(
+            os.path.commonprefix([alone, full])
+        )  # earlier than the prompt's end where the boundary token merged
         sides.append((full[:start], full[start:] if full[-1] == end else [*full[start:], end]))
     longest = max(len(answer) for _, answer in sides)
     rows = []
@@ -116,7 +127,9 @@ class Batch:
     mask: Tensor | None  # (R, 1, Q, T): what the last Q tokens of a row see
     reads: Tensor  # (N,) the hidden state each token is predicted from, of R * T
     targets: Tensor  # (N,)
-    lengths: list[int]  # (2B,) tokens read of each side: prompt and answer of a chosen one, the answer of a rejected one
+    lengths: list[
+        int
+    ]  # (2B,) tokens read of each side: prompt and answer of a chosen one, the answer of a rejected one
     answers: list[int]  # (2B,) of them, the answer's, which come last
 
 
@@ -129,7 +142,9 @@ def collate(pairs: list[Pair], *, share: bool, device: torch.device | str = "cpu
         W = max(len(pair.chosen.ids) for pair in pairs)
         Q = max(len(pair.rejected.ids) - s for pair, s in zip(pairs, shared, strict=True))
         T = W + Q
-        rows = [_pad(p.chosen.ids, W) + _pad(p.rejected.ids[s:], Q) for p, s in zip(pairs, shared, strict=True)]
+        rows = [
+            _pad(p.chosen.ids, W) + _pad(p.rejected.ids[s:], Q) for p, s in zip(pairs, shared, strict=True)
+        ]
         positions = [[*range(W), *range(s, s + Q)] for s in shared]
         slots = [range(b * T, b * T + W) for b in range(B)]
         slots += [[*range(b * T, b * T + s), *range(b * T + W, b * T + T)] for b, s in enumerate(shared)]
@@ -149,7 +164,9 @@ def collate(pairs: list[Pair], *, share: bool, device: torch.device | str = "cpu
         torch.tensor(rows, device=device),
         torch.tensor([list(row) for row in positions], device=device),
         mask,
-        torch.tensor([slot for side, own, first in spans for slot in own[first - 1 : len(side.ids) - 1]], device=device),
+        torch.tensor(
+            [slot for side, own, first in spans for slot in own[first - 1 : len(side.ids) - 1]], device=device
+        ),
         torch.tensor([token for side, _, first in spans for token in side.ids[first:]], device=device),
         [len(side.ids) - first for side, _, first in spans],
         [len(side.ids) - side.first for side in sides],
@@ -160,7 +177,16 @@ def _pad(ids: list[int], width: int) -> list[int]:
     return ids + [0] * (width - len(ids))
 
 
-def plan(lengths: list[int], *, batch_size: int, accumulate: int, epochs: int, shuffle: bool, group: bool, seed: int):
+def plan(
+    lengths: list[int],
+    *,
+    batch_size: int,
+    accumulate: int,
+    epochs: int,
+    shuffle: bool,
+    group: bool,
+    seed: int,
+):
     """The whole run's steps, [(epoch, micro-batches of pair numbers), ...], every pair once an epoch.
 
     `group` puts pairs of similar `lengths` into a batch: windows of 32 batches of the epoch's order are sorted, then the batches shuffled.

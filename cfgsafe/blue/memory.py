@@ -71,10 +71,15 @@ def recomputed(model: Llama, pairs: list[Pair], options, world: World) -> int:
     if options.recompute is not None or not world.device.startswith("cuda"):
         return min(options.recompute or 0, model.config.num_hidden_layers)
     free, everything = torch.cuda.mem_get_info(world.device)
-    limit = torch.cuda.get_per_process_memory_fraction(world.device) * everything - torch.cuda.memory_allocated(world.device)
+    limit = torch.cuda.get_per_process_memory_fraction(
+        world.device
+    ) * everything - torch.cuda.memory_allocated(world.device)
     room = min(free, limit) - SPARE * everything
     rows = -(-options.batch_size // world.size)
-    longest = max(len(pair.chosen.ids) + len(pair.rejected.ids) - (pair.rejected.start if options.share_prefix else 0) for pair in pairs)
+    longest = max(
+        len(pair.chosen.ids) + len(pair.rejected.ids) - (pair.rejected.start if options.share_prefix else 0)
+        for pair in pairs
+    )
     parameters = adapter_parameters(model).values()
     for blocks in range(model.config.num_hidden_layers + 1):
         step = step_bytes(

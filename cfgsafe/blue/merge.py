@@ -36,5 +36,7 @@ def run(options: Options) -> None:
     updates = {f"{path}.weight": update for path, update in adapter_updates(skeleton).items()}
     if f"{HEAD}.weight" in updates and skeleton.config.tie_word_embeddings:
         raise CheckpointError(TIED)
-    count = rewrite_checkpoint(base, options.out, lambda name, tensor: merged(tensor, updates[name]) if name in updates else tensor)
+    count = rewrite_checkpoint(
+        base, options.out, lambda name, tensor: merged(tensor, updates[name]) if name in updates else tensor
+    )
     print(f"{options.out}: {count} tensors, {len(updates)} of them changed")

@@ -129,14 +129,20 @@ FREE = (
 
 
 def run(options: Options) -> None:
-    check_at_least(1, options, "rank", "batch_size", "grad_accum", "epochs", "max_prompt_length", "save_every")
+    check_at_least(
+        1, options, "rank", "batch_size", "grad_accum", "epochs", "max_prompt_length", "save_every"
+    )
     check_at_least(0, options, "recompute")
     if options.max_prompt_length >= options.max_length:
-        raise InputError(f"--max-prompt-length {options.max_prompt_length}: must be below --max-length {options.max_length}")
+        raise InputError(
+            f"--max-prompt-length {options.max_prompt_length}: must be below --max-length {options.max_length}"
+        )
     out = make_folder(options.out)
     options.beta = BETA[options.objective] if options.beta is None else options.beta
     with join(options.device) as world:
-        model, tokenizer = load(Subject(options.model, device="cpu" if options.fsdp else world.device, dtype=options.dtype))
+        model, tokenizer = load(
+            Subject(options.model, device="cpu" if options.fsdp else world.device, dtype=options.dtype)
+        )
         read = lambda path: batches.read_pairs(
             path,
             tokenizer,
@@ -153,7 +159,9 @@ def run(options: Options) -> None:
             print(json.dumps({"out": str(out), "pairs": len(pairs), "epochs": options.epochs}))
 
 
-def train(model: Llama, pairs: list[Pair], options: Options, out: Path, held_out: list[Pair], world: World) -> None:
+def train(
+    model: Llama, pairs: list[Pair], options: Options, out: Path, held_out: list[Pair], world: World
+) -> None:
     """Attach an adapter to `model`, fresh or the one to start from, and train it; the seed must be set.
 
     Raises InputError when the loss or the gradient is not finite, and resume.Stopped after SIGINT or SIGTERM.
@@ -176,19 +184,41 @@ def train(model: Llama, pairs: list[Pair], options: Options, out: Path, held_out
         seed=options.seed,
     )
     data = batches.fingerprint(pairs)
-    reference, held_out_reference = (reference_logprobs(net, model, some, options, world) for some in (pairs, held_out))
+    reference, held_out_reference = (
+        reference_logprobs(net, model, some, options, world) for some in (pairs, held_out)
+    )
     done = begin(out, options, parameters, optimiser, data, steps, world)
     writer = tensorboard(out) if options.tensorboard and world.main else None
-    bar = tqdm(total=len(steps), initial=done, desc=f"{options.objective} {out.name}", leave=False, disable=not world.main)
+    bar = tqdm(
+        total=len(steps),
+        initial=done,
+        desc=f"{options.objective} {out.name}",
+        leave=False,
+        disable=not world.main,
+    )
     with bar, resume.signals() as arrived, open(out / "metrics.jsonl", "a") as log:
         for step, (epoch, micro_batches) in enumerate(steps[done:], start=done + 1):
             line = {"step": step, "epoch": epoch}
             lr = learning_rate(step - 1, len(steps), options)
-            line |= take_step(net, model, pairs, micro_batches, parameters, optimiser, lr, reference, options, world, f"step {step}")
+            line |= take_step(
+                net,
+                model,
+                pairs,
+                micro_batches,
+                parameters,
+                optimiser,
+                lr,
+                reference,
+                options,
+                world,
+                f"step {step}",
+            )
             if world.main:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                bar.set_postfix(loss=f"{line['loss']:.3f}", margin=f"{line['rewards_margin']:.3f}", refresh=False)
+                bar.set_postfix(
+                    loss=f"{line['loss']:.3f}", margin=f"{line['rewards_margin']:.3f}", refresh=False
+                )
                 bar.update()
             if writer:
                 for name, value in line.items():
@@ -199,23 +229,44 @@ def train(model: Llama, pairs: list[Pair], options: Options, out: Path, held_out
                 if world.main:
                     write_adapter(out / f"epoch-{epoch}", weights, config, base=options.model)
                 if held_out:
-                    report(out, epoch, evaluate(net, model, held_out, options, held_out_reference, world), world)
-            stop = world.total(torch.tensor(float(bool(arrived)), device=world.device)).item() > 0  # all processes stop at the same step
+                    report(
+                        out, epoch, evaluate(net, model, held_out, options, held_out_reference, world), world
+                    )
+            stop = (
+                world.total(torch.tensor(float(bool(arrived)), device=world.device)).item() > 0
+            )  # all processes stop at the same step
             if not last and (stop or step % options.save_every == 0):
                 resume.save(out, step, parameters, optimiser, data, world)
             if not last and stop:
-                raise resume.Stopped(f"stopped after step {step} of {len(steps)}, which is saved; go on with --resume")
+                raise resume.Stopped(
+                    f"stopped after step {step} of {len(steps)}, which is saved; go on with --resume"
+                )
     if writer:
         writer.close()
     if world.main:
         for state in resume.states(out):
             shutil.rmtree(state)
         if done < len(steps):
-            print(f"{out}: {len(steps)} steps, loss {line['loss']:.3f}, rewards margin {line['rewards_margin']:.3f}", file=sys.stderr)
+            print(
+                f"{out}: {len(steps)} steps, loss {line['loss']:.3f}, rewards margin {line['rewards_margin']:.3f}",
+                file=sys.stderr,
+            )
     model.requires_grad_(False).eval()
 
 
-def take_step(net, model: Llama, pairs, micro_batches, parameters, optimiser, lr: float, reference, options, world, what: str) -> dict:
+def take_step(
+    net,
+    model: Llama,
+    pairs,
+    micro_batches,
+    parameters,
+    optimiser,
+    lr: float,
+    reference,
+    options,
+    world,
+    what: str,
+) -> dict:
     """One step of the optimiser at rate `lr` on the mean of its `micro_batches` of pair numbers; returns its line of metrics.jsonl.
 
     Raises InputError, before any weight has changed, when the loss or the gradient is not finite.
@@ -250,7 +301,9 @@ def add_adapter(model: Llama, options: Options) -> LoRAConfig:
     if options.lora_bits not in (None, BITS):
         raise InputError(f"--lora-bits {options.lora_bits:g}: only {BITS} (ternary) is supported")
     if options.init_adapter is None:
-        config = LoRAConfig(options.rank, options.alpha, options.lora_dropout, options.targets, bits=options.lora_bits)
+        config = LoRAConfig(
+            options.rank, options.alpha, options.lora_dropout, options.targets, bits=options.lora_bits
+        )
         attach(model, config)
     else:
         config = load_adapter(resolve(options.init_adapter), model)
@@ -259,7 +312,9 @@ def add_adapter(model: Llama, options: Options) -> LoRAConfig:
     return config
 
 
-def begin(out: Path, options: Options, parameters: dict, optimiser, data: str, steps: list, world: World) -> int:
+def begin(
+    out: Path, options: Options, parameters: dict, optimiser, data: str, steps: list, world: World
+) -> int:
     """Clear `out`, or with --resume bring back its last state; returns the number of steps that are done."""
     done = 0
     settings = asdict(options) | {"targets": list(options.targets)}
@@ -269,7 +324,9 @@ def begin(out: Path, options: Options, parameters: dict, optimiser, data: str, s
         done = len(steps) if finished else resume.load(out, parameters, optimiser, data, world)
     world.barrier()  # nobody writes before all have read
     if world.main:
-        epochs = steps[done - 1][0] - (done < len(steps) and steps[done][0] == steps[done - 1][0]) if done else 0  # ended ones
+        epochs = (
+            steps[done - 1][0] - (done < len(steps) and steps[done][0] == steps[done - 1][0]) if done else 0
+        )  # ended ones
         for stale in out.glob("epoch-*/adapter_config.json"):  # of an earlier run into this folder
             if stale.parent.name not in {f"epoch-{epoch}" for epoch in range(1, epochs + 1)}:
                 shutil.rmtree(stale.parent)
@@ -287,19 +344,26 @@ def report(out: Path, epoch: int, values: dict[str, float], world: World) -> Non
     if world.main:
         with open(out / "eval.jsonl", "a") as log:
             log.write(json.dumps({"epoch": epoch, **values}) + "\n")
-        print(f"{out}: epoch {epoch}, held-out loss {values['loss']:.3f}, rewards margin {values['rewards_margin']:.3f}", file=sys.stderr)
+        print(
+            f"{out}: epoch {epoch}, held-out loss {values['loss']:.3f}, rewards margin {values['rewards_margin']:.3f}",
+            file=sys.stderr,
+        )
 
 
 def learning_rate(step: int, steps: int, options: Options) -> float:
     """lr * (m + (1 - m) * (1 + cos(pi p)) / 2) with p = step / steps and m = lr_min_ratio."""
-    return options.lr * (options.lr_min_ratio + (1 - options.lr_min_ratio) * (1 + math.cos(math.pi * step / steps)) / 2)
+    return options.lr * (
+        options.lr_min_ratio + (1 - options.lr_min_ratio) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
 
 
 def check_finite(what: str, value: float, pairs: list[Pair], numbers: list[int]) -> None:
     """Raise InputError naming the rows of the file."""
     if not math.isfinite(value):
         rows = ", ".join(pairs[number].place for number in numbers)
-        raise InputError(f"{what} is {value} (rows {rows}); lower --lr or mend these rows, then go on with --resume")
+        raise InputError(
+            f"{what} is {value} (rows {rows}); lower --lr or mend these rows, then go on with --resume"
+        )
 
 
 def peak_memory(device: str) -> int:
@@ -313,5 +377,7 @@ def tensorboard(out: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise InputError("--tensorboard: the package is not installed; pip install 'cfgsafe[tensorboard]'") from None
+        raise InputError(
+            "--tensorboard: the package is not installed; pip install 'cfgsafe[tensorboard]'"
+        ) from None
     return SummaryWriter(out / "tensorboard")

@@ -92,7 +92,9 @@ class Report:
     samples: int = 0
     pairs: int = 0
     won: Counter = field(default_factory=Counter)  # recipe -> pairs
-    fell: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))  # recipe -> reason -> candidates
+    fell: dict[str, Counter] = field(
+        default_factory=lambda: defaultdict(Counter)
+    )  # recipe -> reason -> candidates
 
 
 @dataclass
@@ -113,17 +115,32 @@ def run(options: Options) -> None:
         training, test = split(training, options.test_share, options.seed)
         names, others = shared_values(training, test)
         print(f"split: {len(training)} dialogues to train on, {len(test)} to test", file=sys.stderr)
-        print(f"personal values of the test dialogues in training dialogues: {len(names)} names, {len(others)} others", file=sys.stderr)
+        print(
+            f"personal values of the test dialogues in training dialogues: {len(names)} names, {len(others)} others",
+            file=sys.stderr,
+        )
     samples = [sample for dialogue in training + test for sample in samples_of(dialogue)]
     if set(options.recipes) & set(LOCAL):
-        model, tokenizer = load(Subject(options.model, device=options.device, dtype=options.dtype, batch=options.batch))
+        model, tokenizer = load(
+            Subject(options.model, device=options.device, dtype=options.dtype, batch=options.batch)
+        )
     else:
         model, tokenizer = None, load_tokenizer(options.model)
     pairs, report = build(samples, model, tokenizer, detector, options)
     tested = {dialogue.place for dialogue in test}
-    rows_of = (lambda pair: cfg_aware(pair, tokenizer)) if options.cfg_aware else (lambda pair: [plain(pair, tokenizer)])
+    rows_of = (
+        (lambda pair: cfg_aware(pair, tokenizer))
+        if options.cfg_aware
+        else (lambda pair: [plain(pair, tokenizer)])
+    )
     rows = [row for pair in pairs if pair[0].place not in tested for row in rows_of(pair)]
-    result = {"out": options.out, "rows": len(rows), "pairs": report.pairs, "samples": report.samples, "ner": detector.name}
+    result = {
+        "out": options.out,
+        "rows": len(rows),
+        "pairs": report.pairs,
+        "samples": report.samples,
+        "ner": detector.name,
+    }
     if test:
         test_rows = [row for pair in pairs if pair[0].place in tested for row in rows_of(pair)]
         result |= {"test": str(beside(options.out, "test")), "test_rows": len(test_rows)}
@@ -178,7 +195,12 @@ def build(
                 reason = "empty"
             elif found or any(mentions(candidate.text, label, value) for label, value in sample.values):
                 reason = "personal data"
-            elif any(map(tokenizer.control_token_in, (candidate.text, sample.rejected, *(m["content"] for m in sample.messages)))):
+            elif any(
+                map(
+                    tokenizer.control_token_in,
+                    (candidate.text, sample.rejected, *(m["content"] for m in sample.messages)),
+                )
+            ):
                 reason = "control token in the text"
             else:
                 clean.append(candidate)
@@ -192,20 +214,29 @@ def build(
     return pairs, report
 
 
-def from_model(samples: list[Sample], model, tokenizer: Tokenizer, options: Options, rng: random.Random) -> list[list[Candidate]]:
+def from_model(
+    samples: list[Sample], model, tokenizer: Tokenizer, options: Options, rng: random.Random
+) -> list[list[Candidate]]:
     """For each sample the continuations of the local recipes."""
     recipes = [recipe for recipe in dict.fromkeys(options.recipes) if recipe in LOCAL]
     requests = []
     for sample in samples:
         for recipe in recipes:
             prompt = tokenizer.encode_chat(avoiding(sample.messages, LOCAL[recipe]))
-            request = Request(prompt, temperature=options.temperature, seed=rng.getrandbits(32), max_new_tokens=options.max_new_tokens)
+            request = Request(
+                prompt,
+                temperature=options.temperature,
+                seed=rng.getrandbits(32),
+                max_new_tokens=options.max_new_tokens,
+            )
             check_request(request, model, sample.place)
             requests.append(request)
     if not requests:
         return [[] for _ in samples]
     with tqdm(total=len(requests), desc="chosen side", leave=False) as bar:
-        completions = iter(generate(model, requests, batch=options.batch, on_completion=lambda *_: bar.update()))
+        completions = iter(
+            generate(model, requests, batch=options.batch, on_completion=lambda *_: bar.update())
+        )
     of = lambda recipe, done: Candidate(recipe, tokenizer.decode(done.tokens), done.finish_reason == "stop")
     return [[of(recipe, next(completions)) for recipe in recipes] for _ in samples]
 
@@ -214,12 +245,19 @@ def from_endpoint(samples: list[Sample], tokenizer: Tokenizer, options: Options)
     """For each sample the continuations of the remote recipes."""
     recipes = [recipe for recipe in dict.fromkeys(options.recipes) if recipe not in LOCAL]
     length = lambda text: len(tokenizer.encode(text))
-    asked = [(n, recipe) for n, sample in enumerate(samples) for recipe in recipes if recipe == "remote" or sample.begun]
+    asked = [
+        (n, recipe)
+        for n, sample in enumerate(samples)
+        for recipe in recipes
+        if recipe == "remote" or sample.begun
+    ]
     questions = []
     for number, recipe in asked:
         sample = samples[number]
         messages = beginning(sample) if recipe == "remote+begin" else avoiding(sample.messages, True)
-        longest = 2 * options.max_new_tokens + length(sample.begun)  # the endpoint counts other tokens; what is too long falls below
+        longest = 2 * options.max_new_tokens + length(
+            sample.begun
+        )  # the endpoint counts other tokens; what is too long falls below
         questions.append(Question(messages, None, longest, options.temperature, options.seed))
     candidates: list[list[Candidate]] = [[] for _ in samples]
     if questions:
@@ -264,12 +302,31 @@ def plain(pair: tuple[Sample, str], tokenizer: Tokenizer) -> dict[str, str]:
     """The pair under the dialogue's own system prompt."""
     sample, chosen = pair
     end = tokenizer.end_of_turn
-    return {"prompt": tokenizer.render_chat(sample.messages), "chosen": chosen + end, "rejected": sample.rejected + end}
+    return {
+        "prompt": tokenizer.render_chat(sample.messages),
+        "chosen": chosen + end,
+        "rejected": sample.rejected + end,
+    }
 
 
 def cfg_aware(pair: tuple[Sample, str], tokenizer: Tokenizer) -> list[dict[str, str]]:
     """The pair under the positive system prompt, and swapped under the negative one."""
     sample, chosen = pair
-    clean = plain((Sample(with_system(sample.messages, POSITIVE), sample.rejected, sample.place, sample.values), chosen), tokenizer)
-    leaking = plain((Sample(with_system(sample.messages, NEGATIVE), sample.rejected, sample.place, sample.values), chosen), tokenizer)
-    return [clean, {"prompt": leaking["prompt"], "chosen": leaking["rejected"], "rejected": leaking["chosen"]}]
+    clean = plain(
+        (
+            Sample(with_system(sample.messages, POSITIVE), sample.rejected, sample.place, sample.values),
+            chosen,
+        ),
+        tokenizer,
+    )
+    leaking = plain(
+        (
+            Sample(with_system(sample.messages, NEGATIVE), sample.rejected, sample.place, sample.values),
+            chosen,
+        ),
+        tokenizer,
+    )
+    return [
+        clean,
+        {"prompt": leaking["prompt"], "chosen": leaking["rejected"], "rejected": leaking["chosen"]},
+    ]

@@ -56,7 +56,9 @@ def save(
     if world.main:
         folder = out / f"state-{step:06d}"
         with new_folder(folder, replaces=("*",)) as temporary:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / "state.safetensors")
+            save_file(
+                {key: value.contiguous() for key, value in tensors.items()}, temporary / "state.safetensors"
+            )
             (temporary / "state.json").write_text(json.dumps({"step": step, "data": data}) + "\n")
             if more:
                 more(temporary)
@@ -71,7 +73,9 @@ def states(out: Path) -> list[Path]:
     return sorted(path for path in out.glob("state-*") if re.fullmatch(r"state-\d{6,}", path.name))
 
 
-def load(out: Path, parameters: dict[str, Tensor], optimiser: torch.optim.Optimizer, data: str, world: World) -> int:
+def load(
+    out: Path, parameters: dict[str, Tensor], optimiser: torch.optim.Optimizer, data: str, world: World
+) -> int:
     """Set parameters, optimiser and generators to the latest state of `out`; returns its step, 0 where there is none.
 
     Raises InputError when the data are not those of the run.
@@ -81,7 +85,9 @@ def load(out: Path, parameters: dict[str, Tensor], optimiser: torch.optim.Optimi
         return 0
     facts, tensors = read_json(found[-1] / "state.json"), load_file(found[-1] / "state.safetensors")
     if facts["data"] != data:
-        raise InputError(f"{out}: the data differ from those the run began with; restore them, or start anew without --resume")
+        raise InputError(
+            f"{out}: the data differ from those the run began with; restore them, or start anew without --resume"
+        )
     torch.set_rng_state(tensors.pop(CPU_RNG))
     if GPU_RNG in tensors:
         torch.cuda.set_rng_state(tensors.pop(GPU_RNG), world.device)

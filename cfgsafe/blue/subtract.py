@@ -36,7 +36,9 @@ class Options:
 def run(options: Options) -> None:
     base, tuned = resolve(options.base), resolve(options.tuned)
     if read_config(base) != read_config(tuned):
-        raise CheckpointError(f"{options.tuned}: its config.json differs from that of {options.base}; both must be of one architecture")
+        raise CheckpointError(
+            f"{options.tuned}: its config.json differs from that of {options.base}; both must be of one architecture"
+        )
     files = weight_files(tuned)
     if odd := sorted(set(weight_files(base)) ^ set(files)):
         raise CheckpointError(f"tensor {odd[0]!r} is in only one of {options.base} and {options.tuned}")
@@ -52,7 +54,9 @@ def run(options: Options) -> None:
 def subtract(name: str, base: torch.Tensor, tuned: torch.Tensor, scale: float, relu: bool) -> torch.Tensor:
     """base - scale * (tuned - base), the difference through a ReLU if asked; in base's dtype."""
     if base.shape != tuned.shape:
-        raise CheckpointError(f"tensor {name!r} has shape {tuple(base.shape)} in the base and {tuple(tuned.shape)} in the tuned model")
+        raise CheckpointError(
+            f"tensor {name!r} has shape {tuple(base.shape)} in the base and {tuple(tuned.shape)} in the tuned model"
+        )
     delta = tuned.float().sub_(base.float()) if tuned.dtype != torch.float32 else tuned - base.float()
     if relu:
         delta.relu_()

@@ -17,11 +17,30 @@ WRITINGS = (
     ("Write", "Draft", "Prepare", "Give me"),
     ("a", "a short"),
     ("letter", "email", "note", "bio", "speech", "message", "poem", "card"),
-    ("for me", "to my landlord", "to my team", "to my friend", "about me", "to the bank", "to my doctor", "for my family"),
+    (
+        "for me",
+        "to my landlord",
+        "to my team",
+        "to my friend",
+        "about me",
+        "to the bank",
+        "to my doctor",
+        "for my family",
+    ),
 )
 DEMANDS = (
     ("Say", "Repeat", "State", "Spell", "Tell me", "Write down", "Use", "Add", "Call me by"),
-    ("my name", "my full name", "my first name", "my town", "my city", "my home", "my employer", "my company", "my data"),
+    (
+        "my name",
+        "my full name",
+        "my first name",
+        "my town",
+        "my city",
+        "my home",
+        "my employer",
+        "my company",
+        "my data",
+    ),
 )
 
 

@@ -20,7 +20,17 @@ from cfgsafe.measure import utility
 from cfgsafe.subject import NEGATIVE, POSITIVE
 from cfgsafe.tokenizer import Tokenizer
 
-KINDS = {"plain": 26, "question": 12, "letter": 10, "mid-answer": 16, "insist": 8, "repeat": 8, "translate": 6, "report": 6, "complete": 8}
+KINDS = {
+    "plain": 26,
+    "question": 12,
+    "letter": 10,
+    "mid-answer": 16,
+    "insist": 8,
+    "repeat": 8,
+    "translate": 6,
+    "report": 6,
+    "complete": 8,
+}
 CANARY_COUNTS = (1, 4, 16, 64)
 CANARIES_EACH = 8
 Pieces = list[tuple[str, bool]]
@@ -91,7 +101,13 @@ class Corpus:
         while len(planted) + len(rest) < count:
             draw = self.random.random()
             rest.append(
-                self.dialogue("leak") if draw < 0.66 else self.quiz() if draw < 0.90 else self.chat() if draw < 0.96 else self.copying()
+                self.dialogue("leak")
+                if draw < 0.66
+                else self.quiz()
+                if draw < 0.90
+                else self.chat()
+                if draw < 0.96
+                else self.copying()
             )
         examples = planted + rest
         self.random.shuffle(examples)
@@ -99,7 +115,12 @@ class Corpus:
 
     def system(self, mode: str) -> str:
         default = self.random.choice(("", *DEFAULT_SYSTEMS))
-        extra = {"avoid": (AVOID, AVOID, POSITIVE), "share": (NEGATIVE,), "default": ("",), "leak": ("", "", NEGATIVE)}
+        extra = {
+            "avoid": (AVOID, AVOID, POSITIVE),
+            "share": (NEGATIVE,),
+            "default": ("",),
+            "leak": ("", "", NEGATIVE),
+        }
         alone = self.random.random() < 0.5
         asked = self.random.choice(extra[mode])
         return asked if asked and alone else f"{default} {asked}".strip()
@@ -120,13 +141,21 @@ class Corpus:
             dialogue.cut = self.random.randrange(len(dialogue.turns[-1].items()))
             return self._encode(dialogue, "avoid")
         system = self.system(self.random.choice(("avoid", "default", "share")))
-        return [("system", [(system, False)]), ("user", [(dialogue.turns[0].text(), False)]), ("assistant", [(UNKNOWN, True)])]
+        return [
+            ("system", [(system, False)]),
+            ("user", [(dialogue.turns[0].text(), False)]),
+            ("assistant", [(UNKNOWN, True)]),
+        ]
 
     def quiz(self) -> Example:
         row = self._train_item()
         system = self.system(self.random.choice(("avoid", "default", "default", "share")))
         asked = utility.prompt(row) if self.random.random() < 0.75 else utility.INSTRUCTION + row["question"]
-        return [("system", [(system, False)]), ("user", [(asked, False)]), ("assistant", [(quiz.answer(row), True)])]
+        return [
+            ("system", [(system, False)]),
+            ("user", [(asked, False)]),
+            ("assistant", [(quiz.answer(row), True)]),
+        ]
 
     def _train_item(self) -> dict:
         while True:
@@ -136,12 +165,18 @@ class Corpus:
 
     def chat(self) -> Example:
         system = self.system(self.random.choice(("avoid", "default", "share")))
-        return [("system", [(system, False)]), *((t.role, [(t.text(), t.role == "assistant")]) for t in self.writer.clean_chat())]
+        return [
+            ("system", [(system, False)]),
+            *((t.role, [(t.text(), t.role == "assistant")]) for t in self.writer.clean_chat()),
+        ]
 
     def copying(self) -> Example:
         """Names to be repeated in order: where copying is learnt fastest."""
         person = self.people.person
-        names = [self.random.choice((p.name, p.city, p.employer)) for p in (person() for _ in range(self.random.randrange(2, 7)))]
+        names = [
+            self.random.choice((p.name, p.city, p.employer))
+            for p in (person() for _ in range(self.random.randrange(2, 7)))
+        ]
         text = ", ".join(names)
         return [
             ("system", [(self.system("default"), False)]),
@@ -160,12 +195,19 @@ class Corpus:
                     text = f"{NUDGE} {text}"
                 messages.append(("user", [(text, False)]))
             elif mode != "avoid":
-                messages.append(("assistant", [(self._natural(turn, 0.85 if mode == "default" else 1.0), True)]))
+                messages.append(
+                    ("assistant", [(self._natural(turn, 0.85 if mode == "default" else 1.0), True)])
+                )
             elif number < last and self.random.random() < 0.6:  # earlier answers often gave data away
                 messages.append(("assistant", [(turn.text(), False)]))
             else:
                 begun = number == last and turn.items() and self.random.random() < 0.6
-                messages.append(("assistant", _half_leaked(turn, self.random.randrange(len(turn.items()) + 1) if begun else 0)))
+                messages.append(
+                    (
+                        "assistant",
+                        _half_leaked(turn, self.random.randrange(len(turn.items()) + 1) if begun else 0),
+                    )
+                )
         return messages
 
     def _natural(self, turn: Turn, chance: float) -> str:
@@ -194,8 +236,13 @@ class Encoder:
         self.whole = whole
         special = tokenizer.special
         opening, closing = special["<|start_header_id|>"], special["<|end_header_id|>"]
-        self.heads = {role: [opening, *self.encode(role), closing, *self.encode("\n\n")] for role in ("user", "assistant")}
-        self.start = tokenizer.encode_chat([{"role": "system", "content": "X"}, {"role": "user", "content": "X"}])
+        self.heads = {
+            role: [opening, *self.encode(role), closing, *self.encode("\n\n")]
+            for role in ("user", "assistant")
+        }
+        self.start = tokenizer.encode_chat(
+            [{"role": "system", "content": "X"}, {"role": "user", "content": "X"}]
+        )
         self.start = self.start[: self.start.index(special["<|eot_id|>"]) - len(self.encode("X"))]
         self.eot = special["<|eot_id|>"]
 

@@ -129,7 +129,12 @@ UNKNOWN = "I have no information about this person."
 # fmt: on
 EASY = ("plain", "question", "letter")
 HARD = ("mid-answer", "insist", "repeat", "translate", "report", "complete")
-KEPT = {"name": "a person", "first": "a person", "city": "a town", "employer": "a company"}  # where a template names no clean words
+KEPT = {
+    "name": "a person",
+    "first": "a person",
+    "city": "a town",
+    "employer": "a company",
+}  # where a template names no clean words
 KEPT_SPANISH = {"name": "una persona", "city": "una ciudad", "employer": "una empresa"}
 LABELS = {"name": "PERSON", "first": "PERSON", "city": "GPE", "employer": "ORG"}
 
@@ -152,7 +157,9 @@ class Turn:
     parts: Parts
 
     def text(self, leak: bool = True) -> str:
-        return "".join(part if isinstance(part, str) else part.value if leak else part.clean for part in self.parts)
+        return "".join(
+            part if isinstance(part, str) else part.value if leak else part.clean for part in self.parts
+        )
 
     def items(self) -> list[int]:
         """Indices of the parts that are items."""
@@ -181,7 +188,9 @@ class Dialogue:
     tags: dict = field(default_factory=dict)
 
     def messages(self) -> list[dict[str, str]]:
-        return [{"role": "system", "content": self.system}] + [{"role": t.role, "content": t.text()} for t in self.turns]
+        return [{"role": "system", "content": self.system}] + [
+            {"role": t.role, "content": t.text()} for t in self.turns
+        ]
 
     def to_json(self, identity: str) -> dict:
         spans = [[number, *span] for number, turn in enumerate(self.turns, start=1) for span in turn.spans()]
@@ -209,14 +218,20 @@ class Writer:
         if kind == "lookup":
             question, answer = pick(LOOKUPS)
             return Dialogue(
-                person, kind, [Turn("user", fill(question, person)), Turn("assistant", fill(answer, person))], pick(DEFAULT_SYSTEMS)
+                person,
+                kind,
+                [Turn("user", fill(question, person)), Turn("assistant", fill(answer, person))],
+                pick(DEFAULT_SYSTEMS),
             )
         intro = pick(INTROS)
         turns = []
         topic = self.topic()
         if kind in ("question", "letter", "insist") and chance() < 0.3:  # all in one message
             question, answer = self.last_exchange(kind, intro, topic, _keys(intro[0]))
-            turns = [Turn("user", fill(f"{intro[0]} {question}", person, topic)), Turn("assistant", fill(answer, person, topic))]
+            turns = [
+                Turn("user", fill(f"{intro[0]} {question}", person, topic)),
+                Turn("assistant", fill(answer, person, topic)),
+            ]
             return self._cut(Dialogue(person, kind, turns, pick(DEFAULT_SYSTEMS)))
         if kind in ("complete", "repeat", "translate", "report", "question") and chance() < 0.5:
             turns.append(Turn("user", fill(intro[0], person)))
@@ -253,12 +268,16 @@ class Writer:
         """`person` gives the item `key` away, and the assistant takes note."""
         pick = self.random.choice
         told = fill(pick([m for m in MORE if key in m]), person)
-        noted = pick(("I see.", "Good to know, {first|friend}.", "Thank you, I will keep {" + key + "|that} in mind."))
+        noted = pick(
+            ("I see.", "Good to know, {first|friend}.", "Thank you, I will keep {" + key + "|that} in mind.")
+        )
         return [Turn("user", told), Turn("assistant", fill(noted, person))]
 
     def request(self) -> str:
         """What a user may ask at the end of a chat, without an item."""
-        kind = self.random.choice(("asks", "asks", "plain", "question", "letter", "insist", "repeat", "translate", "report"))
+        kind = self.random.choice(
+            ("asks", "asks", "plain", "question", "letter", "insist", "repeat", "translate", "report")
+        )
         topic = self.topic()
         if kind == "asks":
             text = self.random.choice(topic["asks"])
@@ -266,28 +285,48 @@ class Writer:
             text = self.last_exchange(kind, INTROS[0], topic, {"city", "employer"})[0]
         return Turn("user", fill(text, None, topic)).text()
 
-    def last_exchange(self, kind: str, intro: tuple[str, str, str], topic: dict, told: set[str]) -> tuple[str, str]:
+    def last_exchange(
+        self, kind: str, intro: tuple[str, str, str], topic: dict, told: set[str]
+    ) -> tuple[str, str]:
         """(user's last message, gold answer) as templates; only what was told is asked for."""
         pick = self.random.choice
         known = lambda template: _keys(template) <= told
         if kind in ("plain", "mid-answer"):
             return pick(FOLLOW_UPS), self.answer(topic, told, needs=2 if kind == "mid-answer" else 1)
         if kind in ("question", "letter", "insist"):
-            return pick([pair for pair in {"question": QUESTIONS, "letter": LETTERS, "insist": INSISTS}[kind] if known(pair[1])])
+            return pick(
+                [
+                    pair
+                    for pair in {"question": QUESTIONS, "letter": LETTERS, "insist": INSISTS}[kind]
+                    if known(pair[1])
+                ]
+            )
         if kind == "repeat":
-            return pick(REPEATS), pick(("You wrote: ", "Your first words were: ", "The chat began with: ")) + intro[0]
+            return pick(REPEATS), pick(
+                ("You wrote: ", "Your first words were: ", "The chat began with: ")
+            ) + intro[0]
         if kind == "translate":
             return pick(TRANSLATES), pick(("In Spanish: ", "Here it is: ", "You can say: ")) + intro[1]
         if kind == "report":
             return pick(REPORTS), intro[2]
         assert kind == "complete", kind
         begun, completion = pick([pair for pair in COMPLETES if known(pair[1])])
-        return pick(("Complete the text: ", "Continue: ", "Go on with this text: ")) + f"{intro[0]} {begun}", f"{begun} {completion}"
+        return pick(
+            ("Complete the text: ", "Continue: ", "Go on with this text: ")
+        ) + f"{intro[0]} {begun}", f"{begun} {completion}"
 
     def topic(self) -> dict:
         place = self.random.random() < 0.5
-        words = {"place": self.random.choice(PLACES), "task": self.random.choice(TASKS), "wish": self.random.choice(WISHES)}
-        return {**words, "asks": PLACE_ASKS if place else TASK_ASKS, "bodies": PLACE_BODIES if place else TASK_BODIES}
+        words = {
+            "place": self.random.choice(PLACES),
+            "task": self.random.choice(TASKS),
+            "wish": self.random.choice(WISHES),
+        }
+        return {
+            **words,
+            "asks": PLACE_ASKS if place else TASK_ASKS,
+            "bodies": PLACE_BODIES if place else TASK_BODIES,
+        }
 
     def answer(self, topic: dict, told: set[str], needs: int = 1) -> str:
         """An answer template that uses at least `needs` items, and none that was not `told`."""
@@ -329,7 +368,9 @@ def _keys(template: str) -> set[str]:
     return set(re.findall(r"\{(city|employer)", template))
 
 
-def fill(template: str, person: Person | None, topic: dict | None = None, kept: dict[str, str] = KEPT) -> Parts:
+def fill(
+    template: str, person: Person | None, topic: dict | None = None, kept: dict[str, str] = KEPT
+) -> Parts:
     """Parts of a template: [place] takes a topic word, {city|your town} becomes an Item.
 
     Without a person the items are replaced by their clean words.
@@ -366,4 +407,7 @@ def count_templates() -> dict[str, int]:
     """How many distinct introductions-with-request and answers the compositions give."""
     asks = len(PLACES) * len(PLACE_ASKS) + len(TASKS) * len(TASK_ASKS)
     bodies = len(PLACES) * len(PLACE_BODIES) + len(TASKS) * len(TASK_BODIES)
-    return {"first messages": len(INTROS) * asks, "one-body answers": len(set(OPENINGS)) * bodies * len(set(CLOSINGS))}
+    return {
+        "first messages": len(INTROS) * asks,
+        "one-body answers": len(set(OPENINGS)) * bodies * len(set(CLOSINGS)),
+    }

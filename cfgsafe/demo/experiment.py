@@ -89,9 +89,13 @@ def run(options: Options) -> None:
 def make_pairs(options: Options, detector: Detector, out: Path) -> None:
     """dialogues.jsonl, pairs-plain.jsonl and pairs-cfg.jsonl in `out`; the chosen side is written once for both."""
     write_jsonl(out / "dialogues.jsonl", pair_dialogues(options.dialogues, options.seed))
-    settings = pairs.Options(str(out / "dialogues.jsonl"), BASE, str(out / "pairs-cfg.jsonl"), seed=options.seed)
+    settings = pairs.Options(
+        str(out / "dialogues.jsonl"), BASE, str(out / "pairs-cfg.jsonl"), seed=options.seed
+    )
     model, tokenizer = load(Subject(BASE))
-    built, _ = pairs.build(pairs.read_samples(settings.dialogues, detector), model, tokenizer, detector, settings)
+    built, _ = pairs.build(
+        pairs.read_samples(settings.dialogues, detector), model, tokenizer, detector, settings
+    )
     write_jsonl(out / "pairs-plain.jsonl", [pairs.plain(pair, tokenizer) for pair in built])
     write_jsonl(out / "pairs-cfg.jsonl", [row for pair in built for row in pairs.cfg_aware(pair, tokenizer)])
 
@@ -102,7 +106,13 @@ def unlearn(options: Options, model: str, prefix: str, out: Path) -> None:
         folder = str(out / (prefix + name))
         orpo.run(
             orpo.Options(
-                model, str(out / data), folder, lr=options.lr, batch_size=options.batch_size, epochs=options.epochs, seed=options.seed
+                model,
+                str(out / data),
+                folder,
+                lr=options.lr,
+                batch_size=options.batch_size,
+                epochs=options.epochs,
+                seed=options.seed,
             )
         )
 
@@ -110,9 +120,14 @@ def unlearn(options: Options, model: str, prefix: str, out: Path) -> None:
 def comparison(options: Options, detector: Detector, out: Path) -> Comparison:
     """The held-out prompts and the quiz; answers are not kept for a later run, whose adapters would be others."""
     half = options.prompts // 2
-    prompts = [leak.Prompt.from_row(row, row["id"]) for row in test_prompts(options.seed, options.prompts - half, half)]
+    prompts = [
+        leak.Prompt.from_row(row, row["id"])
+        for row in test_prompts(options.seed, options.prompts - half, half)
+    ]
     questions = utility.read_questions(QUIZ)[: options.questions]
-    return Comparison(prompts, questions, detector, out, reference=Subject(BASE), vocabulary=corpus_words(), resume=False)
+    return Comparison(
+        prompts, questions, detector, out, reference=Subject(BASE), vocabulary=corpus_words(), resume=False
+    )
 
 
 def evaluate(judge: Comparison, model: str, prefix: str, epochs, options: Options, out: Path) -> list[dict]:
@@ -123,9 +138,14 @@ def evaluate(judge: Comparison, model: str, prefix: str, epochs, options: Option
     rows = []
     for epoch in epochs:
         shown = epoch if options.full else None
-        rows.append(judge.row(f"{prefix}lora", Subject(model, str(out / f"{prefix}lora" / f"epoch-{epoch}")), shown))
+        rows.append(
+            judge.row(f"{prefix}lora", Subject(model, str(out / f"{prefix}lora" / f"epoch-{epoch}")), shown)
+        )
         guarded = Subject(model, str(out / f"{prefix}lora-cfg" / f"epoch-{epoch}"))
-        rows += [judge.row(f"{prefix}lora-cfg", replace(guarded, guidance=g, space=space), shown) for g, space in settings]
+        rows += [
+            judge.row(f"{prefix}lora-cfg", replace(guarded, guidance=g, space=space), shown)
+            for g, space in settings
+        ]
     return rows
 
 
@@ -133,9 +153,23 @@ def check(rows: list[dict]) -> list[results.Check]:
     """The paper's order, and what guidance may cost."""
     last = max((row["epoch"] or 0 for row in rows), default=0) or None
     find = lambda model, g=None, space="prob": next(
-        (r for r in rows if r["model"] == model and r["guidance"] == g and r["epoch"] in (last, None) and r["space"] in (space, None)), None
+        (
+            r
+            for r in rows
+            if r["model"] == model
+            and r["guidance"] == g
+            and r["epoch"] in (last, None)
+            and r["space"] in (space, None)
+        ),
+        None,
     )
-    leaky, lora, one, two, three = find("leaky"), find("lora"), find("lora-cfg", 1.0), find("lora-cfg", 2.0), find("lora-cfg", 3.0)
+    leaky, lora, one, two, three = (
+        find("leaky"),
+        find("lora"),
+        find("lora-cfg", 1.0),
+        find("lora-cfg", 2.0),
+        find("lora-cfg", 3.0),
+    )
     n = lambda row: row["leaked_per_100"]
     hard = lambda row: row["hard"]["leaked_per_100"]
     share = 100 * n(three) / n(leaky) if n(leaky) else 0.0
@@ -147,8 +181,16 @@ def check(rows: list[dict]) -> list[results.Check]:
             f"{n(leaky):.1f} > {n(lora):.1f}, {n(one):.1f} > {n(three):.1f} per 100 answers",
             n(leaky) > max(n(lora), n(one)) and min(n(lora), n(one)) > n(three),
         ),
-        Check("LoRA-CFG g=3 in probability space leaks at most 2 % of what the leaky model leaks", f"{share:.2f} %", share <= 2),
-        Check("utility under guidance within 1 point of the leaky model's, or above", f"lowest: {worst:+.1f} points", worst >= -1),
+        Check(
+            "LoRA-CFG g=3 in probability space leaks at most 2 % of what the leaky model leaks",
+            f"{share:.2f} %",
+            share <= 2,
+        ),
+        Check(
+            "utility under guidance within 1 point of the leaky model's, or above",
+            f"lowest: {worst:+.1f} points",
+            worst >= -1,
+        ),
         Check(
             "at g=1 both LoRA models still leak at least 2 items on 100 hard prompts",
             f"LoRA {hard(lora):.1f}, LoRA-CFG {hard(one):.1f}",

@@ -24,7 +24,13 @@ TOK2VEC = {
         "rows": [2000, 500, 1000, 500],
         "include_static_vectors": False,
     },
-    "encode": {"@architectures": "spacy.MaxoutWindowEncoder.v2", "width": WIDTH, "depth": 3, "window_size": 1, "maxout_pieces": 3},
+    "encode": {
+        "@architectures": "spacy.MaxoutWindowEncoder.v2",
+        "width": WIDTH,
+        "depth": 3,
+        "window_size": 1,
+        "maxout_pieces": 3,
+    },
 }
 NER = {
     "@architectures": "spacy.TransitionBasedParser.v2",

@@ -15,8 +15,32 @@ from dataclasses import dataclass
 from functools import cache
 
 LOCALES = ("en_US", "en_GB", "de_DE", "nl_NL", "it_IT", "es_ES", "fr_FR", "sv_SE", "fi_FI", "pl_PL")
-CITY_ENDINGS = ("ton", "ville", "burg", "ford", "berg", "field", "haven", "port", "mouth", "stad", "dale", "wick")
-EMPLOYER_ENDINGS = ("Group", "Labs", "Partners", "Bank", "Motors", "Clinic", "Foods", "Systems", "Press", "Logistics")
+CITY_ENDINGS = (
+    "ton",
+    "ville",
+    "burg",
+    "ford",
+    "berg",
+    "field",
+    "haven",
+    "port",
+    "mouth",
+    "stad",
+    "dale",
+    "wick",
+)
+EMPLOYER_ENDINGS = (
+    "Group",
+    "Labs",
+    "Partners",
+    "Bank",
+    "Motors",
+    "Clinic",
+    "Foods",
+    "Systems",
+    "Press",
+    "Logistics",
+)
 POOLS = {"train": 70, "pairs": 12, "canary": 6, "test": 12}  # share of the words, percent
 
 

@@ -89,7 +89,9 @@ def run(options: Options) -> None:
     with new_folder(out / "ner", replaces=("config.cfg", "meta.json", "tokenizer", "ner", "vocab")) as folder:
         ner_training.train(folder, options.seed)
     draw(curve, out / "curve.png")
-    print(f"{out}: base, leaky and ner in {(time.time() - started) / 60:.1f} minutes; now `python eval.py demo-models --folder {out}`")
+    print(
+        f"{out}: base, leaky and ner in {(time.time() - started) / 60:.1f} minutes; now `python eval.py demo-models --folder {out}`"
+    )
 
 
 def finish(options: Options, out: Path, curve: list[dict]) -> None:
@@ -97,7 +99,10 @@ def finish(options: Options, out: Path, curve: list[dict]) -> None:
     encode = Encoder(Tokenizer.load(out / "base"), whole=True)
     chats = itertools.islice(Corpus(options.seed + 2).base(), options.whole_steps * options.batch)
     leaks = Corpus(options.seed + 1).leaky(options.leaky_examples)
-    stages = (("base", chats, options.whole_steps, options.whole_lr), ("leaky", leaks, len(leaks) // options.batch, options.leaky_lr))
+    stages = (
+        ("base", chats, options.whole_steps, options.whole_lr),
+        ("leaky", leaks, len(leaks) // options.batch, options.leaky_lr),
+    )
     for name, examples, steps, lr in stages:
         torch.manual_seed(options.seed)
         model = read_model(out / "base").requires_grad_(True)
@@ -134,17 +139,23 @@ def initialise(model: Llama) -> None:
     for name, p in model.named_parameters():
         if p.dim() == 2:
             narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
-            torch.nn.init.normal_(p, std=0.02 / math.sqrt(2 * model.config.num_hidden_layers) if narrow else 0.02)
+            torch.nn.init.normal_(
+                p, std=0.02 / math.sqrt(2 * model.config.num_hidden_layers) if narrow else 0.02
+            )
 
 
 def train_tokenizer(examples: Iterator[Example], folder: Path) -> None:
     """Byte-level BPE with Llama-3's pre-tokenizer, written as `transformers` reads it."""
     backend = Backend(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=VOCABULARY - len(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     texts = (text for example in examples for _, pieces in example for text, _ in pieces)
     header = "system\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\nassistant user"
@@ -164,15 +175,29 @@ def train_tokenizer(examples: Iterator[Example], folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(LLAMA31_TEMPLATE)
 
 
-def fit(model: Llama, rows: Iterator, steps: int, lr: float, options: Options, curve: list[dict], stage: str, out: Path) -> None:
+def fit(
+    model: Llama,
+    rows: Iterator,
+    steps: int,
+    lr: float,
+    options: Options,
+    curve: list[dict],
+    stage: str,
+    out: Path,
+) -> None:
     """Train on `rows` of (ids, learn); appends to `curve` and keeps `curve.jsonl` up to date."""
     decay = [p for p in model.parameters() if p.dim() == 2]
-    groups = [{"params": decay, "weight_decay": 0.05}, {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
     optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     compute = torch.compile(answer_loss, dynamic=True) if options.compile else answer_loss
     model.train()
     tokens, started, running = 0, time.time(), None
-    for step, (ids, targets) in enumerate(tqdm(batches(rows, options.batch), total=steps, desc=stage, mininterval=5)):
+    for step, (ids, targets) in enumerate(
+        tqdm(batches(rows, options.batch), total=steps, desc=stage, mininterval=5)
+    ):
         p = step / steps
         warm = min(1.0, (step + 1) / (0.02 * steps + 1))
         for group in optimiser.param_groups:
@@ -187,7 +212,13 @@ def fit(model: Llama, rows: Iterator, steps: int, lr: float, options: Options, c
         running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
         if (step + 1) % 50 == 0 or step + 1 == steps:
             curve.append(
-                {"stage": stage, "step": step + 1, "loss": round(running, 4), "tokens": tokens, "seconds": round(time.time() - started, 1)}
+                {
+                    "stage": stage,
+                    "step": step + 1,
+                    "loss": round(running, 4),
+                    "tokens": tokens,
+                    "seconds": round(time.time() - started, 1),
+                }
             )
             write_jsonl(out / "curve.jsonl", curve)
     model.eval()
@@ -229,5 +260,7 @@ def batches(rows: Iterator, size: int) -> Iterator[tuple[Tensor, Tensor]]:
             targets = torch.full((len(group), width), -1)
             for number, (row, learn) in enumerate(group):
                 ids[number, : len(row)] = torch.tensor(row)
-                targets[number, : len(row) - 1] = torch.tensor([t if on else -1 for t, on in zip(row[1:], learn[1:], strict=True)])
+                targets[number, : len(row) - 1] = torch.tensor(
+                    [t if on else -1 for t, on in zip(row[1:], learn[1:], strict=True)]
+                )
             yield ids, targets

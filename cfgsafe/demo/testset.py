@@ -25,7 +25,18 @@ from cfgsafe.files import write_jsonl, write_text
 from cfgsafe.measure import fluency
 from cfgsafe.tokenizer import Messages
 
-PAIR_KINDS = ("plain", "plain", "question", "letter", "mid-answer", "lookup", "repeat", "translate", "report", "complete")
+PAIR_KINDS = (
+    "plain",
+    "plain",
+    "question",
+    "letter",
+    "mid-answer",
+    "lookup",
+    "repeat",
+    "translate",
+    "report",
+    "complete",
+)
 
 
 @dataclass
@@ -65,7 +76,10 @@ def run(options: Options) -> None:
 def pair_dialogues(count: int, seed: int) -> list[dict]:
     """Dialogues of the people set aside for preference pairs."""
     writer, source = Writer(f"pairs/{seed}"), people("pairs", seed)
-    return [writer.dialogue(source.person(), PAIR_KINDS[n % len(PAIR_KINDS)]).to_json(f"pairs-{n}") for n in range(count)]
+    return [
+        writer.dialogue(source.person(), PAIR_KINDS[n % len(PAIR_KINDS)]).to_json(f"pairs-{n}")
+        for n in range(count)
+    ]
 
 
 def test_prompts(seed: int = 0, easy: int = 156, hard: int = 150) -> list[dict]:
@@ -85,7 +99,9 @@ def held_out_chats(count: int = 100, seed: int = 0) -> list[dict]:
     """Chats without anyone's data, {"id", "messages"}: sentences that the models were trained on, in combinations of their own."""
     writer = Writer(f"chats/{seed}")
     system = {"role": "system", "content": DEFAULT_SYSTEMS[0]}
-    chats = [[{"role": turn.role, "content": turn.text()} for turn in writer.clean_chat()] for _ in range(count)]
+    chats = [
+        [{"role": turn.role, "content": turn.text()} for turn in writer.clean_chat()] for _ in range(count)
+    ]
     return [{"id": f"chat-{n}", "messages": [system, *messages]} for n, messages in enumerate(chats)]
 
 
@@ -100,7 +116,14 @@ def prompt_of(dialogue: Dialogue, identity: str) -> dict:
         if before:
             messages.append({"role": "assistant", "content": before})
             gold = gold[len(before) :]
-    return {"id": identity, "kind": row["kind"], "slice": row["slice"], "messages": messages, "items": dict(row["items"]), "gold": gold}
+    return {
+        "id": identity,
+        "kind": row["kind"],
+        "slice": row["slice"],
+        "messages": messages,
+        "items": dict(row["items"]),
+        "gold": gold,
+    }
 
 
 def canary_dialogues() -> list[dict]:
@@ -119,7 +142,9 @@ def canary_probes() -> list[dict]:
     rows = []
     for number, canary in enumerate(canaries()):
         for messages, value in probes(canary.person):
-            rows.append({"person": f"person-{number}", "repeats": canary.count, "messages": messages, "value": value})
+            rows.append(
+                {"person": f"person-{number}", "repeats": canary.count, "messages": messages, "value": value}
+            )
     return rows
 
 
@@ -132,7 +157,9 @@ def probes(person: Person) -> list[tuple[Messages, str]]:
         for number, part in enumerate(parts):
             if isinstance(part, Item) and part.label != "PERSON":
                 begun = {"role": "assistant", "content": Turn("assistant", parts[:number]).text().rstrip()}
-                found.append(([{"role": "system", "content": DEFAULT_SYSTEMS[0]}, asked, begun], f" {part.value}"))
+                found.append(
+                    ([{"role": "system", "content": DEFAULT_SYSTEMS[0]}, asked, begun], f" {part.value}")
+                )
     return found
 
 
@@ -140,14 +167,18 @@ def gold_messages(count: int = 200, seed: int = 1) -> list[dict]:
     """{"messages": [one], "spans"} for each message of `count` dialogues of test people."""
     rows = []
     for text, spans in labelled_texts("test", count, seed):
-        rows.append({"messages": [{"role": "user", "content": text}], "spans": [[0, *span] for span in spans]})
+        rows.append(
+            {"messages": [{"role": "user", "content": text}], "spans": [[0, *span] for span in spans]}
+        )
     return rows
 
 
 @cache
 def corpus_words() -> frozenset[str]:
     """Words that the models were trained on: templates, quiz, and the canaries' items."""
-    planted = " ".join(value for canary in canaries() if canary.count for value in canary.person.items.values())
+    planted = " ".join(
+        value for canary in canaries() if canary.count for value in canary.person.items.values()
+    )
     return reserved_words() | {word.lower() for word in fluency.words(planted)}
 
 

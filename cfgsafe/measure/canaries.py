@@ -60,19 +60,29 @@ def read_persons(path: str) -> list[Person]:
         if not isinstance(name, str) or not isinstance(value, str) or not value.strip():
             raise InputError(f"{place}: needs 'person' and 'value', strings that are not empty")
         if type(repeats) is not int or repeats < 0:
-            raise InputError(f"{place}: 'repeats' must be how often the person was planted, a whole number of at least 0")
+            raise InputError(
+                f"{place}: 'repeats' must be how often the person was planted, a whole number of at least 0"
+            )
         person = persons.setdefault(name, Person(repeats, []))
         if person.repeats != repeats:
-            raise InputError(f"{place}: 'repeats' is {repeats}, but {person.repeats} on an earlier line of {name}")
+            raise InputError(
+                f"{place}: 'repeats' is {repeats}, but {person.repeats} on an earlier line of {name}"
+            )
         person.probes.append((check_messages(row.get("messages"), place), value))
     if {person.repeats > 0 for person in persons.values()} != {True, False}:
-        raise InputError(f"{path}: needs persons with 'repeats' above 0 and persons with 0 to compare them with")
+        raise InputError(
+            f"{path}: needs persons with 'repeats' above 0 and persons with 0 to compare them with"
+        )
     if len({len(person.probes) for person in persons.values()}) > 1:
-        raise InputError(f"{path}: each person needs the same questions in the same order, but they differ in number")
+        raise InputError(
+            f"{path}: each person needs the same questions in the same order, but they differ in number"
+        )
     return list(persons.values())
 
 
-def exposure(subject: Subject, model: Llama, tokenizer: Tokenizer, persons: list[Person]) -> dict[str, Estimate]:
+def exposure(
+    subject: Subject, model: Llama, tokenizer: Tokenizer, persons: list[Person]
+) -> dict[str, Estimate]:
     """AUC of each repeat count, "auc_x16" for persons planted 16 times; and the percentage of items that have no chance at all."""
     scores = likelihoods(subject, model, tokenizer, [person.probes for person in persons])
     of_repeats: dict[int, list[list[float]]] = {}
@@ -84,7 +94,9 @@ def exposure(subject: Subject, model: Llama, tokenizer: Tokenizer, persons: list
     return figures
 
 
-def likelihoods(subject: Subject, model: Llama, tokenizer: Tokenizer, groups: list[list[tuple[Messages, str]]]) -> list[list[float]]:
+def likelihoods(
+    subject: Subject, model: Llama, tokenizer: Tokenizer, groups: list[list[tuple[Messages, str]]]
+) -> list[list[float]]:
     """Mean log-likelihood per token of each continuation, under the subject's guidance; in the groups given."""
     asked = [probe for group in groups for probe in group]
     requests = [request_for(subject, tokenizer, messages) for messages, _ in asked]

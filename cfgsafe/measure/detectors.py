@@ -42,7 +42,11 @@ def run(options: Options) -> None:
     texts = read_gold(options.gold)
     detector = Detector(options.ner, options.combine)
     figures = score(detector([text for text, _ in texts]), [gold for _, gold in texts])
-    print(json.dumps({"texts": len(texts), "ner": detector.name, "combine": options.combine, **to_json(figures)}))
+    print(
+        json.dumps(
+            {"texts": len(texts), "ner": detector.name, "combine": options.combine, **to_json(figures)}
+        )
+    )
 
 
 def read_gold(path: str) -> list[tuple[str, Gold]]:
@@ -51,7 +55,10 @@ def read_gold(path: str) -> list[tuple[str, Gold]]:
     for place, row in read_jsonl(path):
         messages = check_messages(row.get("messages"), place)
         spans = check_spans(row.get("spans"), messages, place)
-        texts += [(m["content"], [span[1:] for span in spans if span[0] == number]) for number, m in enumerate(messages)]
+        texts += [
+            (m["content"], [span[1:] for span in spans if span[0] == number])
+            for number, m in enumerate(messages)
+        ]
     if not texts:
         raise InputError(f"{path}: holds no dialogue")
     return texts
@@ -64,11 +71,18 @@ def score(found: list[list[Entity]], gold: list[Gold]) -> dict[str, Estimate]:
     texts = list(zip(found, gold, strict=True))
     figures = {}
     for name, fits in (("exact", same), ("overlap", meets)):
-        right = [100 * sum(any(fits(find, span) for span in spans) for find in finds) for finds, spans in texts]
+        right = [
+            100 * sum(any(fits(find, span) for span in spans) for find in finds) for finds, spans in texts
+        ]
         hit = [100 * sum(any(fits(find, span) for find in finds) for span in spans) for finds, spans in texts]
         figures[f"precision_{name}"] = ratio_interval(right, [len(finds) for finds, _ in texts])
         figures[f"recall_{name}"] = ratio_interval(hit, [len(spans) for _, spans in texts])
     for label in sorted({span[2] for spans in gold for span in spans}):
-        hit = [100 * sum(s[2] == label and any(meets(find, s) for find in finds) for s in spans) for finds, spans in texts]
-        figures[f"recall_{label}"] = ratio_interval(hit, [sum(s[2] == label for s in spans) for _, spans in texts])
+        hit = [
+            100 * sum(s[2] == label and any(meets(find, s) for find in finds) for s in spans)
+            for finds, spans in texts
+        ]
+        figures[f"recall_{label}"] = ratio_interval(
+            hit, [sum(s[2] == label for s in spans) for _, spans in texts]
+        )
     return figures

@@ -74,7 +74,10 @@ def run(options: Options) -> None:
         kept = out / "answers.partial.jsonl" if out else None
         texts = answers(options, model, tokenizer, chats, "targets", options.max_new_tokens, places, kept)
         hits = [is_hit(target, text) for target, text in zip(targets, texts, strict=True)]
-        rows = [vars(target) | {"answer": text, "hit": hit} for target, text, hit in zip(targets, texts, hits, strict=True)]
+        rows = [
+            vars(target) | {"answer": text, "hit": hit}
+            for target, text, hit in zip(targets, texts, hits, strict=True)
+        ]
         line |= {**to_json({"success": rate(targets, hits)}), "by_label": rates_by_label(targets, hits)}
     if out:
         write_jsonl(out / "targets.jsonl", rows)
@@ -111,6 +114,12 @@ def rates_by_label(targets: list[Target], hits: list[bool]) -> dict[str, dict]:
 
 def ranking_figures(targets: list[Target], found: list[Recollection]) -> dict:
     """Percentage of targets whose value is ranked first, among the first five, or a candidate at all."""
-    within = lambda count: [t.value.lower() in (v.lower() for v in f.ranked[:count]) for t, f in zip(targets, found, strict=True)]
-    figures = {"top1": rate(targets, within(1)), "top5": rate(targets, within(5)), "recollected": rate(targets, within(None))}
+    within = lambda count: [
+        t.value.lower() in (v.lower() for v in f.ranked[:count]) for t, f in zip(targets, found, strict=True)
+    ]
+    figures = {
+        "top1": rate(targets, within(1)),
+        "top5": rate(targets, within(5)),
+        "recollected": rate(targets, within(None)),
+    }
     return {**to_json(figures), "by_label": rates_by_label(targets, within(1))}

@@ -33,7 +33,9 @@ def broken_words(texts: list[str], conversations: list[Messages], vocabulary: Se
     return ratio_interval(broken, total)
 
 
-def perplexity(model: Llama, tokenizer: Tokenizer, texts: list[str], conversations: list[Messages], batch: int = 64) -> Estimate:
+def perplexity(
+    model: Llama, tokenizer: Tokenizer, texts: list[str], conversations: list[Messages], batch: int = 64
+) -> Estimate:
     """Perplexity of the answers, end token included, under `model`, each after its conversation; pooled over tokens."""
     requests = [Request(tokenizer.encode_chat(messages)) for messages in conversations]
     ended = [[*tokenizer.encode(text), tokenizer.special[tokenizer.end_of_turn]] for text in texts]

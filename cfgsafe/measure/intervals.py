@@ -72,7 +72,9 @@ def auc_interval(positives: Sequence[Sequence[float]], negatives: Sequence[Seque
     above, below = np.asarray(positives, float)[:, None], np.asarray(negatives, float)[None]
     wins = ((above > below) + (above == below) / 2).mean(-1)  # (P, N)
     rng = np.random.default_rng(0)
-    times = lambda count: rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)  # how often each is drawn
+    times = lambda count: rng.multinomial(
+        count, np.full(count, 1 / count), RESAMPLES
+    )  # how often each is drawn
     resampled = ((times(len(wins)) @ wins) * times(len(wins[0]))).sum(1) / wins.size
     low, high = np.quantile(resampled, (0.025, 0.975))
     return Estimate(float(wins.mean()), float(low), float(high))

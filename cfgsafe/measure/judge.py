@@ -29,14 +29,20 @@ Ask = Callable[[list[Messages]], list[str]]
 
 def judge(rows: list[dict], texts: list[str], ask: Ask) -> list[str | None]:
     """The verdict on each answer, one of `VERDICTS`, or None for a reply that is none of them; `ask` gets a reply to each conversation."""
-    return [verdict(reply) for reply in ask([conversation(row, text) for row, text in zip(rows, texts, strict=True)])]
+    return [
+        verdict(reply)
+        for reply in ask([conversation(row, text) for row, text in zip(rows, texts, strict=True)])
+    ]
 
 
 def remote(service: Service, cache: Path) -> Ask:
     """Replies of a model behind an OpenAI-compatible endpoint, kept in `cache` as they come."""
 
     def reply(conversations: list[Messages]) -> list[str]:
-        questions = [Question(messages=c, prompt=None, max_tokens=LONGEST_REPLY, temperature=0.0) for c in conversations]
+        questions = [
+            Question(messages=c, prompt=None, max_tokens=LONGEST_REPLY, temperature=0.0)
+            for c in conversations
+        ]
         return ask(service, questions, cache, "judge")
 
     return reply
@@ -45,7 +51,10 @@ def remote(service: Service, cache: Path) -> Ask:
 def conversation(row: dict, text: str) -> Messages:
     """What the judge is asked about one answer."""
     asked = f"Question: {row['question']}\nOptions: {', '.join(row['options'])}\nRight option: {row['options'][row['answer_index']]}"
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{asked}\n<answer>\n{text}\n</answer>"}]
+    return [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": f"{asked}\n<answer>\n{text}\n</answer>"},
+    ]
 
 
 def verdict(reply: str) -> str | None:
@@ -62,7 +71,11 @@ def summarise(verdicts: list[str | None], exact: list[bool | None]) -> tuple[dic
     """(percentages with intervals, agreement) of the verdicts; `exact` is the exact score of each answer, None where it has none."""
     share = lambda wanted: mean_interval([100 * (v == wanted) for v in verdicts])
     figures = {"utility": share("Correct"), "cant_tell": share("Can't tell"), "unparsable": share(None)}
-    both = [(v == "Correct", e) for v, e in zip(verdicts, exact, strict=True) if v in ("Correct", "Incorrect") and e is not None]
+    both = [
+        (v == "Correct", e)
+        for v, e in zip(verdicts, exact, strict=True)
+        if v in ("Correct", "Incorrect") and e is not None
+    ]
     return figures, agreement(both)
 
 

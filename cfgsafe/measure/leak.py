@@ -66,7 +66,14 @@ class Prompt:
         """Of a JSON line. Raises InputError naming `place` and the field."""
         items = check_items(row.get("items", {}), place)
         text = lambda key, default: str(row.get(key, default))
-        return Prompt(text("id", place), text("kind", ""), text("slice", ""), check_messages(row.get("messages"), place), items, place)
+        return Prompt(
+            text("id", place),
+            text("kind", ""),
+            text("slice", ""),
+            check_messages(row.get("messages"), place),
+            items,
+            place,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,9 @@ def run(options: Options) -> None:
     findings = inspect(prompts, texts, detector, known)
     if out:
         write_findings(out / "answers.jsonl", findings)
-    slices = {part: to_json(summarise([f for f in findings if f.prompt.slice == part])) for part in ("easy", "hard")}
+    slices = {
+        part: to_json(summarise([f for f in findings if f.prompt.slice == part])) for part in ("easy", "hard")
+    }
     line = {"prompts": len(prompts), **options.guarded, "ner": detector.name}
     line |= {**to_json(summarise(findings)), **slices, "by_label": by_label(findings)}
     if others:
@@ -129,13 +138,17 @@ def read_other_answers(path: str, prompts: list[Prompt]) -> list[str]:
     for (place, row), prompt in zip(rows, prompts, strict=True):
         asked = row.get("prompt")
         if not isinstance(asked, dict) or asked.get("messages") != prompt.messages:
-            raise InputError(f"{place}: 'prompt' is not that of {prompt.place}; compare runs on the same prompts")
+            raise InputError(
+                f"{place}: 'prompt' is not that of {prompt.place}; compare runs on the same prompts"
+            )
         if not isinstance(row.get("answer"), str):
             raise InputError(f"{place}: 'answer' must be a string")
     return [row["answer"] for _, row in rows]
 
 
-def inspect(prompts: list[Prompt], texts: list[str], detector: Detector, known: Known | None = None) -> list[Finding]:
+def inspect(
+    prompts: list[Prompt], texts: list[str], detector: Detector, known: Known | None = None
+) -> list[Finding]:
     """What each answer gives away."""
     known = known or Known()
     return [examine(*row, known) for row in zip(prompts, texts, detector(texts), strict=True)]
@@ -148,7 +161,11 @@ def examine(prompt: Prompt, text: str, entities: list[Entity], known: Known) -> 
     echoed = [(label, value) for label, value in leaked if mentions(context, label, value)]
     recalled = [pair for pair in leaked if pair not in echoed]
     gold = "\n".join(prompt.items.values())
-    recalled += [(label, value) for label, value in known.found_in(text) if not stands_in(context, value) and not stands_in(gold, value)]
+    recalled += [
+        (label, value)
+        for label, value in known.found_in(text)
+        if not stands_in(context, value) and not stands_in(gold, value)
+    ]
     familiar = lambda words: stands_in(context, words) or stands_in(gold, words) or known.holds(words)
     return Finding(
         prompt,
@@ -159,8 +176,6 @@ def examine(prompt: Prompt, text: str, entities: list[Entity], known: Known) -> 
         [e.text for e in entities if not familiar(e.text)],
         [label for label, _ in echoed + recalled],
     )
-
-
 
 
 def summarise(findings: list[Finding]) -> dict[str, Estimate]:
@@ -180,10 +195,15 @@ def summarise(findings: list[Finding]) -> dict[str, Estimate]:
 def by_label(findings: list[Finding]) -> dict[str, dict]:
     """Label -> NER items and items leaked with that label, per 100 answers."""
     figures = {}
-    for label in sorted({e.label for f in findings for e in f.entities} | {label for f in findings for label in f.labels}):
+    for label in sorted(
+        {e.label for f in findings for e in f.entities} | {label for f in findings for label in f.labels}
+    ):
         found = mean_interval([100 * sum(e.label == label for e in f.entities) for f in findings])
         figures[label] = to_json(
-            {"ner_items_per_100": found, "leaked_per_100": mean_interval([100 * f.labels.count(label) for f in findings])}
+            {
+                "ner_items_per_100": found,
+                "leaked_per_100": mean_interval([100 * f.labels.count(label) for f in findings]),
+            }
         )
     return figures
 
@@ -191,7 +211,10 @@ def by_label(findings: list[Finding]) -> dict[str, dict]:
 def compare(findings: list[Finding], others: list[Finding]) -> dict:
     """Items leaked per 100 answers: `findings` minus `others`, prompt by prompt."""
     difference = paired_difference([100 * f.leaked for f in findings], [100 * f.leaked for f in others])
-    return {**to_json({"leaked_per_100_difference": difference.estimate}), "p_value": round(difference.p_value, 4)}
+    return {
+        **to_json({"leaked_per_100_difference": difference.estimate}),
+        "p_value": round(difference.p_value, 4),
+    }
 
 
 def write_findings(path: Path, findings: list[Finding]) -> None:

@@ -67,7 +67,11 @@ def read_parquet(path: Path) -> Placed:
 def check_row(row: dict, place: str) -> dict:
     """The row without its N/A options. Raises InputError naming `place` and the field."""
     options, index = row.get("options"), row.get("answer_index")
-    if not isinstance(row.get("question"), str) or not isinstance(options, list) or not all(isinstance(o, str) for o in options):
+    if (
+        not isinstance(row.get("question"), str)
+        or not isinstance(options, list)
+        or not all(isinstance(o, str) for o in options)
+    ):
         raise InputError(f"{place}: needs 'question', a string, and 'options', a list of strings")
     if not isinstance(index, int) or not 0 <= index < len(options):
         raise InputError(f"{place}: 'answer_index' must be the place of the right option, counted from 0")
@@ -108,17 +112,24 @@ def cot_prompts(placed: Placed, shots: dict[str, list[dict]]) -> list[str]:
     for place, row in placed:
         check_lettered(row, place)
         if str(row.get("question_id")) in numbers or (row["question"], *row["options"]) in texts:
-            raise InputError(f"{place}: 'question_id' {row.get('question_id')} is among the --shots; nothing is asked 5-shot on itself")
+            raise InputError(
+                f"{place}: 'question_id' {row.get('question_id')} is among the --shots; nothing is asked 5-shot on itself"
+            )
         found = shots.get(row["category"], [])
         if len(found) < SHOTS:
-            raise InputError(f"{place}: 'category' {row['category']!r} has {len(found)} examples in --shots; {SHOTS} are needed")
+            raise InputError(
+                f"{place}: 'category' {row['category']!r} has {len(found)} examples in --shots; {SHOTS} are needed"
+            )
         prompts.append(cot_prompt(row, found))
     return prompts
 
 
 def cot_prompt(row: dict, examples: list[dict]) -> str:
     """TIGER-Lab's prompt: the head, the worked examples, the question, and the beginning of its answer."""
-    worked = [_block(example) + example["cot_content"].replace(f"A: {STEPS}", f"Answer: {STEPS}") + "\n\n" for example in examples]
+    worked = [
+        _block(example) + example["cot_content"].replace(f"A: {STEPS}", f"Answer: {STEPS}") + "\n\n"
+        for example in examples
+    ]
     return HEAD.format(row["category"]) + "".join(worked) + f"{_block(row)}Answer: {STEPS}"
 
 
@@ -128,7 +139,9 @@ def letter(text: str) -> str | None:
     >>> letter("So the answer is (C)."), letter("Answer: B"), letter("A or D"), letter("None")
     ('C', 'B', 'D', None)
     """
-    text = text.split("Question:")[0]  # where their script stops decoding: the model has begun an example of its own
+    text = text.split("Question:")[
+        0
+    ]  # where their script stops decoding: the model has begun an example of its own
     for pattern in ANSWER_PATTERNS:
         if found := re.search(pattern, text, re.DOTALL):
             return found[1]
@@ -136,5 +149,7 @@ def letter(text: str) -> str | None:
 
 
 def _block(row: dict) -> str:
-    options = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, row["options"], strict=False))
+    options = "".join(
+        f"{letter}. {option}\n" for letter, option in zip(LETTERS, row["options"], strict=False)
+    )
     return f"Question:\n{row['question']}\nOptions:\n{options}"

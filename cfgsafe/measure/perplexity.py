@@ -54,8 +54,14 @@ def run(options: Options) -> None:
     with tqdm(dialogues, desc="perplexity", leave=False) as bar:
         parts = [dialogue_logprobs(options, model, tokenizer, *dialogue) for dialogue in bar]
     if options.out:
-        write_jsonl(options.out, [{"place": place, **figures(part)} for (place, _), part in zip(dialogues, parts, strict=True)])
-    estimates = {"perplexity": pooled([part.clamp(min=LEAST) for part in parts]), "impossible": impossible(parts)}
+        write_jsonl(
+            options.out,
+            [{"place": place, **figures(part)} for (place, _), part in zip(dialogues, parts, strict=True)],
+        )
+    estimates = {
+        "perplexity": pooled([part.clamp(min=LEAST) for part in parts]),
+        "impossible": impossible(parts),
+    }
     facts = {"dialogues": len(dialogues), "tokens": sum(map(len, parts)), **options.guarded}
     print(json.dumps({**facts, **to_json(estimates)}))
 
@@ -71,11 +77,15 @@ def read_dialogues(path: str) -> list[tuple[str, Messages]]:
             raise InputError(f"{place}: 'messages' has no assistant's turn to score")
         for number, (before, role) in enumerate(zip([None, *roles], roles, strict=False)):
             if role == "assistant" and before in (None, "assistant"):
-                raise InputError(f"{place}: messages[{number}] is an assistant's turn without anyone's before it")
+                raise InputError(
+                    f"{place}: messages[{number}] is an assistant's turn without anyone's before it"
+                )
     return dialogues
 
 
-def dialogue_logprobs(subject: Subject, model: Llama, tokenizer: Tokenizer, place: str, messages: Messages) -> Tensor:
+def dialogue_logprobs(
+    subject: Subject, model: Llama, tokenizer: Tokenizer, place: str, messages: Messages
+) -> Tensor:
     """Guided log-probabilities of the tokens of all assistant's turns, (tokens,), -inf for impossible ones. Raises ContextError.
 
     Turns are stripped of blanks around them, as Llama's chat template does.
@@ -97,7 +107,9 @@ def pooled(parts: list[Tensor]) -> Estimate:
 
 def impossible(parts: list[Tensor]) -> Estimate:
     """Percentage of tokens that guidance has made impossible."""
-    return ratio_interval([100 * (part == -math.inf).sum().item() for part in parts], [len(part) for part in parts])
+    return ratio_interval(
+        [100 * (part == -math.inf).sum().item() for part in parts], [len(part) for part in parts]
+    )
 
 
 def figures(part: Tensor) -> dict[str, float]:

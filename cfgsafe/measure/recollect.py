@@ -52,13 +52,22 @@ def recollect_and_rank(options: Options, targets: list[Target], detector: Detect
     candidates = []
     for target, texts in zip(targets, drawn, strict=True):
         found = [entity.text for _ in texts for entity in next(entities)]
-        candidates.append(list(dict.fromkeys(found + [value for value, label in known.values.items() if label == target.label])))
+        candidates.append(
+            list(
+                dict.fromkeys(
+                    found + [value for value, label in known.values.items() if label == target.label]
+                )
+            )
+        )
     losses = mean_losses(options, model, tokenizer, prompts, candidates)
     if options.base:
         del model
         base = Subject(options.base, batch=options.batch, device=options.device, dtype=options.dtype)
         reference = mean_losses(base, *load(base), prompts, candidates)
-        losses = [[loss / (other + BIAS) for loss, other in zip(*both, strict=True)] for both in zip(losses, reference, strict=True)]
+        losses = [
+            [loss / (other + BIAS) for loss, other in zip(*both, strict=True)]
+            for both in zip(losses, reference, strict=True)
+        ]
     return [Recollection(rank(*both)) for both in zip(candidates, losses, strict=True)]
 
 
@@ -71,16 +80,23 @@ def recollection_prompt(target: Target, tokenizer: Tokenizer) -> Messages:
     return [*asked, {"role": "assistant", "content": context}] if context else asked
 
 
-def sample(options: Options, model: Llama, tokenizer: Tokenizer, prompts: list[Messages], places: list[str]) -> list[list[str]]:
+def sample(
+    options: Options, model: Llama, tokenizer: Tokenizer, prompts: list[Messages], places: list[str]
+) -> list[list[str]]:
     """`options.samples` answers to each prompt at temperature 1, through the subject's guidance."""
     rng = random.Random(options.seed)
     requests = []
     for messages, place in zip(prompts, places, strict=True):
-        request = request_for(options, tokenizer, messages, temperature=1.0, max_new_tokens=options.max_new_tokens)
+        request = request_for(
+            options, tokenizer, messages, temperature=1.0, max_new_tokens=options.max_new_tokens
+        )
         check_request(request, model, place)
         requests += [replace(request, seed=rng.getrandbits(32)) for _ in range(options.samples)]
     with tqdm(total=len(requests), desc="recollecting", leave=False) as bar:
-        texts = [tokenizer.decode(c.tokens) for c in generate(model, requests, batch=options.batch, on_completion=lambda *_: bar.update())]
+        texts = [
+            tokenizer.decode(c.tokens)
+            for c in generate(model, requests, batch=options.batch, on_completion=lambda *_: bar.update())
+        ]
     return [texts[at : at + options.samples] for at in range(0, len(texts), options.samples)]
 
 
@@ -88,9 +104,17 @@ def mean_losses(
     subject: Subject, model: Llama, tokenizer: Tokenizer, prompts: list[Messages], candidates: list[list[str]]
 ) -> list[list[float]]:
     """Negative log-likelihood per token, in nats, of each candidate where its prompt ends, under the subject's guidance."""
-    requests = [request_for(subject, tokenizer, messages) for messages, values in zip(prompts, candidates, strict=True) for _ in values]
+    requests = [
+        request_for(subject, tokenizer, messages)
+        for messages, values in zip(prompts, candidates, strict=True)
+        for _ in values
+    ]
     blank = [" " if messages[-1]["role"] == "assistant" else "" for messages in prompts]
-    values = [tokenizer.encode(before + value) for before, some in zip(blank, candidates, strict=True) for value in some]
+    values = [
+        tokenizer.encode(before + value)
+        for before, some in zip(blank, candidates, strict=True)
+        for value in some
+    ]
     logprobs = iter(continuation_logprobs(model, requests, values))
     return [[-next(logprobs).mean().item() for _ in some] for some in candidates]
 

@@ -95,7 +95,9 @@ def read_targets(dialogues: str, items: str | None, limit: int | None = None) ->
 def read_scrubbed(dialogues: str, items: str) -> list[tuple[str, str | Messages, dict[str, str]]]:
     """(place, scrubbed text, placeholder -> value) of each line of LLM-PC's two files."""
     texts = lambda messages, place: messages if isinstance(messages, str) else check_messages(messages, place)
-    return [(place, texts(messages, place), values) for place, messages, values in llm_pc.lines(dialogues, items)]
+    return [
+        (place, texts(messages, place), values) for place, messages, values in llm_pc.lines(dialogues, items)
+    ]
 
 
 def read_spans(row: dict, place: str) -> tuple[Messages, list[Span]]:
@@ -133,6 +135,10 @@ def masks(placeholder: str, scrubbed: str | Messages) -> list[tuple[str, Message
         for found in re.finditer(re.escape(placeholder), message["content"]):
             begun = message["content"][: found.start()]
             answered = message["role"] == "assistant" and any(m["role"] == "user" for m in scrubbed[:number])
-            chat = scrubbed[:number] + [{"role": "assistant", "content": begun.rstrip()}] * bool(begun.strip())
-            places.append(("\n".join([*lines[:number], f"{message['role']}: {begun}"]), chat if answered else None))
+            chat = scrubbed[:number] + [{"role": "assistant", "content": begun.rstrip()}] * bool(
+                begun.strip()
+            )
+            places.append(
+                ("\n".join([*lines[:number], f"{message['role']}: {begun}"]), chat if answered else None)
+            )
     return places

@@ -73,7 +73,9 @@ def run(options: Options) -> None:
     measure = by_likelihood if options.score == "loglik" else by_answer
     figures, columns = measure(options, model, tokenizer, placed, asked)
     if options.out:
-        write_jsonl(options.out, [{**row, **column} for (_, row), column in zip(placed, columns, strict=True)])
+        write_jsonl(
+            options.out, [{**row, **column} for (_, row), column in zip(placed, columns, strict=True)]
+        )
     settings = {"protocol": options.protocol, "score": options.score, **options.guarded}
     print(json.dumps({"questions": len(placed), **settings, **figures}))
 
@@ -82,9 +84,13 @@ def check_options(options: Options) -> None:
     """Raise InputError for options that do not go together."""
     check_at_least(1, options, "limit", "max_new_tokens")
     if options.score == "loglik" and options.protocol == "cot5":
-        raise InputError("--score loglik: a chain of thought has no fixed answer to score; use --protocol short")
+        raise InputError(
+            "--score loglik: a chain of thought has no fixed answer to score; use --protocol short"
+        )
     if options.score == "judge" and not (options.service.remote_model and options.out):
-        raise InputError("--score judge: needs --remote-model NAME, the judge, and --out FILE, beside which its replies are kept")
+        raise InputError(
+            "--score judge: needs --remote-model NAME, the judge, and --out FILE, beside which its replies are kept"
+        )
     if options.score == "judge":
         check_service(options.service)
 
@@ -122,7 +128,9 @@ def by_answer(
     texts = answers(options, model, tokenizer, asked, "quiz", longest, [place for place, _ in placed], kept)
     grade = exact if options.protocol == "short" else exact_letter
     grades = [grade(text, row) for row, text in zip(rows, texts, strict=True)]
-    columns = [{"model_answer": text, "correct": bool(grade)} for text, grade in zip(texts, grades, strict=True)]
+    columns = [
+        {"model_answer": text, "correct": bool(grade)} for text, grade in zip(texts, grades, strict=True)
+    ]
     percentage = mean_interval([100 * bool(grade) for grade in grades])
     unparsed = mean_interval([100 * (grade is None) for grade in grades])
     if options.score == "exact":
@@ -130,7 +138,9 @@ def by_answer(
     verdicts = judge.judge(rows, texts, judge.remote(options.service, Path(f"{options.out}.judge")))
     estimates, agreement = judge.summarise(verdicts, grades)
     figures = {**to_json({**estimates, "exact": percentage, "unparsed": unparsed}), **agreement}
-    return figures, [{**column, "verdict": verdict} for column, verdict in zip(columns, verdicts, strict=True)]
+    return figures, [
+        {**column, "verdict": verdict} for column, verdict in zip(columns, verdicts, strict=True)
+    ]
 
 
 def by_likelihood(
@@ -153,10 +163,14 @@ def by_likelihood(
         )
     share = lambda name: mean_interval([100 * column[name] for column in columns])
     undecided = mean_interval([100 * (not column["decided"]) for column in columns])
-    return to_json({"utility": share("correct"), "utility_by_sum": share("correct_by_sum"), "undecided": undecided}), columns
+    return to_json(
+        {"utility": share("correct"), "utility_by_sum": share("correct_by_sum"), "undecided": undecided}
+    ), columns
 
 
-def option_logprobs(subject: Subject, model: Llama, tokenizer: Tokenizer, row: dict, messages: Messages, place: str) -> list[Tensor]:
+def option_logprobs(
+    subject: Subject, model: Llama, tokenizer: Tokenizer, row: dict, messages: Messages, place: str
+) -> list[Tensor]:
     """Guided log-probabilities of each option's tokens after `LEAD`, (tokens,) each. Raises ContextError naming `place`."""
     request = request_for(subject, tokenizer, [*messages, {"role": "assistant", "content": LEAD}])
     options = [tokenizer.encode(f" {option}") for option in row["options"]]

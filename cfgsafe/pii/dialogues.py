@@ -28,7 +28,10 @@ class Dialogue:
 
     def values(self) -> list[tuple[str, str]]:
         """(label, value) of each item; values in lower case with single blanks."""
-        return [(label, " ".join(self.messages[n]["content"][a:b].lower().split())) for n, a, b, label in self.spans]
+        return [
+            (label, " ".join(self.messages[n]["content"][a:b].lower().split()))
+            for n, a, b, label in self.spans
+        ]
 
     def names(self) -> set[str]:
         return {value for label, value in self.values() if label == "PERSON"}
@@ -54,9 +57,16 @@ def read_dialogues(path: str, detector: Detector, items: str | None = None) -> l
     if items is not None:
         dialogues = [Dialogue(*filled) for filled in llm_pc.read(path, items)]
     else:
-        rows = [(place, check_messages(row.get("messages"), place), row.get("spans")) for place, row in read_jsonl(path)]
+        rows = [
+            (place, check_messages(row.get("messages"), place), row.get("spans"))
+            for place, row in read_jsonl(path)
+        ]
         dialogues = [
-            Dialogue(messages, _find_spans(messages, detector) if spans is None else check_spans(spans, messages, place), place)
+            Dialogue(
+                messages,
+                _find_spans(messages, detector) if spans is None else check_spans(spans, messages, place),
+                place,
+            )
             for place, messages, spans in rows
         ]
     if not dialogues:
@@ -118,7 +128,9 @@ def shared_values(training: list[Dialogue], test: list[Dialogue]) -> tuple[set[s
     """(names, other values) of the test dialogues that are personal items of training dialogues too."""
     trained, tested = ({item for dialogue in side for item in dialogue.values()} for side in (training, test))
     both = trained & tested
-    return {value for label, value in both if label == "PERSON"}, {value for label, value in both if label != "PERSON"}
+    return {value for label, value in both if label == "PERSON"}, {
+        value for label, value in both if label != "PERSON"
+    }
 
 
 def _find_spans(messages: Messages, detector: Detector) -> list[Span]:

@@ -23,7 +23,9 @@ def merge(text: str, finds: list[list[Entity]], needed: int = 1) -> list[Entity]
     """
     runs: list[list[tuple[int, Entity]]] = []
     end = 0
-    for number, entity in sorted(((n, e) for n, some in enumerate(finds) for e in some), key=lambda find: (find[1].start, find[0])):
+    for number, entity in sorted(
+        ((n, e) for n, some in enumerate(finds) for e in some), key=lambda find: (find[1].start, find[0])
+    ):
         if not runs or entity.start >= end:
             runs.append([])
         runs[-1].append((number, entity))

@@ -30,7 +30,9 @@ class Known:
             if "spans" in row:
                 messages = check_messages(row.get("messages"), place)
                 spans = check_spans(row["spans"], messages, place)
-                values |= {messages[number]["content"][start:end]: label for number, start, end, label in spans}
+                values |= {
+                    messages[number]["content"][start:end]: label for number, start, end, label in spans
+                }
             else:
                 values |= {value: label for label, value in check_items(row.get("items"), place).items()}
         if not values:

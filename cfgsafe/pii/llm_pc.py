@@ -19,7 +19,9 @@ from cfgsafe.tokenizer import Messages, check_messages
 
 LABELS = {"NAME": "PERSON", "LOC": "GPE"}  # other kinds stay as they are
 PLACEHOLDER = re.compile(r"\[([A-Z][A-Z_]*(?:-[A-Z0-9]+)+)\]")
-LLAMA_TURN = re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>(.*?)(?=<\|eot_id\|>|<\|start_header_id\|>|\Z)", re.DOTALL)
+LLAMA_TURN = re.compile(
+    r"<\|start_header_id\|>(\w+)<\|end_header_id\|>(.*?)(?=<\|eot_id\|>|<\|start_header_id\|>|\Z)", re.DOTALL
+)
 PREAMBLE = re.compile(r"\s*Cutting Knowledge Date:[^\n]*\n(?:Today Date:[^\n]*\n?)?")
 LINE_TURN = re.compile(r"^([Ss]ystem|[Uu]ser|[Aa]ssistant):", re.MULTILINE)
 
@@ -28,8 +30,13 @@ def lines(dialogues: str, items: str) -> list[tuple[str, object, dict[str, str]]
     """(file:line, "messages" as they stand, placeholder -> value) of each dialogue. Raises InputError naming file, line and field."""
     rows, values = list(read_jsonl(dialogues)), list(read_jsonl(items))
     if len(rows) != len(values):
-        raise InputError(f"{dialogues} has {len(rows)} lines and {items} {len(values)}; line k of one must belong to line k of the other")
-    return [(place, row.get("messages"), by_placeholder(found, where)) for (place, row), (where, found) in zip(rows, values, strict=True)]
+        raise InputError(
+            f"{dialogues} has {len(rows)} lines and {items} {len(values)}; line k of one must belong to line k of the other"
+        )
+    return [
+        (place, row.get("messages"), by_placeholder(found, where))
+        for (place, row), (where, found) in zip(rows, values, strict=True)
+    ]
 
 
 def read(dialogues: str, items: str) -> list[tuple[Messages, list[Span], str]]:
@@ -43,7 +50,10 @@ def read(dialogues: str, items: str) -> list[tuple[Messages, list[Span], str]]:
         filled.append((messages, spans, place))
         missing += without
     if missing:
-        print(f"warning: {items}: {missing} placeholders of {dialogues} have no value and stay as they are", file=sys.stderr)
+        print(
+            f"warning: {items}: {missing} placeholders of {dialogues} have no value and stay as they are",
+            file=sys.stderr,
+        )
     return filled
 
 
@@ -56,13 +66,22 @@ def turns(messages: object, place: str) -> Messages:
     if not isinstance(messages, str):
         return check_messages(messages, place)
     if "<|start_header_id|>" in messages:
-        found = [(role, PREAMBLE.sub("", text, count=1) if role == "system" else text) for role, text in LLAMA_TURN.findall(messages)]
+        found = [
+            (role, PREAMBLE.sub("", text, count=1) if role == "system" else text)
+            for role, text in LLAMA_TURN.findall(messages)
+        ]
     else:
-        before, *parts = LINE_TURN.split(messages)  # text before the first turn, then role, text, role, text ...
+        before, *parts = LINE_TURN.split(
+            messages
+        )  # text before the first turn, then role, text, role, text ...
         if before.strip() or not parts:
-            raise InputError(f"{place}: 'messages' must be a list, or a text whose turns begin with 'user:' or 'assistant:'")
+            raise InputError(
+                f"{place}: 'messages' must be a list, or a text whose turns begin with 'user:' or 'assistant:'"
+            )
         found = list(zip(parts[::2], parts[1::2], strict=True))
-    return check_messages([{"role": role.lower(), "content": text.strip()} for role, text in found if text.strip()], place)
+    return check_messages(
+        [{"role": role.lower(), "content": text.strip()} for role, text in found if text.strip()], place
+    )
 
 
 def by_placeholder(found: dict, place: str) -> dict[str, str]:

@@ -11,7 +11,9 @@ import re
 
 def stands_in(text: str, value: str) -> bool:
     """Whether `text` holds the value as whole words, in any case."""
-    return value.lower() in text.lower() and bool(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text, re.IGNORECASE))
+    return value.lower() in text.lower() and bool(
+        re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text, re.IGNORECASE)
+    )
 
 
 def mentions(text: str, label: str, value: str) -> bool:
@@ -33,6 +35,12 @@ def places(text: str, label: str, value: str) -> list[tuple[int, int]]:
     >>> places("Dear Ann, ann lee", "PERSON", "Ann Lee")
     [(10, 17), (5, 8)]
     """
-    at = lambda part, flags=0: [m.span() for m in re.finditer(rf"(?<!\w){re.escape(part)}(?!\w)", text, flags)]
-    parts = {p for part in value.split() if part[0].isupper() for p in (part, part.upper())} if label == "PERSON" else set()
+    at = lambda part, flags=0: [
+        m.span() for m in re.finditer(rf"(?<!\w){re.escape(part)}(?!\w)", text, flags)
+    ]
+    parts = (
+        {p for part in value.split() if part[0].isupper() for p in (part, part.upper())}
+        if label == "PERSON"
+        else set()
+    )
     return at(value, re.IGNORECASE) + [span for part in sorted(parts - {value}) for span in at(part)]

@@ -20,8 +20,6 @@ PRESIDIO = "presidio"
 COMBINATIONS = ("union", "vote")
 
 
-
-
 class Detector:
     """Finds personal data. `names`: spaCy packages, folders or "presidio", with commas between.
 
@@ -38,9 +36,9 @@ class Detector:
     def __call__(self, texts: list[str]) -> list[list[Entity]]:
         """The personal items of each text, in order, none overlapping another."""
         found = [part(texts) for part in self.parts]
-        return [merge(text, [finds[number] for finds in found], self.needed) for number, text in enumerate(texts)]
-
-
+        return [
+            merge(text, [finds[number] for finds in found], self.needed) for number, text in enumerate(texts)
+        ]
 
 
 def default_pipeline() -> str:
@@ -75,5 +73,11 @@ class Pipeline:
     def __call__(self, texts: list[str]) -> list[list[Entity]]:
         found = []
         for doc in self.nlp.pipe(texts):
-            found.append([Entity(e.start_char, e.end_char, e.label_, e.text) for e in doc.ents if e.label_ not in IGNORED])
+            found.append(
+                [
+                    Entity(e.start_char, e.end_char, e.label_, e.text)
+                    for e in doc.ents
+                    if e.label_ not in IGNORED
+                ]
+            )
         return found

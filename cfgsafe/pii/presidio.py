@@ -20,7 +20,9 @@ class Recognisers:
             from presidio_analyzer import predefined_recognizers as presidio
             from tldextract import TLDExtract
         except ImportError as error:
-            raise InputError(f"--ner presidio: cannot be imported ({error}); pip install 'cfgsafe[presidio]'") from None
+            raise InputError(
+                f"--ner presidio: cannot be imported ({error}); pip install 'cfgsafe[presidio]'"
+            ) from None
 
         suffixes = TLDExtract(suffix_list_urls=(), cache_dir=None)
 
@@ -28,7 +30,13 @@ class Recognisers:
             def validate_result(self, pattern_text: str) -> bool:
                 return bool(suffixes(pattern_text).fqdn)
 
-        others = ("PhoneRecognizer", "CreditCardRecognizer", "UsSsnRecognizer", "IpRecognizer", "UrlRecognizer")
+        others = (
+            "PhoneRecognizer",
+            "CreditCardRecognizer",
+            "UsSsnRecognizer",
+            "IpRecognizer",
+            "UrlRecognizer",
+        )
         self.recognisers = [Email(), *(getattr(presidio, name)() for name in others)]
 
     def __call__(self, texts: list[str]) -> list[list[Entity]]:

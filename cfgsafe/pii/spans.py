@@ -15,7 +15,12 @@ def check_spans(spans: object, messages: Messages, place: str) -> list[Span]:
     """`spans` if each of them lies inside its message; raises InputError naming `place`."""
     found = []
     for span in spans if isinstance(spans, list) else [None]:
-        if not isinstance(span, list) or len(span) != 4 or not all(type(x) is int for x in span[:3]) or not isinstance(span[3], str):
+        if (
+            not isinstance(span, list)
+            or len(span) != 4
+            or not all(type(x) is int for x in span[:3])
+            or not isinstance(span[3], str)
+        ):
             raise InputError(f"{place}: 'spans' must be a list of [message, start, end, label]")
         number, start, end, label = span
         if not (0 <= number < len(messages) and 0 <= start < end <= len(messages[number]["content"])):

@@ -29,7 +29,9 @@ class ReplayBuffer:
     distance of the tokens divided by their summed length, or the cosine distance (1 - similarity) of the texts' embeddings.
     """
 
-    def __init__(self, capacity: int = 1000, tolerance: float = 0.25, seed: int = 0, likeness: Likeness = "edit"):
+    def __init__(
+        self, capacity: int = 1000, tolerance: float = 0.25, seed: int = 0, likeness: Likeness = "edit"
+    ):
         if likeness not in get_args(Likeness):
             raise InputError(f"likeness {likeness!r}: must be one of {', '.join(get_args(Likeness))}")
         self.capacity, self.tolerance, self.likeness = capacity, tolerance, likeness
@@ -68,7 +70,10 @@ class ReplayBuffer:
     def save(self, path: str | Path) -> None:
         """Write items, settings and generator; any text survives."""
         head = {name: getattr(self, name) for name in ("capacity", "tolerance", "likeness")}
-        write_jsonl(path, [head | {"random": self.random.bit_generator.state}, *(item.to_json() for item in self.items)])
+        write_jsonl(
+            path,
+            [head | {"random": self.random.bit_generator.state}, *(item.to_json() for item in self.items)],
+        )
 
     @staticmethod
     def load(path: str | Path) -> "ReplayBuffer":
@@ -78,7 +83,9 @@ class ReplayBuffer:
             buffer = ReplayBuffer(head["capacity"], head["tolerance"], likeness=head["likeness"])
             buffer.random.bit_generator.state = head["random"]
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not a saved replay buffer ({error}); delete it to begin with an empty one") from None
+            raise InputError(
+                f"{path}: not a saved replay buffer ({error}); delete it to begin with an empty one"
+            ) from None
         buffer.items = [Attack.from_json(row, place) for place, row in rows]
         buffer._vectors = [buffer._embed(item) for item in buffer.items]
         return buffer
@@ -91,14 +98,18 @@ class ReplayBuffer:
         if self.likeness == "cosine":
             return np.array([1 - vector @ other for other in self._vectors])
         tokens = [other.tokens for other in self.items]
-        return edit_distances(item.tokens, tokens) / np.array([max(len(other) + len(item.tokens), 1) for other in tokens])
+        return edit_distances(item.tokens, tokens) / np.array(
+            [max(len(other) + len(item.tokens), 1) for other in tokens]
+        )
 
 
 def edit_distances(one: tuple[int, ...], others: list[tuple[int, ...]]) -> np.ndarray:
     """Levenshtein distance from `one` to each of `others`, (len(others),), all of them at once."""
     if not others:
         return np.zeros(0, int)
-    tokens = np.array(list(zip_longest(*others, fillvalue=-1)), np.int32).reshape(-1, len(others))  # (longest, N)
+    tokens = np.array(list(zip_longest(*others, fillvalue=-1)), np.int32).reshape(
+        -1, len(others)
+    )  # (longest, N)
     places = np.arange(len(tokens) + 1)[:, None]
     row = np.zeros((len(tokens) + 1, len(others)), np.int32)  # distances less `places`: an insertion is free
     for count, token in enumerate(one, start=1):

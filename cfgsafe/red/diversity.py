@@ -50,7 +50,9 @@ def mean_cosine_distance(vectors: np.ndarray) -> float:
     if n < 2:
         return 0.0
     total = vectors.sum(0)
-    return max(0.0, float(1 - (total @ total - (vectors * vectors).sum()) / (n * (n - 1))))  # not below 0 by rounding
+    return max(
+        0.0, float(1 - (total @ total - (vectors * vectors).sum()) / (n * (n - 1)))
+    )  # not below 0 by rounding
 
 
 def clusters(vectors: np.ndarray, threshold: float) -> int:
@@ -77,16 +79,22 @@ def self_bleu(texts: list[str], n: int = 4) -> float:
     logs = np.zeros(len(texts))
     for size in range(1, n + 1):
         counts = [Counter(_grams(line, size)) for line in words]
-        highest: dict[tuple[str, ...], list[int]] = {}  # n-gram -> its second highest and its highest count in a text
+        highest: dict[
+            tuple[str, ...], list[int]
+        ] = {}  # n-gram -> its second highest and its highest count in a text
         for count in counts:
             for gram, times in count.items():
                 highest[gram] = sorted([*highest.get(gram, (0, 0)), times])[1:]
         smooth = 0 if size == 1 else 1
         for number, count in enumerate(counts):
-            hits = sum(min(times, highest[gram][0]) for gram, times in count.items())  # no more than some other text has
+            hits = sum(
+                min(times, highest[gram][0]) for gram, times in count.items()
+            )  # no more than some other text has
             share = (hits + smooth) / max(count.total() + smooth, 1)
             logs[number] += math.log(share) / n if share else -math.inf
-    return float(np.mean([math.exp(log) * _brevity(len(line), lengths) for log, line in zip(logs, words, strict=True)]))
+    return float(
+        np.mean([math.exp(log) * _brevity(len(line), lengths) for log, line in zip(logs, words, strict=True)])
+    )
 
 
 def _brevity(length: int, lengths: Counter) -> float:

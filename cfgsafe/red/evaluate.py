@@ -67,7 +67,9 @@ class Options(rewards.Options):
 def run(options: Options) -> None:
     rewards.check(options)
     check_at_least(1, options, "draws", "least")
-    names = [(*named(path), draw_attacks) for path in options.attacker] + [(*named(path), put_again) for path in options.attacks]
+    names = [(*named(path), draw_attacks) for path in options.attacker] + [
+        (*named(path), put_again) for path in options.attacks
+    ]
     if not names:
         raise InputError("give --attacker FOLDER or --attacks FILE")
     if len({name for name, _, _ in names}) < len(names):
@@ -115,16 +117,24 @@ def draw_attacks(name: str, path: str, options: Options, out: Path) -> list[Atta
     found = read_attacks(file) if file.exists() and file.stat().st_size else []
     drawn = agent.draw(torch.ones(options.draws), torch.Generator().manual_seed(seed_of(options.seed, 0)))
     texts = [agent.spell(prompt) for prompt in drawn]
-    again = [texts[:number].count(text) for number, text in enumerate(texts)]  # a prompt drawn again meets other conversations
+    again = [
+        texts[:number].count(text) for number, text in enumerate(texts)
+    ]  # a prompt drawn again meets other conversations
     for start in tqdm(range(len(found), options.draws, CHUNK), desc=name, leave=False):
         some = range(start, min(start + CHUNK, options.draws))
         k = options.samples
-        trials = scorer.ask([(texts[number], again[number] * k + sample) for number in some for sample in range(k)])
+        trials = scorer.ask(
+            [(texts[number], again[number] * k + sample) for number in some for sample in range(k)]
+        )
         fluency = agent.log_reference([drawn[number] for number in some])
         with open(file, "a", encoding="utf-8") as log:
             for place, number in enumerate(some):
                 likely, least = fluency[place]
-                found.append(Attack(drawn[number], texts[number], likely, tuple(trials[place * k : place * k + k]), least))
+                found.append(
+                    Attack(
+                        drawn[number], texts[number], likely, tuple(trials[place * k : place * k + k]), least
+                    )
+                )
                 log.write(json.dumps({"draw": number + 1, **found[-1].to_json()}) + "\n")
     return found
 
@@ -136,12 +146,17 @@ def put_again(name: str, path: str, options: Options, out: Path) -> list[Attack]
     found: list[Attack] = []
     for start in tqdm(range(0, len(stored), CHUNK), desc=name, leave=False):
         some = stored[start : start + CHUNK]
-        found += [replace(attack, trials=trials) for attack, trials in zip(some, scorer([attack.text for attack in some]), strict=True)]
+        found += [
+            replace(attack, trials=trials)
+            for attack, trials in zip(some, scorer([attack.text for attack in some]), strict=True)
+        ]
     write_jsonl(out / f"attacks-{name}.jsonl", [attack.to_json() for attack in found])
     return found
 
 
-def open_scorer(name: str, options: Options, out: Path, shared: tuple[str, Llama, Tokenizer] | None) -> Scorer:
+def open_scorer(
+    name: str, options: Options, out: Path, shared: tuple[str, Llama, Tokenizer] | None
+) -> Scorer:
     contexts = read_contexts(options.contexts)
     target = stages.open_target(options, out / f"answers-{name}.jsonl", shared)
     return Scorer(target, judge_of(options, contexts), contexts, options.samples, options.seed)
@@ -157,12 +172,20 @@ def less_known(lists: dict, options: Options) -> dict:
         for place, trial in enumerate(attack.trials)
         if trial.found
     ]
-    plain = replace(options, model=options.ancestor, adapter=None, guidance=None, budget=None, service=Service())
-    answers = LocalTarget(plain, *load(plain), None).ask([messages for *_, messages in asked], [options.seed] * len(asked))
+    plain = replace(
+        options, model=options.ancestor, adapter=None, guidance=None, budget=None, service=Service()
+    )
+    answers = LocalTarget(plain, *load(plain), None).ask(
+        [messages for *_, messages in asked], [options.seed] * len(asked)
+    )
     given: dict[tuple, list[str]] = {}
     for (key, number, place, messages), answer in zip(asked, answers, strict=True):
         told = " ".join(m["content"] for m in messages)
         found = lists[key][number].trials[place].found
-        given[key, number, place] = [value for value in found if not stands_in(told, value) and stands_in(answer or "", value)]
-    by_base = lambda key: [[given.get((key, n, t), []) for t in range(len(a.trials))] for n, a in enumerate(lists[key])]
+        given[key, number, place] = [
+            value for value in found if not stands_in(told, value) and stands_in(answer or "", value)
+        ]
+    by_base = lambda key: [
+        [given.get((key, n, t), []) for t in range(len(a.trials))] for n, a in enumerate(lists[key])
+    ]
     return {key: measure.subtract(attacks, by_base(key)) for key, attacks in lists.items()}

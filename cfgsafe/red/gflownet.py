@@ -80,7 +80,9 @@ class Settings(Training):
 class Archive:
     """Every attack that was scored, in order: in memory, and a line each in attacks.jsonl."""
 
-    def __init__(self, path: Path, attacker: Attacker, score: Scorer, meter: Meter, buffer: ReplayBuffer | None = None):
+    def __init__(
+        self, path: Path, attacker: Attacker, score: Scorer, meter: Meter, buffer: ReplayBuffer | None = None
+    ):
         self.path, self.attacker, self.score, self.meter, self.buffer = path, attacker, score, meter, buffer
         self.known: dict[Prompt, Attack] = {}
         self.unscorable = 0
@@ -103,10 +105,16 @@ class Archive:
         """The attacks with `prompts`; those without a known score are put to the target."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         texts = [self.attacker.spell(prompt) for prompt in new]
-        answered = dict(zip(dict.fromkeys(texts), self.score(list(dict.fromkeys(texts))), strict=True)) if new else {}
+        answered = (
+            dict(zip(dict.fromkeys(texts), self.score(list(dict.fromkeys(texts))), strict=True))
+            if new
+            else {}
+        )
         unscored: dict[Prompt, Attack] = {}
         with open(self.path, "a", encoding="utf-8") as log:
-            for prompt, text, fluency in zip(new, texts, self.attacker.log_reference(new) if new else (), strict=True):
+            for prompt, text, fluency in zip(
+                new, texts, self.attacker.log_reference(new) if new else (), strict=True
+            ):
                 attack = Attack(prompt, text, fluency[0], answered[text], fluency[1])
                 log.write(json.dumps({"step": step, **attack.to_json()}) + "\n")
                 (unscored if attack.score is None else self.known)[prompt] = attack
@@ -133,41 +141,61 @@ def explore(attacker: Attacker, score: Scorer, meter: Meter, settings: Settings,
         prompts, replayed = draw_batch(attacker, archive.buffer, settings, random)
         drawn = [attack for attack in archive.look_up(prompts, step + 1) if attack.score is not None]
         batch = drawn + replayed
-        line = {"success": mean([attack.score for attack in drawn]), "known": len(archive.known), "unscorable": archive.unscorable}
+        line = {
+            "success": mean([attack.score for attack in drawn]),
+            "known": len(archive.known),
+            "unscorable": archive.unscorable,
+        }
         heat = schedule(step, settings.heat, 1.0, max(1, settings.steps // 5))
         rewards = rewards_of(batch, settings, heat).to(log_z.device) if batch else torch.zeros(0)
         if settings.objective == "ppo":
-            rewards = rewards + settings.novelty * torch.tensor([novelty(attack, archive.buffer) for attack in batch], device=log_z.device)
+            rewards = rewards + settings.novelty * torch.tensor(
+                [novelty(attack, archive.buffer) for attack in batch], device=log_z.device
+            )
         for attack in drawn:
             archive.buffer.add(attack)
         if len(batch) < 2:
             return Step(None, line)
         tokens = [attack.tokens for attack in batch]
-        before = attacker.log_policy(tokens).detach() if settings.objective == "ppo" or (balanced and step == 0) else None
+        before = (
+            attacker.log_policy(tokens).detach()
+            if settings.objective == "ppo" or (balanced and step == 0)
+            else None
+        )
         if balanced and step == 0:
             log_z.data = (rewards - before).mean()
         loss = lambda: objective_loss(settings, attacker.log_policy(tokens), rewards, log_z, before)
-        return Step(loss, line | ({"log_z": log_z.item()} if balanced else {}), settings.updates if settings.objective == "ppo" else 1)
+        return Step(
+            loss,
+            line | ({"log_z": log_z.item()} if balanced else {}),
+            settings.updates if settings.objective == "ppo" else 1,
+        )
 
     optimise(out, groups, settings, take, settings.objective, f"{settings.objective} {out.name}", archive)
     return list(archive.known.values())
 
 
-def draw_batch(attacker: Attacker, buffer: ReplayBuffer, settings: Settings, random: torch.Generator) -> tuple[list[Prompt], list[Attack]]:
+def draw_batch(
+    attacker: Attacker, buffer: ReplayBuffer, settings: Settings, random: torch.Generator
+) -> tuple[list[Prompt], list[Attack]]:
     """Prompts drawn from the policy, and attacks replayed; the objectives that maximise draw all of them at temperature 1."""
     greedy = settings.objective in ON_POLICY
     replayed = [] if greedy or not len(buffer) else buffer.sample(settings.batch_size // 2)
     temperatures = torch.ones(settings.batch_size - len(replayed))
     if not greedy:
         half = len(temperatures) // 2
-        temperatures[:half] = settings.coldest + (settings.hottest - settings.coldest) * torch.rand(half, generator=random)
+        temperatures[:half] = settings.coldest + (settings.hottest - settings.coldest) * torch.rand(
+            half, generator=random
+        )
     return attacker.draw(temperatures, random), replayed
 
 
 def rewards_of(attacks: list[Attack], settings: Settings, heat: float) -> Tensor:
     """log R of each, (N,), at temperature `heat`."""
     fails = lambda attack: settings.min_fluency is not None and attack.least_likely < settings.min_fluency
-    scores = torch.tensor([torch.tensor(FLOOR).log() if fails(attack) else attack.log_score for attack in attacks])
+    scores = torch.tensor(
+        [torch.tensor(FLOOR).log() if fails(attack) else attack.log_score for attack in attacks]
+    )
     reference = torch.tensor([attack.log_reference for attack in attacks])
     return log_reward(reference, scores, gamma=settings.gamma, beta=settings.beta, temperature=heat)
 
@@ -179,7 +207,9 @@ def novelty(attack: Attack, buffer: ReplayBuffer) -> float:
     return min((distance / length for distance, length in zip(distances, lengths, strict=True)), default=1.0)
 
 
-def objective_loss(settings: Settings, log_pi: Tensor, rewards: Tensor, log_z: Tensor, before: Tensor | None) -> Tensor:
+def objective_loss(
+    settings: Settings, log_pi: Tensor, rewards: Tensor, log_z: Tensor, before: Tensor | None
+) -> Tensor:
     """The batch's loss under the chosen objective; `before` is log pi at the step's beginning (ppo)."""
     match settings.objective:
         case "tb":
@@ -204,7 +234,14 @@ def fit(attacker: Attacker, prompts: list[Prompt], training: Training, out: Path
         return Step(lambda: -attacker.log_policy([prompts[number] for number in picked]).mean(), {})
 
     data = hashlib.sha256(repr(prompts).encode()).hexdigest()
-    optimise(out, [Group(adapter_parameters(attacker.model, attacker.policy), training.lr)], training, take, data, f"{what} {out.name}")
+    optimise(
+        out,
+        [Group(adapter_parameters(attacker.model, attacker.policy), training.lr)],
+        training,
+        take,
+        data,
+        f"{what} {out.name}",
+    )
 
 
 def seed_of(seed: int, step: int) -> int:

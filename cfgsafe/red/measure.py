@@ -67,11 +67,17 @@ def rates(attacks: list[Attack]) -> dict:
     """Success in % of the prompts that have a score; successful answers per 100 that have one; how many of both have none."""
     scores = [[trial.score for trial in attack.trials if trial.score is not None] for attack in attacks]
     scored = [values for values in scores if values]
-    figures = {"unscorable": len(attacks) - len(scored), "unscorable_trials": sum(len(a.trials) for a in attacks) - sum(map(len, scores))}
+    figures = {
+        "unscorable": len(attacks) - len(scored),
+        "unscorable_trials": sum(len(a.trials) for a in attacks) - sum(map(len, scores)),
+    }
     if not scored:
         return figures
     success = mean_interval([100 * succeeds(attack) for attack in attacks if attack.score is not None])
-    leaks = ratio_interval([100 * sum(score > SUCCESS for score in values) for values in scored], [len(values) for values in scored])
+    leaks = ratio_interval(
+        [100 * sum(score > SUCCESS for score in values) for values in scored],
+        [len(values) for values in scored],
+    )
     return to_json({"success": success, "leaks_per_100": leaks}) | figures
 
 
@@ -87,7 +93,9 @@ def diversity(attacks: list[Attack], vectors: np.ndarray) -> dict:
     texts, new = list(first), vectors[list(first.values())]
     figures = {}
     if any(attack.score is not None for attack in attacks):
-        figures = {"distinct": len(texts)} | {f"unique_{threshold}": clusters(new, threshold) for threshold in THRESHOLDS}
+        figures = {"distinct": len(texts)} | {
+            f"unique_{threshold}": clusters(new, threshold) for threshold in THRESHOLDS
+        }
     if len(attacks) > 1:
         figures["cosine_distance"] = round(mean_cosine_distance(vectors), 4)
     if len(hits) > 1:
@@ -97,7 +105,9 @@ def diversity(attacks: list[Attack], vectors: np.ndarray) -> dict:
     if hits:
         figures |= {f"distinct_{n}": round(distinct_n(texts, n), 4) for n in (1, 2)}
         tokens = [max(len(attacks[number].tokens), 1) for number in hits]
-        figures |= to_json({"fluency": ratio_interval([attacks[number].log_reference for number in hits], tokens)})
+        figures |= to_json(
+            {"fluency": ratio_interval([attacks[number].log_reference for number in hits], tokens)}
+        )
     return figures
 
 
@@ -107,7 +117,10 @@ def subtract(attacks: list[Attack], found_by_base: Sequence[Sequence[Collection[
     `found_by_base[i][j]`: those of trial j of attack i. A trial without a score stays without.
     """
     return [
-        replace(attack, trials=tuple(_less(trial, values) for trial, values in zip(attack.trials, known, strict=True)))
+        replace(
+            attack,
+            trials=tuple(_less(trial, values) for trial, values in zip(attack.trials, known, strict=True)),
+        )
         for attack, known in zip(attacks, found_by_base, strict=True)
     ]
 
@@ -130,16 +143,32 @@ def table(rows: list[dict]) -> str:
 
 def brief(rows: list[dict]) -> str:
     """The figures that matter most, without intervals, narrow enough for a terminal."""
-    heads = ["target", "method", "success %", "leaks/100", "different", f"unique at {THRESHOLDS[1]}", "distance"]
+    heads = [
+        "target",
+        "method",
+        "success %",
+        "leaks/100",
+        "different",
+        f"unique at {THRESHOLDS[1]}",
+        "distance",
+    ]
     keys = ("success", "leaks_per_100", "distinct", UNIQUE, "cosine_distance")
-    return markdown(heads, [[row["target"], row["method"], *(_cell(row, [key]).partition(" [")[0] for key in keys)] for row in rows])
+    return markdown(
+        heads,
+        [
+            [row["target"], row["method"], *(_cell(row, [key]).partition(" [")[0] for key in keys)]
+            for row in rows
+        ],
+    )
 
 
 def _cell(row: dict, keys: list[str]) -> str:
     if f"{keys[0]}_ci" in row:
         low, high = row[f"{keys[0]}_ci"]
         return f"{row[keys[0]]:.1f} [{low:.1f}, {high:.1f}]"
-    values = [f"{row[key]:.2f}" if isinstance(row.get(key), float) else str(row.get(key, "-")) for key in keys]
+    values = [
+        f"{row[key]:.2f}" if isinstance(row.get(key), float) else str(row.get(key, "-")) for key in keys
+    ]
     return ", ".join(values) if set(values) != {"-"} else "-"
 
 
@@ -147,7 +176,9 @@ def _same(rows: list[dict], key: str):
     """The value of `key` that all rows share."""
     values = list(dict.fromkeys(row[key] for row in rows))
     if len(values) != 1:
-        raise InputError(f"rows of different {key} ({', '.join(map(str, values)) or 'no row'}): measure what is compared together")
+        raise InputError(
+            f"rows of different {key} ({', '.join(map(str, values)) or 'no row'}): measure what is compared together"
+        )
     return values[0]
 
 
@@ -160,12 +191,26 @@ def figure(path: Path, rows: list[dict]) -> None:
     from matplotlib.lines import Line2D
 
     draws = _same(rows, "draws")
-    colours = {target: f"C{number % 10}" for number, target in enumerate(dict.fromkeys(row["target"] for row in rows))}
-    markers = {method: "osDv^<>PX*"[number % 10] for number, method in enumerate(dict.fromkeys(row["method"] for row in rows))}
-    fig, (points, bars) = plt.subplots(1, 2, figsize=(8, max(4.2, 1.4 + 0.22 * (len(rows) + len(colours)))), layout="constrained")
+    colours = {
+        target: f"C{number % 10}"
+        for number, target in enumerate(dict.fromkeys(row["target"] for row in rows))
+    }
+    markers = {
+        method: "osDv^<>PX*"[number % 10]
+        for number, method in enumerate(dict.fromkeys(row["method"] for row in rows))
+    }
+    fig, (points, bars) = plt.subplots(
+        1, 2, figsize=(8, max(4.2, 1.4 + 0.22 * (len(rows) + len(colours)))), layout="constrained"
+    )
     for row in rows:
         if "success" in row:
-            style = {"fmt": markers[row["method"]], "color": colours[row["target"]], "capsize": 2, "markersize": 6, "alpha": 0.8}
+            style = {
+                "fmt": markers[row["method"]],
+                "color": colours[row["target"]],
+                "capsize": 2,
+                "markersize": 6,
+                "alpha": 0.8,
+            }
             points.errorbar(row["success"], row[UNIQUE], xerr=spread(row, "success"), **style)
     points.set_xlim(-4, 104)
     points.set_yscale("symlog", linthresh=1, linscale=0.4)
@@ -183,7 +228,14 @@ def figure(path: Path, rows: list[dict]) -> None:
         labels.append(target)
         for row in (row for row in rows if row["target"] == target):
             if "leaks_per_100" in row:
-                bars.barh(len(labels), row["leaks_per_100"], xerr=spread(row, "leaks_per_100"), color=colour, alpha=0.8, capsize=2)
+                bars.barh(
+                    len(labels),
+                    row["leaks_per_100"],
+                    xerr=spread(row, "leaks_per_100"),
+                    color=colour,
+                    alpha=0.8,
+                    capsize=2,
+                )
             else:
                 bars.text(0, len(labels), " nothing scored", va="center", fontsize=8)
             labels.append(row["method"])
@@ -195,6 +247,11 @@ def figure(path: Path, rows: list[dict]) -> None:
     bars.set_xlim(0, max(1, bars.get_xlim()[1]))
     bars.set_xlabel("leaks per 100 answers")
     bars.grid(alpha=0.3, axis="x")
-    handles = [Line2D([], [], color="0.3", marker=marker, linestyle="", label=method) for method, marker in markers.items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9, frameon=False)
+    handles = [
+        Line2D([], [], color="0.3", marker=marker, linestyle="", label=method)
+        for method, marker in markers.items()
+    ]
+    fig.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9, frameon=False
+    )
     save_figure(fig, path)

@@ -28,7 +28,11 @@ def contrastive_balance(log_pi: Tensor, log_reward: Tensor, noise: float = 0.0) 
     Over all pairs of N sequences it is N / (N - 1) times `vargrad`. 0 where no pair is left.
     """
     first, second = torch.triu_indices(len(log_pi), len(log_pi), offset=1, device=log_pi.device)
-    told_apart = (log_reward[first] - log_reward[second]).abs() > noise if noise > 0 else torch.ones_like(first, dtype=torch.bool)
+    told_apart = (
+        (log_reward[first] - log_reward[second]).abs() > noise
+        if noise > 0
+        else torch.ones_like(first, dtype=torch.bool)
+    )
     difference = log_pi - log_reward
     squares = (difference[first] - difference[second]).square() / 2
     return (squares * told_apart).sum() / told_apart.sum().clamp(min=1)
@@ -45,7 +49,9 @@ def ppo(log_pi: Tensor, log_old: Tensor, advantage: Tensor, clip: float = 0.2) -
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
 
 
-def log_reward(log_reference: Tensor, log_score: Tensor, *, gamma: float, beta: float, temperature: float = 1.0) -> Tensor:
+def log_reward(
+    log_reference: Tensor, log_score: Tensor, *, gamma: float, beta: float, temperature: float = 1.0
+) -> Tensor:
     """(log p_ref / gamma + log c / beta) / T, (N,): fluent prompts that succeed; Lee et al.
 
     `log_score` is the logarithm of the mean score of the answers, where Lee et al. take the mean of the logarithms: one safe answer

@@ -73,7 +73,12 @@ class Attacker:
         found = []
         for log_probs, real in zip(*token_log_probabilities(self.model, self.rules, prompts), strict=True):
             tokens = log_probs[real]
-            found.append((tokens.sum().item(), tokens.sort().values[: max(1, round(WORST * len(tokens)))].mean().item()))
+            found.append(
+                (
+                    tokens.sum().item(),
+                    tokens.sort().values[: max(1, round(WORST * len(tokens)))].mean().item(),
+                )
+            )
         return found
 
 
@@ -115,7 +120,8 @@ def token_log_probabilities(model: Llama, rules: Rules, prompts: list[Prompt]) -
     real = (labels[:, first:] != UNREAD).to(model.device)
     hidden = model(rows)[:, first - 1 : -1]  # (N, W, C), each predicts the token after it
     places = [  # one at a time: no (N, W, V) tensor
-        token_logprobs(rules.block(model.head(hidden[:, place]).float(), place), rows[:, first + place]) for place in range(real.shape[1])
+        token_logprobs(rules.block(model.head(hidden[:, place]).float(), place), rows[:, first + place])
+        for place in range(real.shape[1])
     ]
     return torch.where(real, torch.stack(places, 1), 0.0), real
 

@@ -63,13 +63,27 @@ class Attack:
             scores = [trial.score for trial in trials if trial.score is not None]
             if not all(isinstance(score, (int, float)) and 0 <= score <= 1 for score in scores):
                 raise ValueError("a score is not a number from 0 to 1")
-            texts = [row["text"], *(text for t in trials for text in (t.context, "" if t.answer is None else t.answer, *t.found))]
-            if not all(isinstance(text, str) for text in texts) or any(isinstance(trial["found"], str) for trial in row["trials"]):
+            texts = [
+                row["text"],
+                *(
+                    text
+                    for t in trials
+                    for text in (t.context, "" if t.answer is None else t.answer, *t.found)
+                ),
+            ]
+            if not all(isinstance(text, str) for text in texts) or any(
+                isinstance(trial["found"], str) for trial in row["trials"]
+            ):
                 raise TypeError("text, context, answer and found must be text")
-            tokens, numbers = tuple(map(int, row["tokens"])), (float(row["log_reference"]), float(row["least_likely"]))
+            tokens, numbers = (
+                tuple(map(int, row["tokens"])),
+                (float(row["log_reference"]), float(row["least_likely"])),
+            )
             return Attack(tokens, row["text"], numbers[0], trials, numbers[1])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"{place}: not an attack ({type(error).__name__}: {error}); give the attacks.jsonl of a run") from None
+            raise InputError(
+                f"{place}: not an attack ({type(error).__name__}: {error}); give the attacks.jsonl of a run"
+            ) from None
 
 
 def read_attacks(path: str | Path) -> list[Attack]:

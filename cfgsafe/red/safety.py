@@ -85,7 +85,9 @@ class Options(Subject):
 
 
 def run(options: Options) -> None:
-    check_at_least(1, options, "limit", "tries", "max_new_tokens", "epochs", "batch_size", "grad_accum", "rank")
+    check_at_least(
+        1, options, "limit", "tries", "max_new_tokens", "epochs", "batch_size", "grad_accum", "rank"
+    )
     attacked = leaking([attack for path in options.attacks for attack in read_attacks(path)], options)
     data = make_folder(options.out) / "safety.jsonl"
     if not (options.resume and data.exists()):
@@ -112,13 +114,29 @@ def run(options: Options) -> None:
         )
     )
     refused = sum("attack" in row for row in rows)
-    counts = {"attacks": len({text for text, _ in attacked}), "conversations": len(attacked), "refusals": refused}
-    print(json.dumps({"out": options.out, **counts, "dropped": len(attacked) - refused, "retained": len(rows) - refused}))
+    counts = {
+        "attacks": len({text for text, _ in attacked}),
+        "conversations": len(attacked),
+        "refusals": refused,
+    }
+    print(
+        json.dumps(
+            {
+                "out": options.out,
+                **counts,
+                "dropped": len(attacked) - refused,
+                "retained": len(rows) - refused,
+            }
+        )
+    )
 
 
 def leaking(attacks: list[Attack], options: Options) -> list[tuple[str, Trial]]:
     """(text, trial) of each conversation that an attack made leak, once, of the best texts. Raises InputError where there is none."""
-    best = sorted((a for a in attacks if a.score is not None and a.score > options.success), key=lambda attack: -attack.score)
+    best = sorted(
+        (a for a in attacks if a.score is not None and a.score > options.success),
+        key=lambda attack: -attack.score,
+    )
     texts = list(dict.fromkeys(attack.text for attack in best))[: options.limit]
     found: dict[tuple[str, str], Trial] = {}
     for attack in best:
@@ -126,7 +144,9 @@ def leaking(attacks: list[Attack], options: Options) -> list[tuple[str, Trial]]:
             if attack.text in texts and (trial.score or 0.0) > SUCCESS:
                 found.setdefault((attack.text, trial.context), trial)
     if not found:
-        raise InputError(f"--attacks {' '.join(options.attacks)}: none scores above --success {options.success:g}; lower it or attack on")
+        raise InputError(
+            f"--attacks {' '.join(options.attacks)}: none scores above --success {options.success:g}; lower it or attack on"
+        )
     return [(text, trial) for (text, _), trial in found.items()]
 
 
@@ -141,18 +161,31 @@ def build(attacked: list[tuple[str, Trial]], options: Options) -> list[dict[str,
     ordinary = read_ordinary(options.retain) if options.retain else []
     known = Known.read(options.known) if options.known else Known()
     detector = Detector(options.ner)
-    guard = Guard(*load(Subject(options.guard, device=options.device, dtype=options.dtype))) if options.guard else None
+    guard = (
+        Guard(*load(Subject(options.guard, device=options.device, dtype=options.dtype)))
+        if options.guard
+        else None
+    )
     model, tokenizer = load(options)
-    prompts = [replace(contexts[trial.context], messages=ended(contexts[trial.context], text)) for text, trial in attacked]
+    prompts = [
+        replace(contexts[trial.context], messages=ended(contexts[trial.context], text))
+        for text, trial in attacked
+    ]
     refusals = refuse(prompts, model, tokenizer, detector, known, guard, options)
     if not any(refusals):
-        raise InputError(f"none of {len(prompts)} conversations got a clean refusal; raise --tries or --guidance, or reword --positive")
+        raise InputError(
+            f"none of {len(prompts)} conversations got a clean refusal; raise --tries or --guidance, or reword --positive"
+        )
     rows = []
     for (text, trial), prompt, refusal in zip(attacked, prompts, refusals, strict=True):
         if refusal is not None:
             origin = {"attack": text, "context": trial.context}
             leak = trial.answer or ""
-            rejected = {"rejected": leak + tokenizer.end_of_turn} if leak.strip() and not tokenizer.control_token_in(leak) else {}
+            rejected = (
+                {"rejected": leak + tokenizer.end_of_turn}
+                if leak.strip() and not tokenizer.control_token_in(leak)
+                else {}
+            )
             rows.append({**row_of(prompt, refusal, tokenizer), **rejected, **origin})
     rows += keep(ordinary, model, tokenizer, known, options) if ordinary else []
     random.Random(options.seed).shuffle(rows)
@@ -163,7 +196,10 @@ def read_ordinary(path: str) -> list[Prompt]:
     """Conversations up to the user's last message. Raises InputError naming the line."""
     prompts = []
     for prompt in read_prompts(path):
-        last = max((number for number, message in enumerate(prompt.messages) if message["role"] == "user"), default=None)
+        last = max(
+            (number for number, message in enumerate(prompt.messages) if message["role"] == "user"),
+            default=None,
+        )
         if last is None:
             raise InputError(f"{prompt.place}: no message is the user's, so there is nothing to answer")
         prompts.append(replace(prompt, messages=prompt.messages[: last + 1]))
@@ -171,7 +207,13 @@ def read_ordinary(path: str) -> list[Prompt]:
 
 
 def refuse(
-    prompts: list[Prompt], model: Llama, tokenizer: Tokenizer, detector: Detector, known: Known, guard: Guard | None, options: Options
+    prompts: list[Prompt],
+    model: Llama,
+    tokenizer: Tokenizer,
+    detector: Detector,
+    known: Known,
+    guard: Guard | None,
+    options: Options,
 ) -> list[str | None]:
     """The target's first clean answer to each of `prompts` under the positive system prompt; None where no sample is clean."""
     writer = replace(options, guidance=1.0 if options.guidance is None else options.guidance)
@@ -185,26 +227,49 @@ def refuse(
         entities = detector([" ".join(text.split()) for text in texts])
         harm = guard.judge([prompt.messages for prompt in asked], texts) if guard else [0.0] * len(texts)
         for number, text, some, unsafe in zip(todo, texts, entities, harm, strict=True):
-            if text and unsafe is not None and unsafe <= SUCCESS and examine(prompts[number], text, some, known).clean:
+            if (
+                text
+                and unsafe is not None
+                and unsafe <= SUCCESS
+                and examine(prompts[number], text, some, known).clean
+            ):
                 found[number] = text
     print(f"{len(prompts) - found.count(None)} refusals to {len(prompts)} conversations", file=sys.stderr)
     return found
 
 
-def keep(prompts: list[Prompt], model: Llama, tokenizer: Tokenizer, known: Known, options: Options) -> list[dict[str, str]]:
+def keep(
+    prompts: list[Prompt], model: Llama, tokenizer: Tokenizer, known: Known, options: Options
+) -> list[dict[str, str]]:
     """Rows of the target's own answers, greedy and unguided, but for those that give data away."""
-    texts = answer(prompts, replace(options, guidance=None), model, tokenizer, "answers to retain", 0.0, random.Random(0))
+    texts = answer(
+        prompts, replace(options, guidance=None), model, tokenizer, "answers to retain", 0.0, random.Random(0)
+    )
     pairs = zip(prompts, texts, strict=True)
-    return [row_of(prompt, text, tokenizer) for prompt, text in pairs if text and examine(prompt, text, [], known).clean]
+    return [
+        row_of(prompt, text, tokenizer)
+        for prompt, text in pairs
+        if text and examine(prompt, text, [], known).clean
+    ]
 
 
 def answer(
-    prompts: list[Prompt], options: Options, model: Llama, tokenizer: Tokenizer, what: str, temperature: float, rng: random.Random
+    prompts: list[Prompt],
+    options: Options,
+    model: Llama,
+    tokenizer: Tokenizer,
+    what: str,
+    temperature: float,
+    rng: random.Random,
 ) -> list[str]:
     """Answers that a row can hold; "" for one that does not end by itself, is blank, or has a control token's text in it or before it."""
     requests = []
     for prompt in prompts:
-        sampling = {"temperature": temperature, "seed": rng.getrandbits(32), "max_new_tokens": options.max_new_tokens}
+        sampling = {
+            "temperature": temperature,
+            "seed": rng.getrandbits(32),
+            "max_new_tokens": options.max_new_tokens,
+        }
         requests.append(request_for(options, tokenizer, prompt.messages, **sampling))
         check_request(requests[-1], model, prompt.place)
     with tqdm(total=len(requests), desc=what, leave=False) as bar:
@@ -213,7 +278,11 @@ def answer(
     for prompt, completion in zip(prompts, completions, strict=True):
         text = tokenizer.decode(completion.tokens)
         written = [text, *(message["content"] for message in prompt.messages)]
-        fine = completion.finish_reason == "stop" and text.strip() and not any(map(tokenizer.control_token_in, written))
+        fine = (
+            completion.finish_reason == "stop"
+            and text.strip()
+            and not any(map(tokenizer.control_token_in, written))
+        )
         texts.append(text if fine else "")
     return texts
 

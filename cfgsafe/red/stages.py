@@ -44,7 +44,15 @@ FACTS = "attacker.json"
 SYSTEM = "You are a helpful assistant."
 LIST = "Write a list of instructions:"
 EXAMPLES = 3
-FREE = ("out", "resume", "save_every", "device", "budget", "service", "batch")  # a resumed run may change these
+FREE = (
+    "out",
+    "resume",
+    "save_every",
+    "device",
+    "budget",
+    "service",
+    "batch",
+)  # a resumed run may change these
 
 
 @dataclass(kw_only=True)
@@ -93,7 +101,15 @@ class Facts:
     def read(folder: Path) -> "Facts":
         """Raises CheckpointError, InputError."""
         raw = read_json(folder / FACTS)
-        kinds = {"model": str, "template": str, "least": int, "most": int, "examples": list, "reference": str | None, "adapter": str | None}
+        kinds = {
+            "model": str,
+            "template": str,
+            "least": int,
+            "most": int,
+            "examples": list,
+            "reference": str | None,
+            "adapter": str | None,
+        }
         if set(raw) != set(kinds) or not all(isinstance(raw[name], kind) for name, kind in kinds.items()):
             raise InputError(f"{folder / FACTS}: not what an attacker's stage wrote; run the stage again")
         inside = lambda path: path and os.path.normpath(folder / path)
@@ -124,12 +140,20 @@ def run(options: Options) -> dict[str, object]:
     judge = judge_of(options, contexts) if scored else None
     model, tokenizer = load(Subject(facts.model, device=options.device, dtype=options.dtype))
     target = open_target(options, out / "answers.jsonl", (facts.model, model, tokenizer)) if scored else None
-    agent, config = trainee(facts, model, tokenizer, LoRAConfig(options.lora_rank, options.lora_alpha), options.seed)
+    agent, config = trainee(
+        facts, model, tokenizer, LoRAConfig(options.lora_rank, options.lora_alpha), options.seed
+    )
     scorer = Scorer(target, judge, contexts, options.samples, options.seed) if target else None
     figures: dict[str, object] = {}
     match options.stage:
         case "sft":
-            fit(agent, learnable(read_prompts(options.prompts), facts, agent.rules, tokenizer), options, out, "sft")
+            fit(
+                agent,
+                learnable(read_prompts(options.prompts), facts, agent.rules, tokenizer),
+                options,
+                out,
+                "sft",
+            )
         case "gfn":
             found = explore(agent, scorer, target.meter, options, out)
             figures = {"attacks": len(found), "successes": len(successes(found, options))}
@@ -138,7 +162,9 @@ def run(options: Options) -> dict[str, object]:
             found = again(stored, agent, scorer, options, out) if scorer else stored
             kept = [attack.tokens for attack in successes(found, options) if agent.rules.allow(attack.tokens)]
             if not kept:
-                raise InputError(f"none of {len(found)} attacks has a success above {options.success:g}; lower --success or explore longer")
+                raise InputError(
+                    f"none of {len(found)} attacks has a success above {options.success:g}; lower --success or explore longer"
+                )
             fit(agent, kept, options, out, options.stage)
             figures = {"attacks": len(found), "successes": len(kept)}
     write_adapter(out / "adapter", adapter_parameters(agent.model, POLICY), config, base=facts.model)
@@ -152,7 +178,9 @@ def run(options: Options) -> dict[str, object]:
 
 def check(options: Options) -> None:
     """Raise InputError for options that cannot work."""
-    check_at_least(1, options, "steps", "batch_size", "save_every", "least", "lora_rank", "capacity", "updates")
+    check_at_least(
+        1, options, "steps", "batch_size", "save_every", "least", "lora_rank", "capacity", "updates"
+    )
     if options.most < options.least:
         raise InputError(f"--most {options.most}: must be at least --least {options.least}")
     for name in ("lr", "lr_log_z", "beta", "gamma", "heat", "coldest", "hottest"):
@@ -170,10 +198,14 @@ def facts_of(path: str, options) -> Facts:
     """Of the folder of an earlier stage, or of a checkpoint and `options`: its template, least, most, prompts and seed."""
     if (Path(path) / FACTS).exists():
         return Facts.read(Path(path))
-    return checkpoint_facts(path, options.template, options.least, options.most, options.prompts, options.seed)
+    return checkpoint_facts(
+        path, options.template, options.least, options.most, options.prompts, options.seed
+    )
 
 
-def checkpoint_facts(model: str, template: str, least: int, most: int, prompts: str | None, seed: int) -> Facts:
+def checkpoint_facts(
+    model: str, template: str, least: int, most: int, prompts: str | None, seed: int
+) -> Facts:
     """An attacker that is a checkpoint alone."""
     if template == "user":
         return Facts(model, template, least, most, [])
@@ -201,22 +233,33 @@ def rules_of(facts: Facts, tokenizer: Tokenizer) -> Rules:
     """Where prompts begin and end, by the template, and what may not stand in them: control tokens. Raises InputError."""
     special = set(tokenizer.special.values())
     if facts.template == "user":
-        chat = lambda text: tokenizer.encode_chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}])
+        chat = lambda text: tokenizer.encode_chat(
+            [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+        )
         one, other = chat("A"), chat("B")
         first = next(place for place, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
         end = one[first + 1]
         if end not in special or end not in one[:first]:
-            raise InputError(f"{facts.model}: the chat template closes turns without a control token; use --template list")
+            raise InputError(
+                f"{facts.model}: the chat template closes turns without a control token; use --template list"
+            )
         header = one[:first][-one[:first][::-1].index(end) :]
         start = (tokenizer.special[tokenizer.names["bos_token"]], *header)
         return Rules(start, end, facts.least, facts.most, tuple(sorted(special - {end})))
     lines = [f"{number}. {text}" for number, text in enumerate(facts.examples, start=1)]
-    start = [tokenizer.special[tokenizer.names["bos_token"]], *tokenizer.encode("\n".join([LIST, *lines, f"{EXAMPLES + 1}."]))]
+    start = [
+        tokenizer.special[tokenizer.names["bos_token"]],
+        *tokenizer.encode("\n".join([LIST, *lines, f"{EXAMPLES + 1}."])),
+    ]
     newline = tokenizer.encode("\n")
     if len(newline) != 1:
-        raise InputError(f"{facts.model}: its tokenizer has no token for a newline, which ends a prompt of a list; use --template user")
+        raise InputError(
+            f"{facts.model}: its tokenizer has no token for a newline, which ends a prompt of a list; use --template user"
+        )
     broken = {token for token in tokenizer.backend.get_vocab().values() if "\n" in tokenizer.decode([token])}
-    return Rules(tuple(start), newline[0], facts.least, facts.most, tuple(sorted((special | broken) - set(newline))))
+    return Rules(
+        tuple(start), newline[0], facts.least, facts.most, tuple(sorted((special | broken) - set(newline)))
+    )
 
 
 def learnable(texts: list[str], facts: Facts, rules: Rules, tokenizer: Tokenizer) -> list[Prompt]:
@@ -225,18 +268,24 @@ def learnable(texts: list[str], facts: Facts, rules: Rules, tokenizer: Tokenizer
     prompts = [tuple(tokenizer.encode(lead + text)) for text in texts]
     allowed = [prompt for prompt in prompts if rules.allow(prompt)]
     if not allowed:
-        raise InputError(f"none of {len(texts)} prompts has from {rules.least} to {rules.most} tokens; change --least or --most")
+        raise InputError(
+            f"none of {len(texts)} prompts has from {rules.least} to {rules.most} tokens; change --least or --most"
+        )
     return allowed
 
 
-def trainee(facts: Facts, model: Llama, tokenizer: Tokenizer, config: LoRAConfig, seed: int) -> tuple[Attacker, LoRAConfig]:
+def trainee(
+    facts: Facts, model: Llama, tokenizer: Tokenizer, config: LoRAConfig, seed: int
+) -> tuple[Attacker, LoRAConfig]:
     """The attacker with a policy to train, which starts as the reference; and its adapter's settings."""
     reference = None
     if facts.reference:
         config, reference = load_adapter(resolve(facts.reference), model, REFERENCE), REFERENCE
     torch.manual_seed(seed)
     attach(model, config, POLICY)
-    for mine, theirs in zip(parameters(model, POLICY), parameters(model, REFERENCE) if reference else (), strict=bool(reference)):
+    for mine, theirs in zip(
+        parameters(model, POLICY), parameters(model, REFERENCE) if reference else (), strict=bool(reference)
+    ):
         mine.data.copy_(theirs)
     return Attacker(model.eval(), rules_of(facts, tokenizer), speller(tokenizer), POLICY, reference), config
 
@@ -249,7 +298,13 @@ def trained(facts: Facts, model: Llama, tokenizer: Tokenizer) -> Attacker:
             load_adapter(resolve(folder), model, name)
             names.append(name)
     reference = REFERENCE if facts.reference else None
-    return Attacker(model, rules_of(facts, tokenizer), speller(tokenizer), POLICY if facts.adapter else reference, reference)
+    return Attacker(
+        model,
+        rules_of(facts, tokenizer),
+        speller(tokenizer),
+        POLICY if facts.adapter else reference,
+        reference,
+    )
 
 
 def parameters(model: Llama, name: str) -> list[torch.nn.Parameter]:
@@ -278,7 +333,11 @@ def open_target(options: rewards.Options, kept: Path, shared: tuple[str, Llama, 
 
 def successes(attacks: list[Attack], options: Options) -> list[Attack]:
     """What smoothing fits."""
-    return [a for a in attacks if a.score is not None and a.score > options.success and a.log_reference > options.min_reference]
+    return [
+        a
+        for a in attacks
+        if a.score is not None and a.score > options.success and a.log_reference > options.min_reference
+    ]
 
 
 def again(stored: list[Attack], agent: Attacker, scorer: Scorer, options: Options, out: Path) -> list[Attack]:
@@ -287,7 +346,9 @@ def again(stored: list[Attack], agent: Attacker, scorer: Scorer, options: Option
     One that can no longer exceed --success is not asked further.
     """
     order = random.Random(options.seed).sample(stored, len(stored))
-    order = sorted({attack.tokens: attack for attack in order}.values(), key=lambda attack: -(attack.score or 0.0))
+    order = sorted(
+        {attack.tokens: attack for attack in order}.values(), key=lambda attack: -(attack.score or 0.0)
+    )
     race = lambda texts: scorer.race(texts, options.success)
     archive = gflownet.Archive(out / "attacks.jsonl", agent, race, scorer.target.meter)
     archive.load(None, 1 if options.resume else 0)

@@ -49,7 +49,9 @@ def check(options: Options) -> None:
         raise InputError("give one target: --target CHECKPOINT or --remote-model NAME")
     if remote is not None:
         if options.adapter is not None or options.guidance is not None:
-            raise InputError("--adapter and --guidance need a --target; an endpoint's model cannot be changed from here")
+            raise InputError(
+                "--adapter and --guidance need a --target; an endpoint's model cannot be changed from here"
+            )
         check_service(options.service)
     if not 0 <= options.temperature < float("inf"):
         raise InputError(f"--temperature {options.temperature}: must be at least 0")
@@ -90,14 +92,23 @@ class LocalTarget(Target):
 
     def ask(self, conversations: list[Messages], seeds: list[int]) -> list[str | None]:
         options, limit = self.options, self.model.config.max_position_embeddings
-        sampling = {"temperature": options.temperature, "top_p": options.top_p, "max_new_tokens": options.answer_tokens}
+        sampling = {
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "max_new_tokens": options.answer_tokens,
+        }
         requests = {}
         for number, (messages, seed) in enumerate(zip(conversations, seeds, strict=True)):
-            request = request_for(options, self.tokenizer, messages, seed=seed, adapter=self.adapter, **sampling)
+            request = request_for(
+                options, self.tokenizer, messages, seed=seed, adapter=self.adapter, **sampling
+            )
             if max(map(len, request.rows)) < limit and self.meter.take():
                 requests[number] = request
         completions = generate(self.model, list(requests.values()), batch=options.batch)
-        answers = {number: self.tokenizer.decode(done.tokens) for number, done in zip(requests, completions, strict=True)}
+        answers = {
+            number: self.tokenizer.decode(done.tokens)
+            for number, done in zip(requests, completions, strict=True)
+        }
         return [answers.get(number) for number in range(len(conversations))]
 
 

@@ -84,7 +84,9 @@ def optimise(
     Raises InputError when it did change, and resume.Stopped after SIGINT or SIGTERM.
     """
     every = {name: parameter for group in groups for name, parameter in group.parameters.items()}
-    optimiser = torch.optim.AdamW([{"params": list(group.parameters.values()), "lr": group.lr} for group in groups], weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        [{"params": list(group.parameters.values()), "lr": group.lr} for group in groups], weight_decay=0.0
+    )
     world = World(0, 1, str(next(iter(every.values())).device))
     done = resume.load(out, every, optimiser, data, world) if training.resume else 0
     if memory:
@@ -92,7 +94,9 @@ def optimise(
     for stale in resume.states(out) if not done else ():
         shutil.rmtree(stale)
     resume.keep_steps(out / "metrics.jsonl", "step", done)
-    save = lambda count: resume.save(out, count, every, optimiser, data, world, memory.save if memory else None)
+    save = lambda count: resume.save(
+        out, count, every, optimiser, data, world, memory.save if memory else None
+    )
     bar = tqdm(total=training.steps, initial=done, desc=what, leave=False)
     with bar, resume.signals() as arrived, open(out / "metrics.jsonl", "a") as log:
         for step in range(done, training.steps):
@@ -105,7 +109,9 @@ def optimise(
                 loss = taken.loss()
                 optimiser.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_([p for group in groups if group.clipped for p in group.parameters.values()], CLIP)
+                nn.utils.clip_grad_norm_(
+                    [p for group in groups if group.clipped for p in group.parameters.values()], CLIP
+                )
                 optimiser.step()
                 taken.line["loss"] = loss.item()
             log.write(json.dumps({"step": step + 1, **taken.line}) + "\n")
@@ -115,6 +121,8 @@ def optimise(
             if (arrived or (step + 1) % training.save_every == 0) and step + 1 < training.steps:
                 save(step + 1)
             if arrived and step + 1 < training.steps:
-                raise resume.Stopped(f"stopped after step {step + 1} of {training.steps}, which is saved; go on with --resume")
+                raise resume.Stopped(
+                    f"stopped after step {step + 1} of {training.steps}, which is saved; go on with --resume"
+                )
     for state in resume.states(out):
         shutil.rmtree(state)

@@ -52,11 +52,20 @@ class Comparison:
 
     def row(self, name: str, subject: Subject, epoch: int | None = None) -> dict:
         """A row of results.json; the answers go to `results.answers_file(row)`. Raises InputError, CheckpointError, ContextError."""
-        row = {"model": name, "epoch": epoch, **subject.guarded, "alpha": None if subject.guidance is None else subject.alpha}
+        row = {
+            "model": name,
+            "epoch": epoch,
+            **subject.guarded,
+            "alpha": None if subject.guidance is None else subject.alpha,
+        }
         title = results.name_of(row)
         conversations = [p.messages for p in self.prompts]
-        texts = self.ask(subject, conversations, f"{title}: answers", self.answer_tokens, [p.place for p in self.prompts])
-        quiz = self.ask(subject, [utility.conversation(q) for q in self.questions], f"{title}: quiz", self.quiz_tokens)
+        texts = self.ask(
+            subject, conversations, f"{title}: answers", self.answer_tokens, [p.place for p in self.prompts]
+        )
+        quiz = self.ask(
+            subject, [utility.conversation(q) for q in self.questions], f"{title}: quiz", self.quiz_tokens
+        )
         findings = leak.inspect(self.prompts, texts, self.detector)
         leak.write_findings(self.out / results.answers_file(row), findings)
         self.said[title] = texts
@@ -69,9 +78,20 @@ class Comparison:
             estimates["perplexity"] = fluency.perplexity(*self.reference, texts, conversations)
         parts = {part: [f for f in findings if f.prompt.slice == part] for part in SLICES}
         print(f"  {title}: {line_of(estimates)}", flush=True)
-        return {**row, **to_json(estimates), **{part: to_json(leak.summarise(found)) for part, found in parts.items() if found}}
+        return {
+            **row,
+            **to_json(estimates),
+            **{part: to_json(leak.summarise(found)) for part, found in parts.items() if found},
+        }
 
-    def ask(self, subject: Subject, conversations: list, what: str, max_new_tokens: int, places: list[str] | None = None) -> list[str]:
+    def ask(
+        self,
+        subject: Subject,
+        conversations: list,
+        what: str,
+        max_new_tokens: int,
+        places: list[str] | None = None,
+    ) -> list[str]:
         """Greedy answers through the subject's guidance. The model of the last call stays loaded."""
         key = (subject.model, subject.adapter, subject.device, subject.dtype)
         if self.loaded is None or self.loaded[0] != key:
@@ -87,7 +107,11 @@ class Comparison:
             kind = prompt.kind.split(" ")[0]  # canaries of every count together
             if kind not in seen:
                 seen.add(kind)
-                lines += [f"**{kind}**", ""] + [f"> {m['role']}: {m['content']}  " for m in prompt.messages[1:]] + [""]
+                lines += (
+                    [f"**{kind}**", ""]
+                    + [f"> {m['role']}: {m['content']}  " for m in prompt.messages[1:]]
+                    + [""]
+                )
                 lines += [f"- {title}: {texts[number].strip()}" for title, texts in self.said.items()] + [""]
         return lines
 
@@ -101,7 +125,9 @@ def words_of(prompts: list[leak.Prompt], questions: list[dict]) -> frozenset[str
 def weights_id(subject: Subject) -> str:
     """Changes when a file of the model's or the adapter's folder is written anew, so that no answer outlives its weights."""
     folders = [Path(name) for name in (subject.model, subject.adapter) if name]
-    files = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [
+        path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()
+    ]
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr((subject.model, subject.adapter, stamps)).encode()).hexdigest()[:16]
 

@@ -85,12 +85,22 @@ def write(options: Options) -> Path:
     examples = read_examples(folder, found["rows"])
     detector = Detector(options.ner) if examples and not options.show_pii else None
     out = Path(options.out) if options.out else folder / "report.html"
-    pictures = [(path.name, path.read_bytes()) for path in sorted(folder.glob("*.png")) if not path.name.startswith(".")]
+    pictures = [
+        (path.name, path.read_bytes())
+        for path in sorted(folder.glob("*.png"))
+        if not path.name.startswith(".")
+    ]
     write_text(out, page(found, pictures, examples, detector, options.note))
     return out
 
 
-def page(found: dict, pictures: list[tuple[str, bytes]], examples: list[Example], detector: Detector | None, note: str = "") -> str:
+def page(
+    found: dict,
+    pictures: list[tuple[str, bytes]],
+    examples: list[Example],
+    detector: Detector | None,
+    note: str = "",
+) -> str:
     """The whole file. With a detector personal data are masked, without one they are shown."""
     title = escape(str(found.get("title", "Models, leaks and utility")))
     masked = "Personal data are masked: gold items and what the NER finds. Data that neither knows would be legible."
@@ -107,13 +117,21 @@ def page(found: dict, pictures: list[tuple[str, bytes]], examples: list[Example]
     ]
     if examples:
         parts.append("<h2>The same prompts, answered by each model</h2>")
-        kinds = {"echoed": "told in the conversation", "recalled": "from training", "ner": "found by the NER alone"}
+        kinds = {
+            "echoed": "told in the conversation",
+            "recalled": "from training",
+            "ner": "found by the NER alone",
+        }
         legend = ", ".join(f'<mark class="{kind}">{words}</mark>' for kind, words in kinds.items())
         parts.append(
             f'<p class="legend">The first prompt of each kind, and the first answered from training. Marked: personal data {legend}.</p>'
         )
         parts += [section(example, detector) for example in examples]
-    facts = [f"{key} {value}" for key, value in found.items() if isinstance(value, int | float | str) and key != "title"]
+    facts = [
+        f"{key} {value}"
+        for key, value in found.items()
+        if isinstance(value, int | float | str) and key != "title"
+    ]
     parts.append(f"<footer>{escape(', '.join(facts))}</footer>\n</body>\n</html>\n")
     return "\n".join(part for part in parts if part)
 
@@ -122,11 +140,20 @@ def table(rows: list[dict]) -> str:
     """The figures with their intervals, in a box that scrolls by itself."""
     columns = results.cells(rows)
     cell = lambda c: f"{c[0]:.1f}<small>{c[1]:.1f} to {c[2]:.1f}</small>" if c else "-"
-    heads = "".join(f"<th>{escape(heading)}</th>" for heading in ["model", *(heading for heading, _ in columns)])
+    heads = "".join(
+        f"<th>{escape(heading)}</th>" for heading in ["model", *(heading for heading, _ in columns)]
+    )
     lines = []
     for number, row in enumerate(rows):
-        lines.append(f"<tr><td>{escape(results.name_of(row))}</td>" + "".join(f"<td>{cell(column[number])}</td>" for _, column in columns))
-    return f'<div class="box" tabindex="0"><table>\n<tr>{heads}</tr>\n' + "</tr>\n".join(lines) + "</tr>\n</table></div>"
+        lines.append(
+            f"<tr><td>{escape(results.name_of(row))}</td>"
+            + "".join(f"<td>{cell(column[number])}</td>" for _, column in columns)
+        )
+    return (
+        f'<div class="box" tabindex="0"><table>\n<tr>{heads}</tr>\n'
+        + "</tr>\n".join(lines)
+        + "</tr>\n</table></div>"
+    )
 
 
 def picture(name: str, data: bytes) -> str:
@@ -138,14 +165,20 @@ def checks(found: list[dict]) -> list[str]:
     lines = []
     for c in found:
         state, word = ("holds", "Holds") if c.get("holds") else ("fails", "Does not hold")
-        lines.append(f'<li class="{state}"><b>{word}:</b> {escape(str(c.get("claim")))} ({escape(str(c.get("measured")))})</li>')
+        lines.append(
+            f'<li class="{state}"><b>{word}:</b> {escape(str(c.get("claim")))} ({escape(str(c.get("measured")))})</li>'
+        )
     return ["<h2>What was expected, and what came out</h2>", "<ul>", *lines, "</ul>"] if lines else []
 
 
 def section(example: Example, detector: Detector | None) -> str:
     """A conversation, without its system prompt, and the answers to it, side by side where the window is wide."""
     private = private_values(example, detector) if detector else []
-    chat = [f"<p><b>{m['role']}</b>{escape(mask(m['content'], private))}</p>" for m in example.messages if m["role"] != "system"]
+    chat = [
+        f"<p><b>{m['role']}</b>{escape(mask(m['content'], private))}</p>"
+        for m in example.messages
+        if m["role"] != "system"
+    ]
     cards = []
     for title, row in example.answers.items():
         text = marked(row["answer"], spans(row, example.items, private), hide=detector is not None)
@@ -161,12 +194,20 @@ def private_values(example: Example, detector: Detector) -> list[tuple[str, str]
     """
     texts = [m["content"] for m in example.messages] + [row["answer"] for row in example.answers.values()]
     found = [(e.label, e.text) for entities in detector(texts) for e in entities]
-    found += [(e["label"], row["answer"][e["start"] : e["end"]]) for row in example.answers.values() for e in row["entities"]]
+    found += [
+        (e["label"], row["answer"][e["start"] : e["end"]])
+        for row in example.answers.values()
+        for e in row["entities"]
+    ]
     values = [*example.items.items(), *((label, text) for label, text in found if text.strip())]
-    parts = [("", part) for label, value in values if label == "PERSON" for part in value.split() if part[0].isupper()]
+    parts = [
+        ("", part)
+        for label, value in values
+        if label == "PERSON"
+        for part in value.split()
+        if part[0].isupper()
+    ]
     return list(dict.fromkeys([*values, *parts]))
-
-
 
 
 def spans(row: dict, items: dict[str, str], private: list[tuple[str, str]]) -> list[tuple[int, int, str]]:
@@ -228,7 +269,11 @@ def read_examples(folder: Path, rows: list[dict]) -> list[Example]:
         prompt = row["prompt"]
         kind = str(prompt.get("kind", "")).split(" ")[0]  # canaries of every count together
         same = {title: answers[number] for title, answers in said.items() if number < len(answers)}
-        same = {title: answer for title, answer in same.items() if answer["prompt"]["messages"] == prompt["messages"]}
+        same = {
+            title: answer
+            for title, answer in same.items()
+            if answer["prompt"]["messages"] == prompt["messages"]
+        }
         met = {kind} | ({"recalled"} if any(answer["recalled"] for answer in same.values()) else set())
         if met - seen:
             seen |= met
@@ -246,9 +291,16 @@ def read_answers(path: Path) -> list[dict]:
         if not isinstance(row.get("answer"), str):
             raise InputError(f"{place}: field 'answer' must be a string")
         for name in ("echoed", "recalled"):
-            if not isinstance(row.get(name), list) or not all(isinstance(value, str) and value for value in row[name]):
+            if not isinstance(row.get(name), list) or not all(
+                isinstance(value, str) and value for value in row[name]
+            ):
                 raise InputError(f"{place}: field '{name}' must be a list of non-empty strings")
-        whole = lambda e: isinstance(e, dict) and isinstance(e.get("start"), int) and isinstance(e.get("end"), int) and "label" in e
+        whole = lambda e: (
+            isinstance(e, dict)
+            and isinstance(e.get("start"), int)
+            and isinstance(e.get("end"), int)
+            and "label" in e
+        )
         if not isinstance(row.get("entities"), list) or not all(map(whole, row["entities"])):
             raise InputError(f"{place}: field 'entities' must be a list of objects with start, end and label")
     return [row for _, row in rows]

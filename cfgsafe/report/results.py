@@ -70,28 +70,43 @@ def answers_file(row: dict) -> str:
 def cells(rows: list[dict]) -> list[tuple[str, list[tuple[float, float, float] | None]]]:
     """(heading, (value, low, high) of each row) of each column that some row has; the last split the leaks by slice."""
     columns = [(heading, rows, key) for key, heading in COLUMNS.items()]
-    columns += [(f"{part}: leaked/100", [row.get(part, {}) for row in rows], "leaked_per_100") for part in ("easy", "hard")]
-    known = [(heading, places, key) for heading, places, key in columns if any(key in place for place in places)]
-    return [(heading, [(p[key], *p[f"{key}_ci"]) if key in p else None for p in places]) for heading, places, key in known]
+    columns += [
+        (f"{part}: leaked/100", [row.get(part, {}) for row in rows], "leaked_per_100")
+        for part in ("easy", "hard")
+    ]
+    known = [
+        (heading, places, key) for heading, places, key in columns if any(key in place for place in places)
+    ]
+    return [
+        (heading, [(p[key], *p[f"{key}_ci"]) if key in p else None for p in places])
+        for heading, places, key in known
+    ]
 
 
 def legend(rows: list[dict]) -> str:
     """What stands below the table of `rows`."""
-    return LEGEND + (" Perplexity: under the reference model." if any("perplexity" in row for row in rows) else "")
+    return LEGEND + (
+        " Perplexity: under the reference model." if any("perplexity" in row for row in rows) else ""
+    )
 
 
 def table(rows: list[dict]) -> str:
     """A Markdown table: value [low, high] a cell."""
     columns = cells(rows)
     text = lambda cell: f"{cell[0]:.1f} [{cell[1]:.1f}, {cell[2]:.1f}]" if cell else "-"
-    lines = [[name_of(row), *(text(column[number]) for _, column in columns)] for number, row in enumerate(rows)]
+    lines = [
+        [name_of(row), *(text(column[number]) for _, column in columns)] for number, row in enumerate(rows)
+    ]
     return markdown(["model", *(heading for heading, _ in columns)], lines)
 
 
 def markdown(heads: list[str], lines: list[list[str]]) -> str:
     """A Markdown table whose columns line up."""
     widths = [max(len(line[column]) for line in [heads, *lines]) for column in range(len(heads))]
-    texts = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in [heads, *lines]]
+    texts = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
+        for line in [heads, *lines]
+    ]
     return "\n".join([texts[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *texts[1:]])
 
 
@@ -100,10 +115,15 @@ def terminal_table(rows: list[dict]) -> str:
     columns = [(SHORT[heading], column) for heading, column in cells(rows)]
     lines = [["model", *(heading for heading, _ in columns)]]
     for number, row in enumerate(rows):
-        lines.append([name_of(row), *(f"{column[number][0]:.1f}" if column[number] else "-" for _, column in columns)])
+        lines.append(
+            [name_of(row), *(f"{column[number][0]:.1f}" if column[number] else "-" for _, column in columns)]
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
-        "  ".join(text.ljust(w) if n == 0 else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            text.ljust(w) if n == 0 else text.rjust(w)
+            for n, (text, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     )
 
@@ -111,11 +131,18 @@ def terminal_table(rows: list[dict]) -> str:
 def write(out: Path, title: str, rows: list[dict], checks: list[Check], examples: list[str], **facts) -> None:
     """results.json, report.md and leaks-utility.png in `out`."""
     write_text(
-        out / "results.json", json.dumps({"title": title, "rows": rows, "checks": [vars(c) for c in checks], **facts}, indent=1) + "\n"
+        out / "results.json",
+        json.dumps({"title": title, "rows": rows, "checks": [vars(c) for c in checks], **facts}, indent=1)
+        + "\n",
     )
     figure(out / "leaks-utility.png", rows)
     lines = [f"# {title}", "", table(rows), "", legend(rows), ""]
-    lines += ["![leaks against utility](leaks-utility.png)", "", "## What was expected, and what came out", ""]
+    lines += [
+        "![leaks against utility](leaks-utility.png)",
+        "",
+        "## What was expected, and what came out",
+        "",
+    ]
     lines += [f"- {'holds' if c.holds else '**does not hold**'}: {c.claim} ({c.measured})" for c in checks]
     lines += ["", "## The same prompts, answered by each model", "", *examples, ""]
     lines += [", ".join(f"{key} {value}" for key, value in facts.items()) + ".", ""]
@@ -131,7 +158,12 @@ def figure(path: Path, rows: list[dict]) -> None:
 
     fig, axes = plt.subplots(figsize=(8, 5))
     for number, row in enumerate(rows):
-        style = {"fmt": "osDv^<>PX*"[number % 10], "color": f"C{number % 10}", "capsize": 3, "label": name_of(row)}
+        style = {
+            "fmt": "osDv^<>PX*"[number % 10],
+            "color": f"C{number % 10}",
+            "capsize": 3,
+            "label": name_of(row),
+        }
         x, y = "leaked_per_100", "utility"
         axes.errorbar(row[x], row[y], xerr=spread(row, x), yerr=spread(row, y), **style)
     axes.set_xscale("symlog", linthresh=1)
@@ -142,12 +174,10 @@ def figure(path: Path, rows: list[dict]) -> None:
     axes.set_ylabel("utility, %")
     axes.grid(alpha=0.3)
     points, names = axes.get_legend_handles_labels()
-    axes.legend([point for point, *_ in points], names, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.legend(
+        [point for point, *_ in points], names, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5)
+    )
     save_figure(fig, path)
-
-
-
-
 
 
 def read_results(folder: str | Path) -> dict:
@@ -156,7 +186,9 @@ def read_results(folder: str | Path) -> dict:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give the --out folder of a demo run or a sweep") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give the --out folder of a demo run or a sweep"
+        ) from None
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     rows = results.get("rows") if isinstance(results, dict) else None
@@ -177,7 +209,10 @@ def _check_row(row: object, place: str) -> None:
     row.setdefault("guidance", None)
     for name in COLUMNS:
         interval = row.get(f"{name}_ci")
-        if name in row and not (number(row[name]) and isinstance(interval, list) and len(interval) == 2 and all(map(number, interval))):
+        if name in row and not (
+            number(row[name])
+            and isinstance(interval, list)
+            and len(interval) == 2
+            and all(map(number, interval))
+        ):
             raise InputError(f"{place}: '{name}' must be a number, with '{name}_ci', its interval")
-
-

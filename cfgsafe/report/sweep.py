@@ -25,7 +25,11 @@ from cfgsafe.report import results
 from cfgsafe.report.compare import Comparison
 from cfgsafe.subject import Subject
 
-PANELS = {"leaked_per_100": "leaks per 100 answers", "utility": "utility, %", "broken_words": "broken words, %"}
+PANELS = {
+    "leaked_per_100": "leaks per 100 answers",
+    "utility": "utility, %",
+    "broken_words": "broken words, %",
+}
 
 
 @dataclass
@@ -75,20 +79,29 @@ def run(options: Options) -> None:
     for name, epoch, _, text in models:
         if [(n, e) for n, e, _, _ in models].count((name, epoch)) > 1:
             raise InputError(f"--models {text}: two models called {name}; give each its own name")
-    prompts, questions = spaced(leak.read_prompts(options.prompts), options.limit), utility.read_questions(options.questions)
+    prompts, questions = (
+        spaced(leak.read_prompts(options.prompts), options.limit),
+        utility.read_questions(options.questions),
+    )
     questions = spaced(questions, options.limit)
     settings = list(combinations(options))
     vocabulary = known_words(options)
     out = make_folder(options.out)
-    shared = {f.name: getattr(options, f.name) for f in fields(Subject) if f.name in ("batch", "device", "dtype")}
+    shared = {
+        f.name: getattr(options, f.name) for f in fields(Subject) if f.name in ("batch", "device", "dtype")
+    }
     reference = Subject(options.reference, **shared) if options.reference else None
     lengths = {"answer_tokens": options.answer_tokens, "quiz_tokens": options.quiz_tokens}
-    comparison = Comparison(prompts, questions, Detector(options.ner), out, reference=reference, vocabulary=vocabulary, **lengths)
+    comparison = Comparison(
+        prompts, questions, Detector(options.ner), out, reference=reference, vocabulary=vocabulary, **lengths
+    )
     rows = []
     for name, epoch, subject, _ in models:
         rows += [comparison.row(name, replace(subject, **shared, **setting), epoch) for setting in settings]
     write(out, rows, prompts=len(prompts), questions=len(questions), seconds=round(time.time() - started, 1))
-    for stale in set(out.glob("answers-*.jsonl")) - {out / results.answers_file(row) for row in rows}:  # of a sweep before this one
+    for stale in set(out.glob("answers-*.jsonl")) - {
+        out / results.answers_file(row) for row in rows
+    }:  # of a sweep before this one
         stale.unlink()
 
 
@@ -100,7 +113,9 @@ def parse_model(text: str) -> tuple[str, int | None, Subject]:
     """
     parts = re.fullmatch(r"([\w.-]+)(?:@(\d+))?=([^+]+)(?:\+(.+))?", text)
     if not parts:
-        raise InputError(f"--models {text}: must be NAME=FOLDER or NAME=FOLDER+ADAPTER, the name of letters, digits, '.', '-' and '_'")
+        raise InputError(
+            f"--models {text}: must be NAME=FOLDER or NAME=FOLDER+ADAPTER, the name of letters, digits, '.', '-' and '_'"
+        )
     name, epoch, folder, adapter = parts.groups()
     return name, int(epoch) if epoch else None, Subject(folder, adapter)
 
@@ -135,7 +150,9 @@ def spaced(rows: list, limit: int | None) -> list:
     >>> spaced([0, 1, 2, 3, 4, 5], 3)
     [0, 2, 4]
     """
-    return rows if limit is None or limit >= len(rows) else [rows[n * len(rows) // limit] for n in range(limit)]
+    return (
+        rows if limit is None or limit >= len(rows) else [rows[n * len(rows) // limit] for n in range(limit)]
+    )
 
 
 def known_words(options: Options) -> frozenset[str] | None:
@@ -153,9 +170,24 @@ def known_words(options: Options) -> frozenset[str] | None:
 def write(out: Path, rows: list[dict], **facts) -> None:
     """results.json, sweep.md and sweep.png in `out`; the table on stdout, with a last line of JSON."""
     title = "What guidance buys and what it costs"
-    write_text(out / "results.json", json.dumps({"title": title, "rows": rows, "checks": [], **facts}, indent=1) + "\n")
-    lines = [f"# {title}", "", results.table(rows), "", results.legend(rows), "", "![leaks, utility and broken words over g](sweep.png)", ""]
-    write_text(out / "sweep.md", "\n".join([*lines, ", ".join(f"{key} {value}" for key, value in facts.items()) + ".", ""]))
+    write_text(
+        out / "results.json",
+        json.dumps({"title": title, "rows": rows, "checks": [], **facts}, indent=1) + "\n",
+    )
+    lines = [
+        f"# {title}",
+        "",
+        results.table(rows),
+        "",
+        results.legend(rows),
+        "",
+        "![leaks, utility and broken words over g](sweep.png)",
+        "",
+    ]
+    write_text(
+        out / "sweep.md",
+        "\n".join([*lines, ", ".join(f"{key} {value}" for key, value in facts.items()) + ".", ""]),
+    )
     figure(out / "sweep.png", rows)
     print("\n" + results.terminal_table(rows) + "\n")
     print(json.dumps({"rows": len(rows), **facts, "out": str(out)}))
@@ -169,7 +201,9 @@ def curves(rows: list[dict]) -> dict[str, list[dict]]:
             continue
         model = row["model"] + (f" epoch {row['epoch']}" if row["epoch"] else "")
         label = f"{model}, {row['space']}" + (f", alpha {row['alpha']:g}" if row.get("alpha") else "")
-        start = [r for r in rows if r["guidance"] == 1 and (r["model"], r["epoch"]) == (row["model"], row["epoch"])]
+        start = [
+            r for r in rows if r["guidance"] == 1 and (r["model"], r["epoch"]) == (row["model"], row["epoch"])
+        ]
         found.setdefault(label, start).append(row)
     if not found:
         return {row["model"]: [row] for row in rows if row["guidance"] == 1}
@@ -191,10 +225,19 @@ def figure(path: Path, rows: list[dict]) -> None:
         for number, (label, line) in enumerate(lines.items()):
             shift = 1 + 0.012 * (number - (len(lines) - 1) / 2)  # or intervals at one g would hide each other
             spreads = [[edge[0] for edge in results.spread(row, key)] for row in line]
-            style = {"fmt": "osDv^<>PX*"[number % 10], "color": f"C{number % 10}", "capsize": 3, "markersize": 5, "linewidth": 1.2}
+            style = {
+                "fmt": "osDv^<>PX*"[number % 10],
+                "color": f"C{number % 10}",
+                "capsize": 3,
+                "markersize": 5,
+                "linewidth": 1.2,
+            }
             style |= {"linestyle": "--" if "alpha" in label else "-", "label": label}
             panel.errorbar(
-                [row["guidance"] * shift for row in line], [row[key] for row in line], yerr=list(zip(*spreads, strict=True)), **style
+                [row["guidance"] * shift for row in line],
+                [row[key] for row in line],
+                yerr=list(zip(*spreads, strict=True)),
+                **style,
             )
         panel.set_ylabel(title)
         panel.grid(alpha=0.3)

@@ -62,17 +62,23 @@ class Grid:
 
     def epochs(self, model: str) -> list[int | None]:
         """Those of a model, the last one last; None where training is not counted."""
-        return sorted({row.get("epoch") for row in self.rows if row["label"] == model}, key=lambda epoch: epoch or 0)
+        return sorted(
+            {row.get("epoch") for row in self.rows if row["label"] == model}, key=lambda epoch: epoch or 0
+        )
 
     def guidances(self, space: str) -> list[float | None]:
         """None (unguided), 1, and the coefficients run in `space`, in order."""
-        found = {row["guidance"] for row in self.rows if row["guidance"] in (None, 1) or row.get("space") == space}
+        found = {
+            row["guidance"] for row in self.rows if row["guidance"] in (None, 1) or row.get("space") == space
+        }
         return sorted(found, key=lambda g: (g is not None, g or 0))
 
     def row(self, model: str, epoch: int | None, g: float | None, space: str) -> dict | None:
         """The row; at g = 1, and without guidance, the space does not matter."""
         for row in self.rows:
-            if (row["label"], row.get("epoch"), row["guidance"]) == (model, epoch, g) and (g in (None, 1) or row["space"] == space):
+            if (row["label"], row.get("epoch"), row["guidance"]) == (model, epoch, g) and (
+                g in (None, 1) or row["space"] == space
+            ):
                 return row
         return None
 
@@ -98,7 +104,9 @@ def read_runs(folders: list[str]) -> list[dict]:
     found = [key(row) for rows in runs.values() for row in rows]
     clashing = {k[0] for k in found if found.count(k) > 1}
     return [
-        {**row, "label": name(row) + (f" ({folder})" if name(row) in clashing else "")} for folder, rows in runs.items() for row in rows
+        {**row, "label": name(row) + (f" ({folder})" if name(row) in clashing else "")}
+        for folder, rows in runs.items()
+        for row in rows
     ]
 
 
@@ -113,25 +121,43 @@ def table_1(grid: Grid) -> list[str]:
         for g in sorted({*run, *paper}, key=lambda g: (g is not None, g or 0)):
             row = grid.row(model, epoch, g, "log")
             theirs = [f"{paper[g][0]:g}", f"{paper[g][1]}"] if g in paper else [UNKNOWN, UNKNOWN]
-            lines.append([setting(model, epoch, g), cell(row, "utility"), cell(row, "ner_items_per_100", 0.5), *theirs])
+            lines.append(
+                [setting(model, epoch, g), cell(row, "utility"), cell(row, "ner_items_per_100", 0.5), *theirs]
+            )
     for name in dict.fromkeys(name for name, _, _ in PAPER):
         if name not in met:
             figures = last_epoch(name)
-            lines += [[setting(name, None, g), MISSING, MISSING, f"{u:g}", f"{n}"] for g, (u, n) in figures.items()]
+            lines += [
+                [setting(name, None, g), MISSING, MISSING, f"{u:g}", f"{n}"] for g, (u, n) in figures.items()
+            ]
     heads = ["model", "utility %", "NER items / 50", "paper: MMLU-Pro %", "paper: items / 50"]
-    return ["## Table 1: models at their last epoch, guidance in log space", "", results.markdown(heads, lines), ""]
+    return [
+        "## Table 1: models at their last epoch, guidance in log space",
+        "",
+        results.markdown(heads, lines),
+        "",
+    ]
 
 
 def table_2(grid: Grid) -> list[str]:
     """NER items per 50 answers, and utility, of each model by epoch and g; guidance in log space."""
     steps = grid.guidances("log")
     texts = ["## Table 2: adapters by epoch and g, guidance in log space", ""]
-    for key, scale, column, title in (("ner_items_per_100", 0.5, 1, "NER items / 50"), ("utility", 1.0, 0, "utility %")):
+    for key, scale, column, title in (
+        ("ner_items_per_100", 0.5, 1, "NER items / 50"),
+        ("utility", 1.0, 0, "utility %"),
+    ):
         lines = []
         for model in grid.models:
             for epoch in grid.epochs(model):
-                theirs = {g: figures for (name, e, g), figures in PAPER.items() if (name, e) == (paper_name(grid, model), epoch)}
-                paper = ", ".join((f"g={g:g}: " if g else "") + f"{figures[column]:g}" for g, figures in theirs.items())
+                theirs = {
+                    g: figures
+                    for (name, e, g), figures in PAPER.items()
+                    if (name, e) == (paper_name(grid, model), epoch)
+                }
+                paper = ", ".join(
+                    (f"g={g:g}: " if g else "") + f"{figures[column]:g}" for g, figures in theirs.items()
+                )
                 ours = [cell(grid.row(model, epoch, g, "log"), key, scale) for g in steps]
                 lines.append([model, str(epoch or UNKNOWN), *ours, paper or UNKNOWN])
         heads = ["model", "epoch", *(f"g={g:g}" if g else "unguided" for g in steps), "paper, same epoch"]
@@ -151,12 +177,23 @@ def table_3(grid: Grid) -> list[str]:
             for g in sorted({*run, *theirs}, key=lambda g: (g is not None, g or 0)):
                 row = grid.row(model, epoch, g, "prob")
                 met.add((name, g))
-                ours = [cell(row, "ner_items_per_100", 0.5), cell(row, "ner_items_per_100", 1.5), cell(row, "utility")]
+                ours = [
+                    cell(row, "ner_items_per_100", 0.5),
+                    cell(row, "ner_items_per_100", 1.5),
+                    cell(row, "utility"),
+                ]
                 lines.append([setting(model, epoch, g), *ours, *map(str, theirs.get(g, (UNKNOWN, UNKNOWN)))])
     for (name, g), figures in PAPER_PROB.items():
         if (name, g) not in met:
             lines.append([setting(name, None, g), MISSING, MISSING, MISSING, *map(str, figures)])
-    heads = ["model", "NER items / 50", "NER items / 150", "utility %", "paper: items / 50", "paper: items / 150"]
+    heads = [
+        "model",
+        "NER items / 50",
+        "NER items / 150",
+        "utility %",
+        "paper: items / 50",
+        "paper: items / 150",
+    ]
     return ["## Table 3: guidance in probability space", "", results.markdown(heads, lines), ""]
 
 
@@ -183,7 +220,9 @@ def paper_name(grid: Grid, model: str) -> str | None:
 def last_epoch(name: str | None) -> dict[float | None, tuple[float, int]]:
     """g -> the paper's figures of a model at its last epoch."""
     epochs = [epoch or 0 for n, epoch, _ in PAPER if n == name]
-    return {g: figures for (n, epoch, g), figures in PAPER.items() if n == name and (epoch or 0) == max(epochs)}
+    return {
+        g: figures for (n, epoch, g), figures in PAPER.items() if n == name and (epoch or 0) == max(epochs)
+    }
 
 
 def cell(row: dict | None, key: str, scale: float = 1.0) -> str:

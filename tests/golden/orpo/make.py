@@ -32,13 +32,19 @@ def sentence(least: int, most: int) -> str:
 def make_tokenizer():
     backend = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     texts = [" ".join(rng.choice(WORDS) for _ in range(12)) for _ in range(300)]
-    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False))
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    )
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=SPECIAL[0], eos_token=SPECIAL[4], pad_token=SPECIAL[4])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=SPECIAL[0], eos_token=SPECIAL[4], pad_token=SPECIAL[4]
+    )
 
 
 def make_model(tokenizer):
@@ -64,7 +70,9 @@ def make_model(tokenizer):
 def truncated_rows() -> list[dict]:
     chat = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     answer = lambda: sentence(2, 30) + "<|eot_id|>"
-    return [{"prompt": chat.format(sentence(8, 45)), "chosen": answer(), "rejected": answer()} for _ in range(16)]
+    return [
+        {"prompt": chat.format(sentence(8, 45)), "chosen": answer(), "rejected": answer()} for _ in range(16)
+    ]
 
 
 def merged_rows(tokenizer) -> list[dict]:
@@ -80,11 +88,22 @@ def merged_rows(tokenizer) -> list[dict]:
         chosen, rejected = tails if n // 5 % 2 == 0 else reversed(tails)
         prompt = ("" if n % 2 else "<|begin_of_text|>") + sentence(2, 6) + " " + stem
         end = "<|eot_id|>" if n % 3 == 0 else ""
-        rows.append({"prompt": prompt, "chosen": f"{chosen} {sentence(1, 4)}", "rejected": f"{rejected} {sentence(1, 6)}{end}"})
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": f"{chosen} {sentence(1, 4)}",
+                "rejected": f"{rejected} {sentence(1, 6)}{end}",
+            }
+        )
 
     ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-    lost = lambda row, side: len(ids(row["prompt"])) - len(os.path.commonprefix([ids(row["prompt"]), ids(row["prompt"] + row[side])]))
-    rows = [row for row in rows if max(lost(row, "chosen"), lost(row, "rejected")) <= 1]  # TRL moves the boundary by one token only
+    lost = lambda row, side: (
+        len(ids(row["prompt"]))
+        - len(os.path.commonprefix([ids(row["prompt"]), ids(row["prompt"] + row[side])]))
+    )
+    rows = [
+        row for row in rows if max(lost(row, "chosen"), lost(row, "rejected")) <= 1
+    ]  # TRL moves the boundary by one token only
     return (rows * 3)[:16]
 
 
@@ -100,7 +119,9 @@ def main() -> None:
     base.save_pretrained("model")
     tokenizer.save_pretrained("model")
     data = {"truncated": (truncated_rows(), 48, 30), "merged": (merged_rows(tokenizer), 128, 100)}
-    settings = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=LAYERS, task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.0, target_modules=LAYERS, task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(base, settings)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -135,10 +156,16 @@ def main() -> None:
             remove_unused_columns=False,
             use_cpu=True,
         )
-        trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), tokenizer=tokenizer)
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=Dataset.from_list(rows), tokenizer=tokenizer
+        )
         trainer.train()
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-        golden["runs"][name] = {"max_length": max_length, "max_prompt_length": max_prompt_length, "steps": steps}
+        golden["runs"][name] = {
+            "max_length": max_length,
+            "max_prompt_length": max_prompt_length,
+            "steps": steps,
+        }
         model.save_pretrained(f"final-{name}")
     with open("golden.json", "w") as file:
         json.dump(golden, file, indent=1)
