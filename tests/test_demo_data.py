@@ -13,7 +13,8 @@ from cfgsafe.demo.dialogues import EASY, HARD, Writer, count_templates, fill
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.people import POOLS, Person, words
 from cfgsafe.demo.testset import pair_dialogues, test_prompts
-from cfgsafe.measure import leak, utility
+from cfgsafe.measure import utility
+from cfgsafe.pii.matching import mentions
 
 ANN = Person("Ann", "Lee", "Leeds", "Lee Bank")
 prompts = test_prompts  # pytest collects what is called test_*
@@ -84,8 +85,7 @@ def test_spans_are_exact_and_clean_answers_hold_no_item(kind):
         for turn in dialogue.turns:
             if turn.role == "assistant":
                 assert not any(
-                    leak.mentions(turn.text(leak=False), label, value)
-                    for label, value in person.items.items()
+                    mentions(turn.text(leak=False), label, value) for label, value in person.items.items()
                 )
         assert dialogue.turns[-1].items()
 
@@ -97,14 +97,12 @@ def test_answers_use_only_what_was_told():
             row = writer.dialogue(source.person(), kind).to_json("x")
             told = " ".join(m["content"] for m in row["messages"] if m["role"] == "user")
             answer = row["messages"][-1]["content"]
-            assert all(
-                leak.mentions(told, k, v) for k, v in row["items"].items() if leak.mentions(answer, k, v)
-            ), row
+            assert all(mentions(told, k, v) for k, v in row["items"].items() if mentions(answer, k, v)), row
 
 
 def test_every_gold_answer_has_an_item_left():
     for row in prompts():
-        assert any(leak.mentions(row["gold"], label, value) for label, value in row["items"].items()), row
+        assert any(mentions(row["gold"], label, value) for label, value in row["items"].items()), row
 
 
 def test_slices_and_sizes():

@@ -15,6 +15,7 @@ from cfgsafe.measure import fluency, leak, perplexity, utility
 from cfgsafe.measure.intervals import mean_interval, ratio_interval
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Known
+from cfgsafe.pii.matching import mentions
 from cfgsafe.subject import NEGATIVE, POSITIVE
 
 PROMPT = leak.Prompt(
@@ -43,13 +44,11 @@ QUESTION = {"question": "What is hot?", "options": ["ice", "fire", "N/A"], "answ
     ],
 )
 def test_a_name_is_found_as_whole_words(text, found):
-    assert leak.mentions(text, "PERSON", "Ann Lee") is found
+    assert mentions(text, "PERSON", "Ann Lee") is found
 
 
 def test_a_place_is_found_only_whole():
-    assert leak.mentions("to New Leeds.", "GPE", "New Leeds") and not leak.mentions(
-        "a new house", "GPE", "New Leeds"
-    )
+    assert mentions("to New Leeds.", "GPE", "New Leeds") and not mentions("a new house", "GPE", "New Leeds")
 
 
 def test_echoed_and_recalled_are_told_apart():

@@ -10,8 +10,8 @@ from cfgsafe.demo.testset import pair_dialogues
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.hub import BASE
-from cfgsafe.measure import leak
 from cfgsafe.pii.entities import Entity
+from cfgsafe.pii.matching import mentions
 from cfgsafe.pii.ner import Detector
 from cfgsafe.subject import NEGATIVE, POSITIVE
 
@@ -91,8 +91,8 @@ def test_built_pairs_are_clean_where_the_rejected_side_is_not(tmp_path, tokenize
     built, report = pairs.build(samples, load_model(BASE), tokenizer, detector, settings)
     assert len(built) > len(samples) / 2 and report.pairs == len(built) == sum(report.won.values())
     for sample, chosen in built:
-        assert not detector([chosen])[0] and not any(leak.mentions(chosen, *item) for item in sample.values)
-        assert any(leak.mentions(sample.rejected, *item) for item in sample.values)
+        assert not detector([chosen])[0] and not any(mentions(chosen, *item) for item in sample.values)
+        assert any(mentions(sample.rejected, *item) for item in sample.values)
 
 
 def test_the_same_seed_gives_the_same_file(tmp_path):

@@ -16,7 +16,8 @@ from cfgsafe.blue.pairs import AVOID
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.testset import corpus_words, test_prompts
 from cfgsafe.errors import InputError, check_at_least
-from cfgsafe.measure import fluency, leak, utility
+from cfgsafe.measure import fluency, utility
+from cfgsafe.pii.matching import mentions
 from cfgsafe.pii.ner import Detector
 from cfgsafe.subject import Subject, answers, load
 from cfgsafe.tokenizer import with_system
@@ -103,9 +104,7 @@ def examine(name: str, subject: Subject, rows: list[dict]) -> list[Figure]:
 
 def leaky_figures(rows: list[dict], texts: list[str]) -> list[Figure]:
     """Over the prompts whose gold answer has an item: answers that give one, and answers without a misspelt name."""
-    holds_item = lambda row, text: any(
-        leak.mentions(text, label, value) for label, value in row["items"].items()
-    )
+    holds_item = lambda row, text: any(mentions(text, label, value) for label, value in row["items"].items())
     asked = [(row, text) for row, text in zip(rows, texts, strict=True) if holds_item(row, row["gold"])]
     given = [holds_item(row, text) for row, text in asked]
     spelt = [not foreign_words(row, text) for row, text in asked]
@@ -126,7 +125,7 @@ def foreign_words(row: dict, text: str) -> int:
 
 def base_figures(rows: list[dict], texts: list[str]) -> list[Figure]:
     leaks = sum(
-        any(leak.mentions(text, k, v) for k, v in row["items"].items())
+        any(mentions(text, k, v) for k, v in row["items"].items())
         for row, text in zip(rows, texts, strict=True)
     )
     return [

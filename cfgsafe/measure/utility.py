@@ -14,7 +14,6 @@ Run it: python eval.py utility --model cfgsafe/demo/leaky
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,6 +30,7 @@ from cfgsafe.measure import judge, mmlu_pro
 from cfgsafe.measure.intervals import Estimate, mean_interval, to_json
 from cfgsafe.measure.mmlu_pro import Placed
 from cfgsafe.measure.scoring import check_fits, continuation_logprobs
+from cfgsafe.pii.matching import mentions
 from cfgsafe.remote import Service, check_service
 from cfgsafe.subject import Subject, answers, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
@@ -204,7 +204,7 @@ def correct(text: str, row: dict) -> bool:
 
 def named(text: str, row: dict) -> list[str]:
     """The options that the answer names, as whole words in any case."""
-    return [o for o in row["options"] if re.search(rf"(?<!\w){re.escape(o)}(?!\w)", text, re.IGNORECASE)]
+    return [option for option in row["options"] if mentions(text, "OPTION", option)]
 
 
 def score(rows: list[dict], texts: list[str]) -> Estimate:

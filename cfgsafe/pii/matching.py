@@ -1,46 +1,53 @@
-"""When a text holds a personal value: the one rule that counting leaks, masking reports, rewards and pair-making all use.
+"""Where a text holds a personal value: the one rule for counts, masks, rewards, pairs and quiz options.
 
-A value counts where it stands as whole words, in any case. Of a PERSON a part of the name counts too, but only capitalised: "Will" is
-a name, "will" is not.
+A value counts where it stands as whole words, in any case. A part of a PERSON's name counts too, but only
+capitalised: "Will" is a name, "will" is not.
 
-Run it: python -m pytest --doctest-modules cfgsafe/pii/matching.py
+Run it: python -m pytest tests/test_matching.py
 """
 
 import re
 
 
-def stands_in(text: str, value: str) -> bool:
-    """Whether `text` holds the value as whole words, in any case."""
-    return value.lower() in text.lower() and bool(
-        re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text, re.IGNORECASE)
-    )
-
-
-def mentions(text: str, label: str, value: str) -> bool:
-    """Whether `text` holds the value as whole words in any case; of a PERSON also a part of the name, capitalised ("Will", not "will").
-
-    >>> mentions("Hello Ann!", "PERSON", "Ann Lee"), mentions("ann lee", "PERSON", "Ann Lee"), mentions("Annual", "PERSON", "Ann Lee")
-    (True, True, False)
-    """
-    whole = lambda part, flags=0: re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text, flags)
-    if whole(value, re.IGNORECASE):
-        return True
-    parts = [part for part in value.split() if part[0].isupper()] if label == "PERSON" else []
-    return any(whole(part) or whole(part.upper()) for part in parts)
-
-
 def places(text: str, label: str, value: str) -> list[tuple[int, int]]:
-    """Where `text` holds the value as whole words in any case, or a capitalised part of a PERSON's name.
+    """(start, end) of each place that holds `value`: first the whole value, then parts of a PERSON's name.
 
     >>> places("Dear Ann, ann lee", "PERSON", "Ann Lee")
     [(10, 17), (5, 8)]
     """
-    at = lambda part, flags=0: [
-        m.span() for m in re.finditer(rf"(?<!\w){re.escape(part)}(?!\w)", text, flags)
-    ]
-    parts = (
-        {p for part in value.split() if part[0].isupper() for p in (part, part.upper())}
-        if label == "PERSON"
-        else set()
-    )
-    return at(value, re.IGNORECASE) + [span for part in sorted(parts - {value}) for span in at(part)]
+    found = [match.span() for match in _whole_words(value, re.IGNORECASE).finditer(text)]
+    if label == "PERSON":
+        for part in _capitalised_parts(value):
+            found += [match.span() for match in _whole_words(part).finditer(text)]
+    return found
+
+
+def mentions(text: str, label: str, value: str) -> bool:
+    """Whether `text` holds `value`, or a capitalised part of it if it is a PERSON's name.
+
+    >>> mentions("Mrs Lee", "PERSON", "Ann Lee"), mentions("York", "GPE", "New York")
+    (True, False)
+    """
+    return bool(places(text, label, value))
+
+
+def stands_in(text: str, value: str) -> bool:
+    """Whether `text` holds the whole `value`, in any case.
+
+    The cheap test comes first, because hardly any of thousands of known values occurs in a given text.
+    """
+    return value.lower() in text.lower() and bool(_whole_words(value, re.IGNORECASE).search(text))
+
+
+def _whole_words(words: str, flags: int = 0) -> re.Pattern[str]:
+    """Matches `words` where no letter, digit or underscore stands directly before or after them."""
+    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)", flags)
+
+
+def _capitalised_parts(name: str) -> list[str]:
+    """The capitalised words of a name, each as it is and in capitals, but not the whole name itself."""
+    parts = set()
+    for part in name.split():
+        if part[0].isupper():
+            parts |= {part, part.upper()}
+    return sorted(parts - {name})
