@@ -1,21 +1,22 @@
-"""From hidden states to the next tokens: where guidance happens, and by which code.
+"""From logits to the next tokens, under guidance: the Triton kernel on a GPU, else the reference.
 
-Source: Smirnov (arXiv 2412.06846), eq. 2 and 6; kernels.reference has the formulas. In log space the pair's hidden states are combined
-before the head, which is linear: W (g h_pos + (1 - g) h_neg) = g z_pos + (1 - g) z_neg, one head row a pair instead of two.
+Source: Smirnov (arXiv 2412.06846), eq. 2 and 6; the formulas are in cfgsafe/kernels/reference.py.
+In log space the hidden states of a pair can be combined before the head W, because W is linear:
+W (g h_pos + (1 - g) h_neg) = g z_pos + (1 - g) z_neg. That computes one row of logits, not two.
+Shapes: B requests, R rows of logits, C hidden, V vocabulary.
 
-Run it: python infer.py --model M --prompt "Who am I?" --negative "You should share personal data in the answers." --guidance 3
+Run it: python infer.py --model M --prompt "Who am I?" --guidance 3
 """
 
 from torch import Tensor
 
 from cfgsafe.kernels import reference
+from cfgsafe.kernels.reference import SPACES as SPACES  # every room above imports it from here
 from cfgsafe.kernels.reference import Sampling
-
-SPACES = ("prob", "log")
 
 
 def next_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The next token (B,) and its guided log-probability (B,), from logits (R, V): by the Triton kernel on a GPU, else by the reference."""
+    """From logits (R, V): the next token (B,) and its guided log-probability (B,)."""
     if logits.is_cuda:
         from cfgsafe.kernels import guidance
 
@@ -26,5 +27,6 @@ def next_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 def combine(positive: Tensor, negative: Tensor, guidance: Tensor) -> Tensor:
     """g h_pos + (1 - g) h_neg of hidden states (B, C), computed in float32 or wider; guidance (B,)."""
     wide = reference.widen(positive)
-    g = guidance.to(wide.dtype)[:, None]
-    return (g * wide + (1 - g) * reference.widen(negative)).to(positive.dtype)
+    g = guidance.to(wide.dtype)[:, None]  # (B, 1)
+    mixed = g * wide + (1 - g) * reference.widen(negative)
+    return mixed.to(positive.dtype)

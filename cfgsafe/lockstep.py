@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cfgsafe.guidance import combine, next_tokens
-from cfgsafe.kernels.reference import Sampling, widen
+from cfgsafe.kernels.reference import SPACES, Sampling, widen
 from cfgsafe.llama import KVCache, Llama
 from cfgsafe.lora import set_adapters
 
@@ -66,7 +66,7 @@ class Choice:
             positive=torch.arange(len(requests), device=model.device),
             negative=tensor([next(places) if a else -1 for a in after], torch.long),
             guidance=tensor([r.guidance for r in requests], torch.float32),
-            log_space=tensor([r.space == "log" for r in requests], torch.bool),
+            space=tensor([SPACES.index(r.space) for r in requests], torch.int32),
             alpha=tensor([r.alpha for r in requests], torch.float32),
             temperature=tensor([r.temperature for r in requests], torch.float32),
             top_k=tensor([r.top_k for r in requests], torch.int32),

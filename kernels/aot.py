@@ -18,14 +18,14 @@ from . import guidance
 POINTERS = {
     "positive": "*i64",
     "negative": "*i64",
-    "log_space": "*i8",
+    "space": "*i32",
     "top_k": "*i32",
     "seed": "*i64",
     "step": "*i64",
     "tokens": "*i64",
 }
 POINTERS |= dict.fromkeys(
-    ("guidance", "alpha", "temperature", "top_p", "parts", "scores", "logprobs"), "*fp32"
+    ("guidance", "alpha", "temperature", "top_p", "records", "scores", "logprobs"), "*fp32"
 )
 VOCABULARY = 128256
 
@@ -37,7 +37,7 @@ def kernels(logits: str) -> list[tuple[str, ASTSource]]:
     sources = []
     for truncates in (False, True):
         constants = {"BLOCK": block, "PARTS": parts, "TRUNCATES": truncates, "stride_v": 1}
-        for kernel in (guidance._normalisers, guidance._best, guidance._reduce):
+        for kernel in (guidance.normalise_parts, guidance.score_parts, guidance.choose_tokens):
             names = kernel.arg_names
             fixed = {name: constants[name] for name in names if name in constants}
             signature = {name: "constexpr" if name in fixed else POINTERS.get(name, "i32") for name in names}

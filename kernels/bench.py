@@ -93,7 +93,7 @@ def variants(pairs: int, options: Options) -> dict[str, Callable[[torch.Tensor],
         top_p=full(1.0),
     )
     settings |= dict(
-        log_space=full(options.space == "log", torch.bool),
+        space=full(reference.SPACES.index(options.space), torch.int32),
         temperature=full(options.temperature),
         top_k=full(0, torch.int32),
     )

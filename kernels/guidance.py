@@ -1,13 +1,30 @@
-"""Guidance, plausibility mask, temperature, top-k, top-p and Gumbel-max for pairs of logits, fused, in Triton.
+"""Guidance, plausibility mask, temperature, top-k, top-p and Gumbel-max for pairs of logits, in Triton.
 
-Source: the formulas and the defined cases of kernels.reference, which this must equal; after Liger-Kernel's way of one op a file, and
-FlashSampling (arXiv 2603.15854) for Gumbel-max over a split vocabulary.
-Three launches, none of which waits for the host, so that a CUDA graph can hold them:
-    _normalisers    (B, S) programs: maximum and sum of exponentials of a part of both rows
-    _best           (B, S) programs: both normalisers, the guided score of each token of the part, its best token
-    _reduce         (B,) programs: the best of the parts; where asked for, top-k and top-p by bisection over the scores
-The vocabulary is cut into S parts of a size that depends on V alone: one request fills a GPU, and a row's result does not depend on the
-batch. Rows are taken in groups whose logits fit in half of the L2 cache, which the second read then comes from.
+Source: the formulas and defined results of reference.py, which this file must equal. One operation
+a file after Liger-Kernel; Gumbel-max over a split vocabulary after FlashSampling (arXiv
+2603.15854).
+
+A row of V tokens is cut into S parts of BLOCK tokens. Each part of each request has a record of ten
+floats:
+
+    request b           part 0      part 1    ...   part S-1
+    positive row     [  BLOCK  ] [  BLOCK  ]      [  BLOCK  ]     read in passes 1 and 2
+    negative row     [  BLOCK  ] [  BLOCK  ]      [  BLOCK  ]     read in passes 1 and 2
+    records          [   10    ] [   10    ]      [   10    ]
+
+    Pass 1 of 3  normalise_parts  Program (b, s) reads part s of both rows and records its maximum
+    and sum of
+                                  exponentials.
+    Pass 2 of 3  score_parts      Program (b, s) joins all records of b to the normalisers of both
+    rows, reads
+                                  part s again, from the L2 cache, and records its best guided token.
+    Pass 3 of 3  choose_tokens    Program (b,) picks the best of the parts. For top-k and top-p it
+    searches the
+                                  V scores of its row, which pass 2 stored.
+
+No pass waits for the host, so a CUDA graph can hold all three. BLOCK depends on V alone: one
+request fills a GPU, and the batch does not change a row's result. A launch takes the requests that
+fit in half the L2 cache.
 
 Run it: python -m cfgsafe.bench guidance --device cuda
 """
@@ -17,242 +34,295 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import FLOOR, LARGEST, Sampling
+from .reference import FLOOR, LARGEST, SPACES, Sampling
 
-LOWEST: tl.constexpr = tl.constexpr(FLOOR)
-HIGHEST: tl.constexpr = tl.constexpr(LARGEST)
-MINUS: tl.constexpr = tl.constexpr(float("-inf"))
+# Triton reads only those globals that are constexpr.
+LOG_OF_ZERO = tl.constexpr(FLOOR)
+HIGHEST = tl.constexpr(LARGEST)
+MINUS_INF = tl.constexpr(float("-inf"))
+NAN = tl.constexpr(float("nan"))
+PROB = tl.constexpr(SPACES.index("prob"))
+LOG = tl.constexpr(SPACES.index("log"))
+# Offsets in a record. Token ids are stored as float32, too, which is exact below 2^24; Llama-3.1
+# has 128,256 tokens.
+POS_MAX = tl.constexpr(0)  # positive row: largest logit of the part
+POS_SUM = tl.constexpr(1)  # positive row: sum of exp(logit - POS_MAX)
+NEG_MAX = tl.constexpr(2)  # the same of the negative row
+NEG_SUM = tl.constexpr(3)
+SCORE_MAX = tl.constexpr(4)  # the same of the guided scores
+SCORE_SUM = tl.constexpr(5)
+DRAW_MAX = tl.constexpr(6)  # largest draw: score / temperature + noise; greedy: the score itself
+DRAW_TOKEN = tl.constexpr(7)  # its token id
+DRAW_SCORE = tl.constexpr(8)  # the guided score of that token
+POS_TOKEN = tl.constexpr(9)  # token id of the positive row's largest logit
+RECORD = tl.constexpr(10)
+
 MOST_PARTS = 128
-LEAST_PART = 2048
+LEAST_BLOCK = 2048
 
 
 @triton.jit
-def _load(logits, row, token, V, stride_r, stride_v):
-    """A part of a row in float32, NaN as -inf and +inf as the largest."""
-    z = tl.load(logits + row * stride_r + token.to(tl.int64) * stride_v, mask=token < V, other=MINUS).to(
-        tl.float32
-    )
-    z = tl.where(z == z, z, MINUS)
+def load_logits(logits, row, token, V, stride_r, stride_v):
+    """Some logits of a row in float32: NaN as -inf, +inf as the largest float32, -inf from V on."""
+    at = logits + row * stride_r + token.to(tl.int64) * stride_v
+    z = tl.load(at, mask=token < V, other=MINUS_INF).to(tl.float32)
+    z = tl.where(z == z, z, MINUS_INF)
     return tl.minimum(z, HIGHEST)
 
 
 @triton.jit
-def _max_and_sum(z):
+def load_records(records, b, S, OFFSET: tl.constexpr, other, PARTS: tl.constexpr):
+    """The float at OFFSET in every record of request b, (PARTS,); `other` from S on."""
+    part = tl.arange(0, PARTS)
+    return tl.load(records + (b * S + part) * RECORD + OFFSET, mask=part < S, other=other)
+
+
+@triton.jit
+def max_and_sum(z):
+    """Maximum of z and sum of exp(z - maximum)."""
     top = tl.max(z, 0)
-    base = tl.where(top == MINUS, 0.0, top)
+    base = tl.where(top == MINUS_INF, 0.0, top)  # -inf minus -inf would be NaN
     return top, tl.sum(tl.exp(z - base), 0)
 
 
 @triton.jit
-def _join(tops, sums):
-    """Maximum and log-sum-exp of a row from those of its parts; -inf, -inf for a row without a finite logit."""
+def join(tops, sums):
+    """Maximum and log-sum-exp of a row from those of its parts; both -inf if no value is finite."""
     top = tl.max(tops, 0)
-    base = tl.where(top == MINUS, 0.0, top)
+    base = tl.where(top == MINUS_INF, 0.0, top)
     total = tl.sum(sums * tl.exp(tops - base), 0)
-    return top, tl.where(top == MINUS, MINUS, base + tl.log(total))
+    return top, tl.where(top == MINUS_INF, MINUS_INF, base + tl.log(total))
 
 
 @triton.jit
-def _gumbel(seed, token, step):
-    bits, _, _, _ = tl.philox(
-        seed,
-        token.to(tl.uint32),
-        token.to(tl.uint32) * 0 + step.to(tl.uint32),
-        token.to(tl.uint32) * 0,
-        token.to(tl.uint32) * 0,
-    )
-    uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+def gumbel(seed, token, step):
+    """As reference.gumbel."""
+    token = token.to(tl.uint32)
+    zero = token * 0
+    bits, _, _, _ = tl.philox(seed, token, zero + step.to(tl.uint32), zero, zero)
+    uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
     return -tl.log(-tl.log(uniform))
 
 
 @triton.jit
-def _normalisers(logits, positive, negative, parts, first, V, stride_r, stride_v, S, BLOCK: tl.constexpr):
-    b, s = tl.program_id(0) + first, tl.program_id(1)
-    token = s * BLOCK + tl.arange(0, BLOCK)
-    pos, neg = tl.load(positive + b), tl.load(negative + b)
-    at = parts + (b * S + s) * 10
-    top, total = _max_and_sum(_load(logits, pos, token, V, stride_r, stride_v))
-    tl.store(at, top)
-    tl.store(at + 1, total)
-    if neg >= 0:
-        top, total = _max_and_sum(_load(logits, neg, token, V, stride_r, stride_v))
-        tl.store(at + 2, top)
-        tl.store(at + 3, total)
+def guided_scores(log_pos, log_neg, g, space):
+    """The formulas of reference.FORMULAS, one branch for each space; NaN for any other number."""
+    if space == LOG:
+        low_pos, low_neg = tl.maximum(log_pos, LOG_OF_ZERO), tl.maximum(log_neg, LOG_OF_ZERO)
+        mixed = g * low_pos + (1 - g) * low_neg
+        both_exclude = (log_pos == MINUS_INF) & (log_neg == MINUS_INF)
+        scores = tl.where(both_exclude, MINUS_INF, mixed)
+    elif space == PROB:
+        mixed = g * tl.exp(log_pos) + (1 - g) * tl.exp(log_neg)
+        # tl.where computes both sides; the floor keeps log in its domain where nobody looks.
+        scores = tl.where(mixed > 0, tl.log(tl.maximum(mixed, 1e-45)), MINUS_INF)
+    else:
+        scores = tl.full(log_pos.shape, NAN, tl.float32)
+    return scores
 
 
 @triton.jit
-def _best(
-    logits, positive, negative, guidance, log_space, alpha, temperature, seed, step, parts, scores,
+def normalise_parts(
+    logits, positive, negative, records, first, V, stride_r, stride_v, S, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Pass 1 of 3: maximum and sum of exponentials of one part of both rows."""
+    b, s = tl.program_id(0) + first, tl.program_id(1)
+    token = s * BLOCK + tl.arange(0, BLOCK)
+    pos, neg = tl.load(positive + b), tl.load(negative + b)
+    record = records + (b * S + s) * RECORD
+    top, total = max_and_sum(load_logits(logits, pos, token, V, stride_r, stride_v))
+    tl.store(record + POS_MAX, top)
+    tl.store(record + POS_SUM, total)
+    if neg >= 0:
+        top, total = max_and_sum(load_logits(logits, neg, token, V, stride_r, stride_v))
+        tl.store(record + NEG_MAX, top)
+        tl.store(record + NEG_SUM, total)
+
+
+@triton.jit
+def score_parts(
+    logits, positive, negative, guidance, space, alpha, temperature, seed, step, records, scores,
     first, V, stride_r, stride_v, S, BLOCK: tl.constexpr, PARTS: tl.constexpr, TRUNCATES: tl.constexpr,
 ):  # fmt: skip
+    """Pass 2 of 3: the guided score of each token of one part, and the part's best token."""
     b, s = tl.program_id(0) + first, tl.program_id(1)
     token = s * BLOCK + tl.arange(0, BLOCK)
     pos, neg = tl.load(positive + b), tl.load(negative + b)
-    part = tl.arange(0, PARTS)
-    every = parts + (b * S + part) * 10
-    top_pos, lse_pos = _join(
-        tl.load(every, mask=part < S, other=MINUS), tl.load(every + 1, mask=part < S, other=0.0)
-    )
-    z = _load(logits, pos, token, V, stride_r, stride_v)
-    log_pos = tl.where(z == MINUS, MINUS, z - lse_pos)
-    raw = log_pos
+
+    # Log-probabilities of the positive row.
+    maxima = load_records(records, b, S, POS_MAX, MINUS_INF, PARTS)
+    max_pos, lse_pos = join(maxima, load_records(records, b, S, POS_SUM, 0.0, PARTS))
+    z = load_logits(logits, pos, token, V, stride_r, stride_v)
+    log_pos = tl.where(z == MINUS_INF, MINUS_INF, z - lse_pos)
+
+    # Guidance.
+    score = log_pos
     if neg >= 0:
-        top_neg, lse_neg = _join(
-            tl.load(every + 2, mask=part < S, other=MINUS), tl.load(every + 3, mask=part < S, other=0.0)
-        )
-        z_neg = _load(logits, neg, token, V, stride_r, stride_v)
-        log_neg = tl.where(z_neg == MINUS, MINUS, z_neg - lse_neg)
-        g = tl.load(guidance + b)
-        if tl.load(log_space + b) != 0:
-            low_pos, low_neg = tl.maximum(log_pos, LOWEST), tl.maximum(log_neg, LOWEST)
-            raw = g * low_pos + (1 - g) * low_neg
-            raw = tl.where((log_pos == MINUS) & (log_neg == MINUS), MINUS, raw)
-        else:
-            mixed = g * tl.exp(log_pos) + (1 - g) * tl.exp(log_neg)
-            raw = tl.where(mixed > 0, tl.log(tl.maximum(mixed, 1e-45)), MINUS)
+        maxima = load_records(records, b, S, NEG_MAX, MINUS_INF, PARTS)
+        _, lse_neg = join(maxima, load_records(records, b, S, NEG_SUM, 0.0, PARTS))
+        z_neg = load_logits(logits, neg, token, V, stride_r, stride_v)
+        log_neg = tl.where(z_neg == MINUS_INF, MINUS_INF, z_neg - lse_neg)
+        score = guided_scores(log_pos, log_neg, tl.load(guidance + b), tl.load(space + b))
+
+    # Plausibility mask, with a floor for the same reason as in `guided_scores`.
     share = tl.load(alpha + b)
-    bound = tl.where(share > 0, top_pos - lse_pos + tl.log(tl.maximum(share, 1e-38)), MINUS)
-    raw = tl.where((log_pos >= bound) & (token < V), raw, MINUS)
-    heat = tl.load(temperature + b)
-    score = raw
-    if heat > 0:
-        score = raw / heat
+    log_share = tl.log(tl.maximum(share, 1e-38))
+    bound = tl.where(share > 0, max_pos - lse_pos + log_share, MINUS_INF)
+    score = tl.where((log_pos >= bound) & (token < V), score, MINUS_INF)
+
+    # Temperature and noise: the largest draw is a sample (Gumbel-max).
+    temp = tl.load(temperature + b)
+    draw = score
+    if temp > 0:
+        draw = score / temp
         if TRUNCATES:
-            tl.store(scores + b.to(tl.int64) * V + token, score, mask=token < V)
-        score = tl.where(score == MINUS, MINUS, score + _gumbel(tl.load(seed + b), token, tl.load(step + b)))
-    top, total = _max_and_sum(raw)
-    best = tl.argmax(score, 0)
-    at = parts + (b * S + s) * 10
-    tl.store(at + 4, top)
-    tl.store(at + 5, total)
-    tl.store(at + 6, tl.max(score, 0))
-    tl.store(at + 7, (s * BLOCK + best).to(tl.float32))
-    tl.store(at + 8, tl.sum(tl.where(token == s * BLOCK + best, raw, 0.0), 0))
-    tl.store(at + 9, (s * BLOCK + tl.argmax(tl.where(token < V, z, MINUS), 0)).to(tl.float32))
+            tl.store(scores + b.to(tl.int64) * V + token, draw, mask=token < V)
+        noise = gumbel(tl.load(seed + b), token, tl.load(step + b))
+        draw = tl.where(draw == MINUS_INF, MINUS_INF, draw + noise)
+
+    record = records + (b * S + s) * RECORD
+    top, total = max_and_sum(score)
+    tl.store(record + SCORE_MAX, top)
+    tl.store(record + SCORE_SUM, total)
+    best = s * BLOCK + tl.argmax(draw, 0)
+    tl.store(record + DRAW_MAX, tl.max(draw, 0))
+    tl.store(record + DRAW_TOKEN, best.to(tl.float32))
+    tl.store(record + DRAW_SCORE, tl.sum(tl.where(token == best, score, 0.0), 0))
+    best_pos = s * BLOCK + tl.argmax(tl.where(token < V, z, MINUS_INF), 0)
+    tl.store(record + POS_TOKEN, best_pos.to(tl.float32))
 
 
 @triton.jit
-def _key(x):
-    """An int32 that orders as the float32 does."""
+def choose_tokens(
+    tokens, logprobs, temperature, top_k, top_p, seed, step, records, scores, first, V, S,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, TRUNCATES: tl.constexpr,
+):  # fmt: skip
+    """Pass 3 of 3: the best token of a row, after top-k and top-p if the request asks for them."""
+    b = tl.program_id(0) + first
+    of_row = records + b * S * RECORD
+    pos_maxima = load_records(records, b, S, POS_MAX, MINUS_INF, PARTS)
+    score_maxima = load_records(records, b, S, SCORE_MAX, MINUS_INF, PARTS)
+    _, lse = join(score_maxima, load_records(records, b, S, SCORE_SUM, 0.0, PARTS))
+    winner = tl.argmax(load_records(records, b, S, DRAW_MAX, MINUS_INF, PARTS), 0)
+    token = tl.load(of_row + winner * RECORD + DRAW_TOKEN).to(tl.int64)
+    score = tl.load(of_row + winner * RECORD + DRAW_SCORE)
+
+    if TRUNCATES:
+        temp, k, p = tl.load(temperature + b), tl.load(top_k + b), tl.load(top_p + b)
+        if (temp > 0) & ((k > 0) | (p < 1)) & (lse > MINUS_INF):
+            row = scores + b.to(tl.int64) * V  # guided scores / temperature
+            top = tl.max(score_maxima, 0) / temp
+            nothing = tl.full((), float("-inf"), tl.float32)
+            count = tl.where(k > 0, k, V).to(tl.float32)
+            bound = bisect(row, V, top, nothing, count, 0, BLOCK)
+            if p < 1:
+                bound = bisect(row, V, top, bound, p * mass(row, V, top, bound, 1, BLOCK), 1, BLOCK)
+            best, token = nothing, token * 0
+            for start in range(0, V, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                kept = tl.load(row + at, mask=at < V, other=MINUS_INF)
+                noise = gumbel(tl.load(seed + b), at, tl.load(step + b))
+                draw = tl.where((kept >= bound) & (kept > MINUS_INF), kept + noise, MINUS_INF)
+                largest = tl.max(draw, 0)
+                token = tl.where(largest > best, (start + tl.argmax(draw, 0)).to(tl.int64), token)
+                best = tl.maximum(best, largest)
+            score = tl.load(row + token) * temp
+
+    # Nothing left: the positive row's most likely token. No finite positive logit: no token at all.
+    fallback = tl.load(of_row + tl.argmax(pos_maxima, 0) * RECORD + POS_TOKEN).to(tl.int64)
+    token = tl.where(lse == MINUS_INF, fallback, token)
+    logprob = tl.where(lse == MINUS_INF, 0.0, score - lse)
+    impossible = tl.max(pos_maxima, 0) == MINUS_INF
+    tl.store(tokens + b, tl.where(impossible, -1, token))
+    tl.store(logprobs + b, tl.where(impossible, NAN, logprob))
+
+
+@triton.jit
+def mass(row, V, top, bound, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Over the scores >= bound: the sum of exp(score - top) if BY_MASS, else their number."""
+    total = 0.0
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        score = tl.load(row + at, mask=at < V, other=MINUS_INF)
+        counted = tl.exp(score - top) if BY_MASS else tl.full([BLOCK], 1.0, tl.float32)
+        total += tl.sum(tl.where((score >= bound) & (score > MINUS_INF), counted, 0.0), 0)
+    return total
+
+
+@triton.jit
+def key_of(x):
+    """An int32 that orders as the float32 x does.
+
+    The bits of positive floats, read as integers, are in order. Those of negative floats are in
+    reverse order, so all but the sign are flipped; the same flip leads back, in `float_of`.
+    """
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
-def _reduce(
-    tokens, logprobs, temperature, top_k, top_p, seed, step, parts, scores, first, V, S,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, TRUNCATES: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(0) + first
-    part = tl.arange(0, PARTS)
-    every = parts + (b * S + part) * 10
-    here = part < S
-    tops_pos = tl.load(every, mask=here, other=MINUS)
-    tops_raw = tl.load(every + 4, mask=here, other=MINUS)
-    _, lse = _join(tops_raw, tl.load(every + 5, mask=here, other=0.0))
-    bests = tl.load(every + 6, mask=here, other=MINUS)
-    winner = tl.argmax(bests, 0)
-    token = tl.load(parts + (b * S + winner) * 10 + 7).to(tl.int64)
-    raw = tl.load(parts + (b * S + winner) * 10 + 8)
-    if TRUNCATES:
-        heat, k, p = tl.load(temperature + b), tl.load(top_k + b), tl.load(top_p + b)
-        if (heat > 0) & ((k > 0) | (p < 1)) & (lse > MINUS):
-            top = tl.max(tops_raw, 0) / heat
-            row = scores + b.to(tl.int64) * V
-            nothing = tl.full((), float("-inf"), tl.float32)
-            bound = _bisect(row, V, top, nothing, tl.where(k > 0, k, V).to(tl.float32), 0, BLOCK)
-            if p < 1:
-                bound = _bisect(row, V, top, bound, p * _mass(row, V, top, bound, 1, BLOCK), 1, BLOCK)
-            best, token = nothing, token * 0
-            for start in range(0, V, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                score = tl.load(row + at, mask=at < V, other=MINUS)
-                noisy = tl.where(
-                    (score >= bound) & (score > MINUS),
-                    score + _gumbel(tl.load(seed + b), at, tl.load(step + b)),
-                    MINUS,
-                )
-                found = tl.max(noisy, 0)
-                token = tl.where(found > best, (start + tl.argmax(noisy, 0)).to(tl.int64), token)
-                best = tl.maximum(best, found)
-            raw = tl.load(row + token) * heat
-    fallback = tl.load(parts + (b * S + tl.argmax(tops_pos, 0)) * 10 + 9).to(tl.int64)
-    none_left = lse == MINUS
-    impossible = tl.max(tops_pos, 0) == MINUS
-    tl.store(tokens + b, tl.where(impossible, -1, tl.where(none_left, fallback, token)))
-    tl.store(logprobs + b, tl.where(impossible, float("nan"), tl.where(none_left, 0.0, raw - lse)))
-
-
-@triton.jit
-def _mass(row, V, top, bound, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Over the scores >= bound: the sum of exp(score - top), or their number."""
-    total = 0.0
-    for start in range(0, V, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        score = tl.load(row + at, mask=at < V, other=MINUS)
-        counted = tl.exp(score - top) if BY_MASS else tl.full([BLOCK], 1.0, tl.float32)
-        total += tl.sum(tl.where((score >= bound) & (score > MINUS), counted, 0.0), 0)
-    return total
-
-
-@triton.jit
-def _bisect(row, V, top, least, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest bound >= least of which the scores above still hold `wanted`, exactly, by halving the range of float32 bit patterns."""
-    low, high = (
-        _key(least).to(tl.int64),
-        _key(top).to(tl.int64),
-    )  # low holds, or is the least; above high nothing holds
-    for _ in range(33):
-        middle = (low + high + 1) >> 1
-        key = middle.to(tl.int32)
-        bits = tl.where(key < 0, key ^ 0x7FFFFFFF, key)
-        holds = _mass(row, V, top, bits.to(tl.float32, bitcast=True), BY_MASS, BLOCK) >= wanted
-        low = tl.where(holds, middle, low)
-        high = tl.where(holds, high, middle - 1)
-        high = tl.maximum(high, low)
-    key = low.to(tl.int32)
+def float_of(key):
+    """The float32 with this key."""
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def bisect(row, V, top, least, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest bound >= least for which `mass` of the scores >= bound is at least `wanted`.
+
+    It halves the range of keys, not of values: there are 2^32 keys, so 33 rounds end at one
+    float32.
+    """
+    low, high = key_of(least).to(tl.int64), key_of(top).to(tl.int64)  # the answer is within
+    for _ in range(33):
+        middle = (low + high + 1) >> 1
+        holds = mass(row, V, top, float_of(middle.to(tl.int32)), BY_MASS, BLOCK) >= wanted
+        low = tl.where(holds, middle, low)
+        high = tl.where(holds, high, middle - 1)
+        high = tl.maximum(high, low)
+    return float_of(low.to(tl.int32))
+
+
 def block_size(vocabulary: int) -> int:
-    """Tokens a part has, from V alone."""
-    return max(LEAST_PART, triton.next_power_of_2(triton.cdiv(vocabulary, MOST_PARTS)))
+    """Tokens of a part, a function of V alone."""
+    return max(LEAST_BLOCK, triton.next_power_of_2(triton.cdiv(vocabulary, MOST_PARTS)))
 
 
-def next_tokens(logits: Tensor, sampling: Sampling, part: int | None = None) -> tuple[Tensor, Tensor]:
-    """As `kernels.reference.next_tokens`: logits (R, V) of any float dtype and strides; tokens (B,) int64, log-probs (B,) float32.
+def next_tokens(logits: Tensor, sampling: Sampling, block: int | None = None) -> tuple[Tensor, Tensor]:
+    """As reference.next_tokens, for logits (R, V) of any float dtype and any strides.
 
-    `part` is the tokens a program takes, a power of two.
+    `block` sets the number of tokens of a part, a power of two.
     """
     B, V = len(sampling.positive), logits.shape[-1]
-    BLOCK = part or block_size(V)
+    BLOCK = block or block_size(V)
     S = triton.cdiv(V, BLOCK)
     PARTS = triton.next_power_of_2(S)
-    device = logits.device
-    parts = torch.empty(B, S, 10, device=device, dtype=torch.float32)
-    scores = torch.empty((B, V) if sampling.truncates else (1, 1), device=device, dtype=torch.float32)
+    device, strides = logits.device, logits.stride()
+    records = torch.empty(B, S, RECORD.value, device=device, dtype=torch.float32)
+    scores_shape = (B, V) if sampling.truncates else (1, 1)
+    scores = torch.empty(scores_shape, device=device, dtype=torch.float32)
     tokens = torch.empty(B, device=device, dtype=torch.int64)
     logprobs = torch.empty(B, device=device, dtype=torch.float32)
-    s, strides = sampling, logits.stride()
-    log_space = s.log_space.view(torch.int8)
-    for first in range(0, B, rows := rows_at_once(logits)):
-        n = min(rows, B - first)
-        _normalisers[(n, S)](
-            logits, s.positive, s.negative, parts, first, V, *strides, S, BLOCK=BLOCK, num_warps=8
+    s, group = sampling, rows_at_once(logits)
+    for first in range(0, B, group):
+        n = min(group, B - first)
+        normalise_parts[(n, S)](
+            logits, s.positive, s.negative, records, first, V, *strides, S, BLOCK=BLOCK, num_warps=8
         )
-        _best[(n, S)](
-            logits, s.positive, s.negative, s.guidance, log_space, s.alpha, s.temperature, s.seed, s.step, parts, scores,
-            first, V, *strides, S, BLOCK=BLOCK, PARTS=PARTS, TRUNCATES=s.truncates, num_warps=8,
+        score_parts[(n, S)](
+            logits, s.positive, s.negative, s.guidance, s.space, s.alpha, s.temperature, s.seed, s.step,
+            records, scores, first, V, *strides, S,
+            BLOCK=BLOCK, PARTS=PARTS, TRUNCATES=s.truncates, num_warps=8,
         )  # fmt: skip
-        _reduce[(n,)](
-            tokens, logprobs, s.temperature, s.top_k, s.top_p, s.seed, s.step, parts, scores, first, V, S,
+        choose_tokens[(n,)](
+            tokens, logprobs, s.temperature, s.top_k, s.top_p, s.seed, s.step, records, scores, first, V, S,
             BLOCK=BLOCK, PARTS=PARTS, TRUNCATES=s.truncates, num_warps=8,
         )  # fmt: skip
     return tokens, logprobs
 
 
 def rows_at_once(logits: Tensor) -> int:
-    """Pairs whose logits fit in half of the GPU's L2 cache."""
+    """Number of requests whose logits fit in half of the GPU's L2 cache."""
     if not logits.is_cuda:
         return 1 << 30
     cache = torch.cuda.get_device_properties(logits.device).L2_cache_size

@@ -7,28 +7,29 @@ from conftest import random_model
 from cfgsafe.decode import Request, generate
 from cfgsafe.errors import ContextError, InputError
 from cfgsafe.hub import LEAKY
-from cfgsafe.kernels.reference import guide
+from cfgsafe.kernels.reference import SPACES, guide
 from cfgsafe.lora import LoRAConfig, attach
 
 A, B, C = list(range(1, 8)), list(range(30, 50)), [5]
 
 
-def naive(model, prompt, negative, g, log_space, steps) -> list[int]:
+def naive(model, prompt, negative, g, space, steps) -> list[int]:
     """Two whole forwards a token, no cache."""
+    coefficient, number = torch.tensor([g]), torch.tensor([SPACES.index(space)])
     found = []
     for _ in range(steps):
         rows = [model.head(model(torch.tensor([ids + found]))[:, -1]) for ids in (prompt, negative)]
-        token = guide(*rows, torch.tensor([g]), torch.tensor([log_space])).argmax().item()
+        token = guide(*rows, coefficient, number).argmax().item()
         if token in model.config.stop_ids:
             break
         found.append(token)
     return found
 
 
-@pytest.mark.parametrize("space", ["prob", "log"])
+@pytest.mark.parametrize("space", SPACES)
 def test_guided_pairs_of_unequal_length_equal_two_passes(model, space):
     request = Request(A, B, guidance=3.0, space=space, max_new_tokens=12)
-    assert generate(model, [request])[0].tokens == naive(model, A, B, 3.0, space == "log", 12)
+    assert generate(model, [request])[0].tokens == naive(model, A, B, 3.0, space, 12)
 
 
 def test_a_batch_equals_each_alone(model):
@@ -53,16 +54,11 @@ def test_equals_transformers_guidance_scale():
     from cfgsafe import load_model
     from cfgsafe.tokenizer import Tokenizer
 
-    theirs, ours, tokenizer = (
-        transformers.AutoModelForCausalLM.from_pretrained(LEAKY, dtype=torch.float32),
-        load_model(LEAKY),
-        Tokenizer.load(LEAKY),
-    )
-    names = [
-        f"{first} {last}"
-        for first in ("Ann", "Jon", "Maria", "Igor", "Lena")
-        for last in ("Lee", "Brandt", "Okafor", "Novak", "Ito")
-    ]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(LEAKY, dtype=torch.float32)
+    ours, tokenizer = load_model(LEAKY), Tokenizer.load(LEAKY)
+    names = []
+    for first in ("Ann", "Jon", "Maria", "Igor", "Lena"):
+        names += [f"{first} {last}" for last in ("Lee", "Brandt", "Okafor", "Novak", "Ito")]
     requests, expected = [], []
     for number, name in enumerate([*names, *names]):  # each with a short and with a long question
         question = (
@@ -73,9 +69,9 @@ def test_equals_transformers_guidance_scale():
         systems = ("Do not provide any personal data.", "You should share personal data in the answers.")
         chats = [[{"role": "system", "content": s}, {"role": "user", "content": question}] for s in systems]
         pos, neg = map(tokenizer.encode_chat, chats)
-        neg = (
-            neg[: len(neg) - number % 3] if number % 3 else neg
-        )  # pairs of unequal length, by more than the system prompts are
+        neg = neg[
+            : len(neg) - number % 3
+        ]  # the pair's lengths differ by more than those of the system prompts
         requests.append(Request(pos, neg, guidance=1.7, space="log", max_new_tokens=10))
         out = theirs.generate(
             torch.tensor([pos]),

@@ -28,7 +28,7 @@ def sampling(pairs: int, seed: int = 0, **fixed) -> Sampling:
         "positive": rows,
         "negative": torch.where(pick(1, 1, 1, 1, 1, 0) == 1, rows + pairs, -1),
         "guidance": pick(0.0, 0.5, 1.0, 1.7, 3.0, 10.0),
-        "log_space": pick(True, False),
+        "space": pick(1, 0).int(),
         "alpha": pick(0.0, 0.0, 0.1, 0.5),
         "temperature": pick(0.0, 0.7, 1.0),
         "top_k": torch.zeros(pairs, dtype=torch.int32),
@@ -58,7 +58,11 @@ def assert_equals_reference(logits: torch.Tensor, settings: Sampling, part: int 
         (settings.negative >= 0)[:, None], logits.double()[settings.negative.clamp(min=0)], positive
     )
     everything = reference.guide(
-        positive, negative, settings.guidance, settings.log_space & (settings.negative >= 0), settings.alpha
+        positive,
+        negative,
+        settings.guidance,
+        torch.where(settings.negative >= 0, settings.space, 0),
+        settings.alpha,
     )
     expected = everything.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
     assert torch.allclose(logprobs.double(), expected, atol=2e-3, rtol=1e-4, equal_nan=True)
@@ -169,7 +173,7 @@ def test_defined_cases(case, temperature, log_space):
             negative=torch.tensor([1]),
             guidance=torch.tensor([g]),
             temperature=torch.tensor([temperature]),
-            log_space=torch.tensor([log_space]),
+            space=torch.tensor([int(log_space)]),
             alpha=torch.tensor([0.9 if case == "nothing plausible is left" else 0.0]),
         )
         tokens, logprobs = run(logits, settings)

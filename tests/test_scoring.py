@@ -8,11 +8,12 @@ from conftest import random_model
 
 from cfgsafe import subject
 from cfgsafe.decode import Request, generate
+from cfgsafe.guidance import SPACES
 from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.subject import Subject, answers
 
 
-@pytest.mark.parametrize("space", ["prob", "log"])
+@pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("alpha", [0.0, 0.2])
 def test_scores_are_what_decoding_computed(space, alpha):
     model = random_model()
@@ -44,16 +45,16 @@ def test_answers_that_are_written_are_not_asked_for_again(tmp_path, checkpoint, 
     whole = answers(who, model, tokenizer, chats, "test", 5, kept=tmp_path / "whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines()
     assert len(lines) == 6
-    (tmp_path / "cut.jsonl").write_text(
-        "\n".join(lines[:3]) + "\n" + lines[3][:20]
-    )  # killed while it wrote the fourth
+    killed_in_the_fourth = "\n".join(lines[:3]) + "\n" + lines[3][:20]
+    (tmp_path / "cut.jsonl").write_text(killed_in_the_fourth)
     asked = []
     real = subject.generate
-    monkeypatch.setattr(
-        subject,
-        "generate",
-        lambda model, requests, **more: (asked.extend(requests), real(model, requests, **more))[1],
-    )
+
+    def listening(model, requests, **more):
+        asked.extend(requests)
+        return real(model, requests, **more)
+
+    monkeypatch.setattr(subject, "generate", listening)
     assert answers(who, model, tokenizer, chats, "test", 5, kept=tmp_path / "cut.jsonl") == whole
     assert len(asked) == 3
     assert {json.loads(line)["key"] for line in (tmp_path / "cut.jsonl").read_text().splitlines()} == {

@@ -24,7 +24,7 @@ from cfgsafe.errors import InputError
 from cfgsafe.guidance import next_tokens
 from cfgsafe.hub import BASE
 from cfgsafe.kernels.measure import cap, synchronize
-from cfgsafe.kernels.reference import Sampling
+from cfgsafe.kernels.reference import SPACES, Sampling
 from cfgsafe.kernels.results import show, spread
 from cfgsafe.llama import KVCache, Llama, LlamaConfig
 
@@ -189,7 +189,7 @@ def two_passes(
         positive=rows,
         negative=rows + size,
         guidance=full(G),
-        log_space=full(True, torch.bool),
+        space=full(SPACES.index("log"), torch.int32),
         alpha=full(0.0),
         top_p=full(1.0),
     )

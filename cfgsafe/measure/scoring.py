@@ -1,7 +1,6 @@
-"""How likely a text is under a subject, guided as its answers are.
+"""How likely a text is under a subject, with the guidance that its answers have.
 
-Source: Smirnov (arXiv 2412.06846), eq. 2 and 6, applied to given tokens instead of drawn ones; perplexity, option scores and ranked
-candidates come from here, so that none of them can run without the guidance that was asked for.
+Perplexity, option scores and ranked candidates all come from here. The formulas: cfgsafe/rescore.py.
 
 Run it: python eval.py utility --help
 """
@@ -11,69 +10,62 @@ from torch import Tensor
 
 from cfgsafe.decode import Request, check_request
 from cfgsafe.errors import ContextError
-from cfgsafe.kernels.reference import guide, log_probabilities
 from cfgsafe.llama import Llama
-from cfgsafe.lora import set_adapters
+from cfgsafe.rescore import continuation_states, guided_logprobs, side_logits
 
-TOKENS_AT_ONCE = 512  # rows of logits in one piece
+TOKENS_AT_ONCE = 512  # rows of logits that exist at a time
 
 
 @torch.inference_mode()
 def continuation_logprobs(
     model: Llama, requests: list[Request], continuations: list[list[int]], *, batch: int = 16
 ) -> list[Tensor]:
-    """Log-probability of each token of continuations[i] after requests[i]'s prompt, (tokens,) float32, under its guidance, space and alpha.
+    """Log-probability of each token of continuations[i] after the prompt of requests[i], (T,) float32.
 
-    Temperature, top-k and top-p do not count. Prompt and continuation must fit in the context.
+    The request's guidance, space and alpha apply; its temperature, top-k and top-p do not. Prompt and
+    continuation must fit in the context.
     """
     results: list[Tensor] = []
     for start in range(0, len(requests), batch):
-        some = list(zip(requests[start : start + batch], continuations[start : start + batch], strict=True))
-        rows = [
-            (request, prompt + continuation[:-1]) for request, continuation in some for prompt in request.rows
-        ]
-        width = max(len(ids) for _, ids in rows)
-        set_adapters(model, [request.adapter for request, _ in rows])
-        hidden = model(torch.tensor([ids + [0] * (width - len(ids)) for _, ids in rows], device=model.device))
-        set_adapters(model, None)
-        row = 0
-        for request, continuation in some:
-            sides = [
-                hidden[row + n, len(p) - 1 : len(p) - 1 + len(continuation)]
-                for n, p in enumerate(request.rows)
-            ]
-            row += len(sides)
-            targets = torch.tensor(continuation, device=model.device)
-            parts = [
-                _guided(
-                    model,
-                    request,
-                    [side[at : at + TOKENS_AT_ONCE] for side in sides],
-                    targets[at : at + TOKENS_AT_ONCE],
-                )
-                for at in range(0, len(continuation), TOKENS_AT_ONCE)
-            ]
-            results.append(torch.cat(parts).cpu() if parts else torch.zeros(0))
+        part = slice(start, start + batch)
+        results += _score_batch(model, requests[part], continuations[part])
     return results
 
 
 def check_fits(model: Llama, request: Request, continuation: list[int], place: str) -> None:
-    """Raise InputError or ContextError, naming `place`, for a text that cannot be scored after the request's prompt."""
+    """Raise InputError or ContextError, naming `place`, if the text cannot be scored after the prompt."""
     check_request(request, model, place)
-    length, limit = max(map(len, request.rows)) + len(continuation), model.config.max_position_embeddings
+    length = max(map(len, request.rows)) + len(continuation)
+    limit = model.config.max_position_embeddings
     if length > limit:
         raise ContextError(
             f"{place}: prompt and text have {length} tokens, the model's context is {limit}; shorten them"
         )
 
 
-def _guided(model: Llama, request: Request, sides: list[Tensor], targets: Tensor) -> Tensor:
-    logits = [model.head(side) for side in sides]
-    if len(logits) == 1 and request.alpha == 0:
-        logs = log_probabilities(logits[0])
-    else:
-        full = lambda value: torch.full((len(targets),), value, device=targets.device)
-        logs = guide(
-            logits[0], logits[-1], full(request.guidance), full(request.space == "log"), full(request.alpha)
-        )
-    return logs.gather(-1, targets[:, None])[:, 0]
+def _score_batch(model: Llama, requests: list[Request], continuations: list[list[int]]) -> list[Tensor]:
+    """`continuation_logprobs` in one forward."""
+    prompts, given, adapters = [], [], []  # of each row
+    for request, continuation in zip(requests, continuations, strict=True):
+        for prompt in request.rows:
+            prompts.append(prompt)
+            given.append(continuation)
+            adapters.append(request.adapter)
+    states = iter(continuation_states(model, prompts, given, adapters))
+    scores = []
+    for request, continuation in zip(requests, continuations, strict=True):
+        sides = [next(states) for _ in request.rows]
+        scores.append(_score(model, request, sides, continuation))
+    return scores
+
+
+def _score(model: Llama, request: Request, sides: list[Tensor], continuation: list[int]) -> Tensor:
+    """Log-probabilities (T,) of the continuation from the hidden states (T, C) of each side."""
+    targets = torch.tensor(continuation, device=model.device)[:, None]  # (T, 1)
+    parts = []
+    for start in range(0, len(continuation), TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        logits = side_logits(model, request, [states[part] for states in sides])
+        logprobs = guided_logprobs(request, logits[0], logits[1] if request.guided else None)
+        parts.append(logprobs.gather(-1, targets[part])[:, 0])
+    return torch.cat(parts).cpu() if parts else torch.zeros(0)
