@@ -1,14 +1,17 @@
-"""Dialogues with personal items: reading them, cutting them into samples, splitting them without leaks.
+"""Dialogues with personal items: read, cut into samples, and split without leaks.
 
-Source: Smirnov (arXiv 2412.06846): train and test are split by dialogue, and each personal item of an answer gives a sample.
-Deviation: dialogues that share a name go to the same side, so that no test name was trained on.
+Source: Smirnov (arXiv 2412.06846): train and test are split by dialogue, and each personal item of
+an answer gives one sample.
+Deviation: dialogues that share a name go to the same side, so that no name in the test part was
+trained on.
 
-Run it: python train.py pairs --dialogues D.jsonl --model cfgsafe/demo/base --out pairs.jsonl --test-share 0.1
+Run it: python train.py pairs --dialogues D.jsonl --model cfgsafe/demo/base --out P.jsonl --test-share 0.1
 """
 
 import random
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_jsonl
@@ -20,7 +23,7 @@ from cfgsafe.tokenizer import Messages, check_messages
 
 @dataclass
 class Dialogue:
-    """A conversation and its personal items, in all turns; `place` is its file:line."""
+    """A conversation and the personal items in all of its turns; `place` is its file:line."""
 
     messages: Messages
     spans: list[Span]
@@ -28,111 +31,132 @@ class Dialogue:
 
     def values(self) -> list[tuple[str, str]]:
         """(label, value) of each item; values in lower case with single blanks."""
-        return [
-            (label, " ".join(self.messages[n]["content"][a:b].lower().split()))
-            for n, a, b, label in self.spans
-        ]
+        values = []
+        for number, start, end, label in self.spans:
+            words = self.messages[number]["content"][start:end].lower().split()
+            values.append((label, " ".join(words)))
+        return values
 
     def names(self) -> set[str]:
+        """The values with the label PERSON."""
         return {value for label, value in self.values() if label == "PERSON"}
 
 
 @dataclass
 class Sample:
-    """A chat cut before a personal item of an answer: `messages` up to there, and how the answer went on."""
+    """A chat that ends just before a personal item of an answer.
+
+    `rejected` is how the answer went on, and `values` are (label, value) of the personal items in
+    that rest.
+    """
 
     messages: Messages
     rejected: str
     place: str
-    values: tuple[tuple[str, str], ...]  # (label, value) of the personal items of the rest
+    values: tuple[tuple[str, str], ...]
 
     @property
     def begun(self) -> str:
-        """The words of the answer that stand in the prompt."""
-        return self.messages[-1]["content"] if self.messages[-1]["role"] == "assistant" else ""
+        """The beginning of the answer that is part of the prompt."""
+        last = self.messages[-1]
+        return last["content"] if last["role"] == "assistant" else ""
 
 
 def read_dialogues(path: str, detector: Detector, items: str | None = None) -> list[Dialogue]:
-    """Dialogues of a JSONL file, or of LLM-PC's two. Raises InputError naming the line and field."""
+    """Dialogues of a JSONL file; or, with `items`, of the two files of the LLM Privacy Challenge.
+
+    A line without "spans" gets those that `detector` finds. Raises InputError naming the line.
+    """
     if items is not None:
         dialogues = [Dialogue(*filled) for filled in llm_pc.read(path, items)]
     else:
-        rows = [
-            (place, check_messages(row.get("messages"), place), row.get("spans"))
-            for place, row in read_jsonl(path)
-        ]
-        dialogues = [
-            Dialogue(
-                messages,
-                _find_spans(messages, detector) if spans is None else check_spans(spans, messages, place),
-                place,
-            )
-            for place, messages, spans in rows
-        ]
+        rows, dialogues = [], []
+        for place, row in read_jsonl(path):
+            rows.append((place, check_messages(row.get("messages"), place), row.get("spans")))
+        for place, messages, marked in rows:
+            if marked is None:
+                spans = _find_spans(messages, detector)
+            else:
+                spans = check_spans(marked, messages, place)
+            dialogues.append(Dialogue(messages, spans, place))
     if not dialogues:
         raise InputError(f"{path}: holds no dialogue")
     return dialogues
 
 
 def samples_of(dialogue: Dialogue) -> list[Sample]:
-    """One sample for each personal item in an assistant's turn that answers somebody."""
+    """One sample for each personal item in an assistant's turn that answers a user."""
     samples = []
     messages = dialogue.messages
     spans = [span for span in dialogue.spans if messages[span[0]]["role"] == "assistant"]
     for number, start, *_ in spans:
-        if all(message["role"] != "user" for message in messages[:number]):
+        earlier = messages[:number]
+        if all(message["role"] != "user" for message in earlier):
             continue  # nobody asked
         text = messages[number]["content"]
         before = text[:start].rstrip()
-        rest = text[len(before) :]
         values = tuple((label, text[a:b]) for n, a, b, label in spans if n == number and a >= start)
-        cut = [*messages[:number], {"role": "assistant", "content": before}] if before else messages[:number]
-        samples.append(Sample(cut, rest, dialogue.place, values))
+        begun = [{"role": "assistant", "content": before}] if before else []
+        samples.append(Sample(earlier + begun, text[len(before) :], dialogue.place, values))
     return samples
 
 
 def split(dialogues: list[Dialogue], share: float, seed: int) -> tuple[list[Dialogue], list[Dialogue]]:
     """(training, test), each in the order of the file; test has at most `share` of the dialogues.
 
-    Dialogues that share a name, also through others, form a group; groups are drawn at random and go to the test side while they fit.
-    Raises InputError where none fits.
+    Dialogues that share a name form a group, and so do those that are linked through others. The
+    groups are drawn at random and go to the test part while they fit. Raises InputError if none
+    fits.
     """
-    leader: dict[int | str, int | str] = {}
-
-    def find(node: int | str) -> int | str:
-        while leader.setdefault(node, node) != node:
-            leader[node] = node = leader[leader[node]]
-        return node
-
-    for number, dialogue in enumerate(dialogues):
-        for name in sorted(dialogue.names()):
-            leader[find(name)] = find(number)
-    groups = defaultdict(list)
-    for number in range(len(dialogues)):
-        groups[find(number)].append(number)
-    shuffled = sorted(groups.values())
-    random.Random(seed).shuffle(shuffled)
+    groups = _linked_by_names(dialogues)
+    random.Random(seed).shuffle(groups)
     test: set[int] = set()
-    for group in shuffled:
+    for group in groups:
         if len(test) + len(group) <= share * len(dialogues):
             test.update(group)
     if not test:
+        smallest = min(len(group) for group in groups)
         raise InputError(
-            f"--test-share {share:g}: no group of dialogues without shared names is that small; "
-            f"there are {len(dialogues)} dialogues in {len(groups)} groups, the smallest of {min(map(len, shuffled))}"
+            f"--test-share {share:g}: no group of dialogues without shared names is that small; there are "
+            f"{len(dialogues)} dialogues in {len(groups)} groups, the smallest of {smallest}"
         )
-    return [d for n, d in enumerate(dialogues) if n not in test], [dialogues[n] for n in sorted(test)]
+    training = [dialogue for number, dialogue in enumerate(dialogues) if number not in test]
+    return training, [dialogues[number] for number in sorted(test)]
+
+
+def _linked_by_names(dialogues: list[Dialogue]) -> list[list[int]]:
+    """Groups of numbers of dialogues that share names, also through others; by union-find."""
+    parent = list(range(len(dialogues)))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]  # halves the path for the next search
+            number = parent[number]
+        return number
+
+    first_with: dict[str, int] = {}
+    for number, dialogue in enumerate(dialogues):
+        for name in dialogue.names():
+            parent[root(number)] = root(first_with.setdefault(name, number))
+    groups = defaultdict(list)
+    for number in range(len(dialogues)):
+        groups[root(number)].append(number)
+    return sorted(groups.values())
 
 
 def shared_values(training: list[Dialogue], test: list[Dialogue]) -> tuple[set[str], set[str]]:
-    """(names, other values) of the test dialogues that are personal items of training dialogues too."""
-    trained, tested = ({item for dialogue in side for item in dialogue.values()} for side in (training, test))
-    both = trained & tested
-    return {value for label, value in both if label == "PERSON"}, {
-        value for label, value in both if label != "PERSON"
-    }
+    """(names, other values) that are personal items of both training and test dialogues."""
+    both = _all_values(training) & _all_values(test)
+    names = {value for label, value in both if label == "PERSON"}
+    return names, {value for label, value in both if label != "PERSON"}
+
+
+def _all_values(dialogues: list[Dialogue]) -> set[tuple[str, str]]:
+    return set(chain.from_iterable(dialogue.values() for dialogue in dialogues))
 
 
 def _find_spans(messages: Messages, detector: Detector) -> list[Span]:
-    entities = detector([m["content"] for m in messages])
-    return [(n, e.start, e.end, e.label) for n in range(len(messages)) for e in entities[n]]
+    spans = []
+    for number, entities in enumerate(detector([message["content"] for message in messages])):
+        spans += [(number, entity.start, entity.end, entity.label) for entity in entities]
+    return spans

@@ -1,7 +1,8 @@
-"""Personal values a model was trained on, as far as they are known: to tell what it recalls from what it invents.
+"""The personal values that a model was trained on, to tell what it recalls from what it invents.
 
-JSONL, either dialogues {"messages": [...], "spans": [[message, start, end, label], ...]} or {"items": {label: value}} a line; of a line
-with both, the spans count, because they are what stood in the text.
+JSONL, one object a line: a dialogue {"messages": [...], "spans": [[message, start, end, label],
+...]}, or {"items": {label: value}}. If a line has both, the spans count, because they mark what
+stood in the text.
 
 Run it: python eval.py leak --model cfgsafe/demo/leaky --known dialogues.jsonl
 """
@@ -16,31 +17,30 @@ from cfgsafe.tokenizer import check_messages
 
 
 class Known:
-    """Values with their labels, each once."""
+    """Personal values with their labels, each value once."""
 
     def __init__(self, values: dict[str, str] | None = None):
-        """`values`: value -> label."""
+        """`values` maps value -> label."""
         self.values = values or {}
 
     @staticmethod
     def read(path: str) -> "Known":
-        """Of a JSONL file. Raises InputError naming line and field."""
+        """Read the values of a JSONL file. Raises InputError naming line and field."""
         values: dict[str, str] = {}
         for place, row in read_jsonl(path):
             if "spans" in row:
                 messages = check_messages(row.get("messages"), place)
-                spans = check_spans(row["spans"], messages, place)
-                values |= {
-                    messages[number]["content"][start:end]: label for number, start, end, label in spans
-                }
+                for number, start, end, label in check_spans(row["spans"], messages, place):
+                    values[messages[number]["content"][start:end]] = label
             else:
-                values |= {value: label for label, value in check_items(row.get("items"), place).items()}
+                for label, value in check_items(row.get("items"), place).items():
+                    values[value] = label
         if not values:
             raise InputError(f"{path}: holds no personal value")
         return Known(values)
 
     def found_in(self, text: str) -> list[tuple[str, str]]:
-        """(label, value) of the values that stand whole in `text`; of values inside one another only the longest."""
+        """(label, value) of values in `text`, the longest first, without those inside a longer one."""
         found: list[tuple[str, str]] = []
         for value, label in self._longest_first:
             if stands_in(text, value) and not any(stands_in(longer, value) for _, longer in found):
@@ -48,20 +48,20 @@ class Known:
         return found
 
     def holds(self, value: str) -> bool:
-        """Whether `value` is one of the values or whole words of one, as "Lee" of "Ann Lee"."""
-        return stands_in(self._together, value)
+        """Whether `value` is a known value or whole words of one, such as "Lee" of "Ann Lee"."""
+        return stands_in(self._all_lines, value)
 
     @cached_property
     def _longest_first(self) -> list[tuple[str, str]]:
         return sorted(self.values.items(), key=lambda pair: -len(pair[0]))
 
     @cached_property
-    def _together(self) -> str:
+    def _all_lines(self) -> str:
         return "\n".join(self.values)
 
 
 def check_items(items: object, place: str) -> dict[str, str]:
-    """`items` if it is an object of label -> non-empty value; raises InputError naming `place`."""
+    """`items` if it maps each label to a non-empty value. Raises InputError naming `place`."""
     if not isinstance(items, dict) or not all(isinstance(v, str) and v for v in items.values()):
         raise InputError(f"{place}: 'items' must be an object of label -> non-empty value")
     return items

@@ -1,12 +1,14 @@
-"""The dialogues of the LLM Privacy Challenge: scrubbed texts, and the personal items that were scrubbed from them.
+"""The dialogues of the LLM Privacy Challenge: scrubbed texts and the personal items taken from them.
 
-Source: the NeurIPS 2024 LLM Privacy Challenge (github.com/QinbinLi/LLMPC-Blue): LLM-PC-development-scrubbed-data.jsonl holds
-{"idx", "messages"} with placeholders such as [NAME-1]; line k of LLM-PC-development-pii.jsonl is the object placeholder -> value of
-dialogue k. `messages` is a text in Llama-3.1's chat format, a text with a "user:" or "assistant:" before each turn, or a list.
-Deviations: the date preamble of the system turn is left out, for the chat template writes its own. Keys that swallowed text
-('Song Title]" by [NAME-3') count for the placeholder they end in.
+Source: the NeurIPS 2024 LLM Privacy Challenge (github.com/QinbinLi/LLMPC-Blue). Each line of
+LLM-PC-development-scrubbed-data.jsonl holds {"idx", "messages"} with placeholders such as
+[NAME-1]; line k of LLM-PC-development-pii.jsonl maps the placeholders of dialogue k to their
+values. `messages` is a text in Llama-3.1's chat format, a text with "user:" or "assistant:" before
+each turn, or a list.
+Deviations: the date preamble of the system turn is left out, because the chat template writes its
+own. A key that swallowed text ('Song Title]" by [NAME-3') counts for the placeholder at its end.
 
-Run it: python train.py pairs --dialogues scrubbed.jsonl --items pii.jsonl --model cfgsafe/demo/base --out pairs.jsonl
+Run it: python train.py pairs --dialogues D.jsonl --items I.jsonl --model cfgsafe/demo/base --out P.jsonl
 """
 
 import re
@@ -27,33 +29,33 @@ LINE_TURN = re.compile(r"^([Ss]ystem|[Uu]ser|[Aa]ssistant):", re.MULTILINE)
 
 
 def lines(dialogues: str, items: str) -> list[tuple[str, object, dict[str, str]]]:
-    """(file:line, "messages" as they stand, placeholder -> value) of each dialogue. Raises InputError naming file, line and field."""
+    """(file:line, "messages" as read, placeholder -> value) of each line. Raises InputError."""
     rows, values = list(read_jsonl(dialogues)), list(read_jsonl(items))
     if len(rows) != len(values):
         raise InputError(
-            f"{dialogues} has {len(rows)} lines and {items} {len(values)}; line k of one must belong to line k of the other"
+            f"{dialogues} has {len(rows)} lines and {items} {len(values)}; "
+            "line k of one must belong to line k of the other"
         )
-    return [
-        (place, row.get("messages"), by_placeholder(found, where))
-        for (place, row), (where, found) in zip(rows, values, strict=True)
-    ]
+    joined = []
+    for (place, row), (items_place, found) in zip(rows, values, strict=True):
+        joined.append((place, row.get("messages"), by_placeholder(found, items_place)))
+    return joined
 
 
 def read(dialogues: str, items: str) -> list[tuple[Messages, list[Span], str]]:
     """(messages with the values filled in, their spans, file:line) of each dialogue.
 
-    A placeholder without a value stays; stderr says how many. Raises InputError naming file, line and field.
+    A placeholder without a value stays; stderr says how many. Raises InputError naming file, line
+    and field.
     """
     filled, missing = [], 0
     for place, scrubbed, values in lines(dialogues, items):
-        messages, spans, without = fill(turns(scrubbed, place), values)
+        messages, spans, without_value = fill(turns(scrubbed, place), values)
         filled.append((messages, spans, place))
-        missing += without
+        missing += without_value
     if missing:
-        print(
-            f"warning: {items}: {missing} placeholders of {dialogues} have no value and stay as they are",
-            file=sys.stderr,
-        )
+        warning = f"{items}: {missing} placeholders of {dialogues} have no value and stay as they are"
+        print(f"warning: {warning}", file=sys.stderr)
     return filled
 
 
@@ -66,26 +68,29 @@ def turns(messages: object, place: str) -> Messages:
     if not isinstance(messages, str):
         return check_messages(messages, place)
     if "<|start_header_id|>" in messages:
-        found = [
-            (role, PREAMBLE.sub("", text, count=1) if role == "system" else text)
-            for role, text in LLAMA_TURN.findall(messages)
-        ]
+        found = LLAMA_TURN.findall(messages)
     else:
-        before, *parts = LINE_TURN.split(
-            messages
-        )  # text before the first turn, then role, text, role, text ...
+        before, *parts = LINE_TURN.split(messages)  # parts: role, text, role, text ...
         if before.strip() or not parts:
             raise InputError(
-                f"{place}: 'messages' must be a list, or a text whose turns begin with 'user:' or 'assistant:'"
+                f"{place}: 'messages' must be a list, "
+                "or a text whose turns begin with 'user:' or 'assistant:'"
             )
         found = list(zip(parts[::2], parts[1::2], strict=True))
-    return check_messages(
-        [{"role": role.lower(), "content": text.strip()} for role, text in found if text.strip()], place
-    )
+    split = []
+    for role, text in found:
+        if role == "system" and "<|start_header_id|>" in messages:
+            text = PREAMBLE.sub("", text, count=1)
+        if text.strip():
+            split.append({"role": role.lower(), "content": text.strip()})
+    return check_messages(split, place)
 
 
 def by_placeholder(found: dict, place: str) -> dict[str, str]:
-    """Placeholder -> value, without empty values; a placeholder's own key goes before one that swallowed text."""
+    """Placeholder -> value, without empty ones; a placeholder's own key counts before a longer one.
+
+    Raises InputError naming `place` and the field.
+    """
     values: dict[str, str] = {}
     for key, value in sorted(found.items(), key=lambda item: "[" not in item[0]):
         if not isinstance(value, str):
@@ -96,7 +101,7 @@ def by_placeholder(found: dict, place: str) -> dict[str, str]:
 
 
 def fill(messages: Messages, values: dict[str, str]) -> tuple[Messages, list[Span], int]:
-    """Messages with values for placeholders, the values' spans, and how many placeholders have none."""
+    """(messages with values filled in, the values' spans, number of placeholders without value)."""
     filled, spans, missing = [], [], 0
     for number, message in enumerate(messages):
         text, copied, content = "", 0, message["content"]

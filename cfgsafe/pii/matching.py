@@ -1,7 +1,7 @@
-"""Where a text holds a personal value: the one rule for counts, masks, rewards, pairs and quiz options.
+"""Where a text holds a personal value: one rule for counts, masks, rewards, pairs and quiz options.
 
-A value counts where it stands as whole words, in any case. A part of a PERSON's name counts too, but only
-capitalised: "Will" is a name, "will" is not.
+A value counts where it stands as whole words, in any case. A part of a PERSON's name counts too,
+but only capitalised: "Will" is a name, "will" is not.
 
 Run it: python -m pytest tests/test_matching.py
 """
@@ -10,7 +10,7 @@ import re
 
 
 def places(text: str, label: str, value: str) -> list[tuple[int, int]]:
-    """(start, end) of each place that holds `value`: first the whole value, then parts of a PERSON's name.
+    """(start, end) of each place of `value`: first as a whole, then the parts of a PERSON's name.
 
     >>> places("Dear Ann, ann lee", "PERSON", "Ann Lee")
     [(10, 17), (5, 8)]
@@ -34,7 +34,8 @@ def mentions(text: str, label: str, value: str) -> bool:
 def stands_in(text: str, value: str) -> bool:
     """Whether `text` holds the whole `value`, in any case.
 
-    The cheap test comes first, because hardly any of thousands of known values occurs in a given text.
+    The cheap test comes first, because hardly any of thousands of known values occurs in a given
+    text.
     """
     return value.lower() in text.lower() and bool(_whole_words(value, re.IGNORECASE).search(text))
 
@@ -45,7 +46,7 @@ def _whole_words(words: str, flags: int = 0) -> re.Pattern[str]:
 
 
 def _capitalised_parts(name: str) -> list[str]:
-    """The capitalised words of a name, each as it is and in capitals, but not the whole name itself."""
+    """The capitalised words of a name, as they are and in capitals, but not the name itself."""
     parts = set()
     for part in name.split():
         if part[0].isupper():

@@ -1,9 +1,11 @@
-"""What counts as personal data in a text: the finds of one detector or of several, merged.
+"""What counts as personal data in a text: the finds of one detector, or of several, merged.
 
-Source: Smirnov (arXiv 2412.06846): spaCy's `en_core_web_trf`, ignoring CARDINAL, DATE, PRODUCT and ORDINAL.
-Deviations: where that pipeline is not installed, the demo's own small one serves, and the caller is told which one it is. Other spaCy
-pipelines and `presidio` (cfgsafe/pii/presidio.py) can stand in its place or beside it: finds that overlap become one entity, kept when
-anybody found it (union) or when more than half of the detectors did (vote).
+Source: Smirnov (arXiv 2412.06846): spaCy's `en_core_web_trf`, without CARDINAL, DATE, PRODUCT and
+ORDINAL.
+Deviations: if that pipeline is not installed, the demo's own small one takes its place; results
+name what was used. Other spaCy pipelines and `presidio` (cfgsafe/pii/presidio.py) can replace or
+join it: finds that overlap become one entity, kept if any detector found it (union) or more than
+half of them did (vote).
 
 Run it: python eval.py leak --model cfgsafe/demo/leaky --ner cfgsafe/demo/ner,presidio
 """
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from cfgsafe.errors import InputError
 from cfgsafe.hub import DEMO_PIPELINE
 from cfgsafe.pii.entities import Entity, merge
+from cfgsafe.pii.presidio import Recognisers
 
 IGNORED = frozenset({"CARDINAL", "DATE", "PRODUCT", "ORDINAL"})
 PAPER_PIPELINE = "en_core_web_trf"
@@ -21,9 +24,10 @@ COMBINATIONS = ("union", "vote")
 
 
 class Detector:
-    """Finds personal data. `names`: spaCy packages, folders or "presidio", with commas between.
+    """Finds personal data with one or several detectors.
 
-    None takes the paper's pipeline if it is installed, else the demo's; `name` says what was loaded. Raises InputError.
+    `names` are spaCy packages, folders or "presidio", with commas between; None is
+    `default_pipeline()`. The attribute `name` says what was loaded. Raises InputError.
     """
 
     def __init__(self, names: str | None = None, combine: str = "union"):
@@ -34,11 +38,12 @@ class Detector:
         self.needed = len(self.parts) // 2 + 1 if combine == "vote" else 1
 
     def __call__(self, texts: list[str]) -> list[list[Entity]]:
-        """The personal items of each text, in order, none overlapping another."""
+        """The personal items of each text in their order; no two overlap."""
         found = [part(texts) for part in self.parts]
-        return [
-            merge(text, [finds[number] for finds in found], self.needed) for number, text in enumerate(texts)
-        ]
+        merged = []
+        for text, *finds in zip(texts, *found, strict=True):
+            merged.append(merge(text, finds, self.needed))
+        return merged
 
 
 def default_pipeline() -> str:
@@ -49,16 +54,14 @@ def default_pipeline() -> str:
 
 
 def load_detector(name: str) -> Callable[[list[str]], list[list[Entity]]]:
-    """The detector of one name; raises InputError."""
+    """The detector with that name. Raises InputError if it cannot be loaded."""
     if name == PRESIDIO:
-        from cfgsafe.pii.presidio import Recognisers
-
         return Recognisers()
     return Pipeline(name)
 
 
 class Pipeline:
-    """A spaCy pipeline's entities, without the labels that the paper ignores."""
+    """The entities of a spaCy pipeline, without the labels that the paper ignores."""
 
     def __init__(self, name: str):
         import spacy
@@ -66,18 +69,14 @@ class Pipeline:
         try:
             self.nlp = spacy.load(name)
         except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
             raise InputError(
-                f"--ner {name}: not a spaCy pipeline ({str(error).splitlines()[0]}); give a package name, a folder or {PRESIDIO}"
+                f"--ner {name}: not a spaCy pipeline ({reason}); give a package name, a folder or {PRESIDIO}"
             ) from None
 
     def __call__(self, texts: list[str]) -> list[list[Entity]]:
         found = []
         for doc in self.nlp.pipe(texts):
-            found.append(
-                [
-                    Entity(e.start_char, e.end_char, e.label_, e.text)
-                    for e in doc.ents
-                    if e.label_ not in IGNORED
-                ]
-            )
+            kept = [e for e in doc.ents if e.label_ not in IGNORED]
+            found.append([Entity(e.start_char, e.end_char, e.label_, e.text) for e in kept])
         return found

@@ -1,9 +1,10 @@
-"""Personal data that has a form: e-mail, phone, credit card, US social security number, IP address, URL.
+"""Personal data with a fixed form: e-mail, phone, credit card, US social security number, IP, URL.
 
 Source: Microsoft's presidio-analyzer and its predefined recognisers.
-Deviations: those six are called one by one, without the analyzer's NLP engine, which would download a model, and so without its bonus for
-context words; every find counts, whatever its score. E-mail addresses are checked against the list of public suffixes that tldextract
-brings along, where presidio would fetch a new one.
+Deviations: those six are called directly, without the analyzer's NLP engine, which would download
+a model. So no score gets a bonus for context words, and every find counts, whatever its score.
+E-mail addresses are checked against the list of public suffixes that comes with tldextract;
+presidio would fetch a new one.
 
 Run it: python eval.py detectors --ner presidio
 """
@@ -11,9 +12,11 @@ Run it: python eval.py detectors --ner presidio
 from cfgsafe.errors import InputError
 from cfgsafe.pii.entities import Entity, merge
 
+OTHERS = ("PhoneRecognizer", "CreditCardRecognizer", "UsSsnRecognizer", "IpRecognizer", "UrlRecognizer")
+
 
 class Recognisers:
-    """Presidio's structured recognisers; labels are presidio's. Raises InputError where the package is missing."""
+    """Presidio's recognisers, with presidio's labels. Raises InputError without the package."""
 
     def __init__(self):
         try:
@@ -30,18 +33,16 @@ class Recognisers:
             def validate_result(self, pattern_text: str) -> bool:
                 return bool(suffixes(pattern_text).fqdn)
 
-        others = (
-            "PhoneRecognizer",
-            "CreditCardRecognizer",
-            "UsSsnRecognizer",
-            "IpRecognizer",
-            "UrlRecognizer",
-        )
-        self.recognisers = [Email(), *(getattr(presidio, name)() for name in others)]
+        self.recognisers = [Email(), *(getattr(presidio, name)() for name in OTHERS)]
 
     def __call__(self, texts: list[str]) -> list[list[Entity]]:
+        """The personal items of each text in their order; no two overlap."""
         return [merge(text, [self._find(text)]) for text in texts]
 
     def _find(self, text: str) -> list[Entity]:
-        finds = [find for one in self.recognisers for find in one.analyze(text, one.supported_entities, None)]
-        return [Entity(find.start, find.end, find.entity_type, text[find.start : find.end]) for find in finds]
+        found = []
+        for recogniser in self.recognisers:
+            for find in recogniser.analyze(text, recogniser.supported_entities, None):
+                words = text[find.start : find.end]
+                found.append(Entity(find.start, find.end, find.entity_type, words))
+        return found
