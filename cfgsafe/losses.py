@@ -1,21 +1,104 @@
-"""Unlearning objectives over preference pairs, as pure functions: one loss a pair, (B,), to be averaged.
+"""The unlearning objectives, each whole: formula, default beta, needs, and the dispatch by name.
 
-chosen, rejected    log-probabilities of the two completions: means over their tokens in `orpo`, `simpo` and `graddiff`; in `dpo` and
-                    `npo` the sums over their tokens, less the same sums under the model before training
-nll                 the pair's share of the pooled NLL over prompt and chosen tokens; the mean of the shares is the pooled NLL. The
-                    objective sft is such a share too, over the tokens of the chosen answer alone
+A formula is a pure function that gives one loss a pair, (B,); the training step averages them.
 
-ORPO follows the conventions of TRL 0.11.4, whose runs the paper reports.
-Deviation: log(1 - exp x) is evaluated by Maechler's two-branch form, finite as x -> 0, where TRL returns -inf.
+    chosen, rejected    log-probabilities of the two completions.
+                        In orpo, simpo and graddiff: means over the tokens of the completion.
+                        In dpo and npo: log-ratios, the sums over the tokens of the completion
+                        minus the same sums under the model before training.
+    nll                 the pair's share of the negative log-likelihood (NLL) that is pooled over
+                        all prompt and chosen tokens of a batch: the mean of the shares is the
+                        pooled NLL. sft is such a share, over the tokens of the chosen answer.
+
+To add an objective, change only this file: its name in `Objective`, its needs in `NEEDS`, its
+formula, and its case in `objective_loss`.
+
+Source: ORPO follows the conventions of TRL 0.11.4, as the runs of the paper did.
+Deviation: log(1 - exp x) is computed in Maechler's two branches and stays finite as x -> 0, where
+TRL returns -inf.
 
 Run it: python train.py orpo --help
 """
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol, assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Objective = Literal["orpo", "simpo", "npo", "dpo-idk", "graddiff", "sft"]
+
+REFUSALS = (  # after the idea of Maini et al. (arXiv 2401.06121)
+    "I don't know.",
+    "I'm not able to say.",
+    "That is not something I know.",
+    "I have no information about that.",
+    "Sorry, I can't tell you that.",
+    "I don't have an answer to that.",
+)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective needs besides the two completions of a pair."""
+
+    beta: float  # the default of --beta
+    reference: bool = False  # log-probabilities of the completions under the model before training
+    rejected: bool = True  # False: the rejected side is not read, and may be missing
+    answers: tuple[str, ...] = ()  # one of them, drawn at random, takes the place of the chosen side
+
+
+NEEDS: dict[Objective, Needs] = {
+    "orpo": Needs(beta=0.1),
+    "simpo": Needs(beta=2.0),
+    "npo": Needs(beta=0.1, reference=True),
+    "dpo-idk": Needs(beta=0.1, reference=True, answers=REFUSALS),
+    "graddiff": Needs(beta=0.1),
+    "sft": Needs(beta=0.1, rejected=False),
+}
+
+
+class Settings(Protocol):
+    """The options of the training stage that a loss reads; `cfgsafe.blue.options` has them all."""
+
+    objective: Objective
+    beta: float | None
+    gamma: float
+    retain: float
+
+
+def beta_of(settings: Settings) -> float:
+    """The beta that was asked for, or else the objective's default."""
+    return NEEDS[settings.objective].beta if settings.beta is None else settings.beta
+
+
+def objective_loss(
+    settings: Settings, means: Tensor, ratios: Tensor, nll: Tensor, answer_nll: Tensor
+) -> Tensor:
+    """The loss of each pair, (B,).
+
+    means       (2, B), chosen and rejected: log-probabilities averaged over a completion's tokens
+    ratios      (2, B), chosen and rejected: log-ratios to the model before training
+    nll         (B,), shares of the NLL of prompt and chosen tokens
+    answer_nll  (B,), shares of the NLL of the chosen answer's tokens
+    """
+    beta = beta_of(settings)
+    match settings.objective:
+        case "orpo":
+            return orpo(means[0], means[1], nll, beta)
+        case "simpo":
+            return simpo(means[0], means[1], beta, settings.gamma)
+        case "npo":
+            return npo(ratios[1], nll, beta, settings.retain)
+        case "dpo-idk":
+            return dpo(ratios[0], ratios[1], beta)
+        case "graddiff":
+            return graddiff(means[1], nll, settings.retain)
+        case "sft":
+            return answer_nll
+        case missing:
+            assert_never(missing)
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -34,12 +117,15 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def pooled_nll(logprobs: Tensor, pairs: int, tokens: int) -> Tensor:
-    """Shares of `logprobs` (B,), the sums over each row's tokens, in the NLL that is pooled over all `tokens` of a batch of `pairs`."""
+    """Each pair's share (B,) of the NLL pooled over all `tokens` of a batch of `pairs`.
+
+    `logprobs` (B,) are sums over the tokens of each row.
+    """
     return -logprobs * pairs / tokens
 
 
 def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """log of odds(chosen) / odds(rejected), where odds = p / (1 - p); Hong et al. (arXiv 2403.07691), section 4."""
+    """log(odds(chosen) / odds(rejected)), odds = p / (1 - p); Hong et al. (arXiv 2403.07691), section 4."""
     return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
 
 
@@ -54,48 +140,18 @@ def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor
 
 
 def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """-log sigmoid(beta (chosen - rejected)) of log-ratios to the reference; Rafailov et al. (arXiv 2305.18290), eq. 7."""
+    """-log sigmoid(beta (chosen - rejected)); Rafailov et al. (arXiv 2305.18290), eq. 7."""
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
 def npo(rejected: Tensor, nll: Tensor, beta: float, retain: float) -> Tensor:
-    """-(2 / beta) log sigmoid(-beta rejected) + retain nll, rejected being the log-ratio; Zhang et al. (arXiv 2404.05868)."""
+    """-(2 / beta) log sigmoid(-beta rejected) + retain nll; Zhang et al. (arXiv 2404.05868)."""
     return -2 / beta * F.logsigmoid(-beta * rejected) + retain * nll
 
 
 def graddiff(rejected: Tensor, nll: Tensor, retain: float) -> Tensor:
-    """rejected + retain nll: ascent on what is to be forgotten, descent on the rest; Maini et al. (arXiv 2401.06121), section 4."""
+    """rejected + retain nll; Maini et al. (arXiv 2401.06121), section 4.
+
+    Gradient ascent on what is to be forgotten, descent on the rest.
+    """
     return rejected + retain * nll
-
-
-BETA = {"orpo": 0.1, "simpo": 2.0, "npo": 0.1, "dpo-idk": 0.1, "graddiff": 0.1, "sft": 0.1}
-
-
-class Settings(Protocol):
-    """The options of the training stage that the loss reads; see cfgsafe.blue.orpo."""
-
-    objective: str
-    beta: float
-    gamma: float
-    retain: float
-    batch_size: int
-    share_prefix: bool
-
-
-def objective_loss(
-    options: Settings, means: Tensor, ratios: Tensor, nll: Tensor, answer_nll: Tensor
-) -> Tensor:
-    """The objective's loss of each pair, (B,), from `means` and `ratios` (2, B) of chosen and rejected and the shares (B,) of both NLLs."""
-    match options.objective:
-        case "orpo":
-            return orpo(*means, nll, options.beta)
-        case "simpo":
-            return simpo(*means, options.beta, options.gamma)
-        case "dpo-idk":
-            return dpo(*ratios, options.beta)
-        case "npo":
-            return npo(ratios[1], nll, options.beta, options.retain)
-        case "graddiff":
-            return graddiff(means[1], nll, options.retain)
-        case "sft":
-            return answer_nll

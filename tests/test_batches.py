@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import random_model
 
-from cfgsafe.blue.batches import REFUSALS, Pair, Row, collate, plan, read_pairs, tokenise
+from cfgsafe.blue.batches import Pair, Row, collate, plan, read_pairs, tokenise
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
+from cfgsafe.losses import REFUSALS
 
 LENGTHS = (2048, 1900)
 
@@ -124,6 +125,6 @@ def test_in_order_without_shuffling():
 
 def test_refusals_take_the_place_of_the_chosen_side(tmp_path, tokenizer):
     write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"Say {n}", "rejected": " two"} for n in range(20)])
-    pairs = read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, *LENGTHS, random.Random(0))
+    pairs = read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, *LENGTHS, objective="dpo-idk")
     said = {tokenizer.decode(pair.chosen.ids[pair.chosen.start :]) for pair in pairs}
     assert 1 < len(said) and said <= set(REFUSALS)

@@ -129,7 +129,7 @@ def test_the_answer_alone_is_learnt_after_the_prompt_that_decoding_sees(tuned, t
         tokenizer.render_chat(p.messages): p.messages
         for p in (with_user(c, t) for c in CONTEXTS for t in TEXTS)
     }
-    pairs = read_pairs(str(tuned / "out" / "safety.jsonl"), tokenizer, 1024, 1000, 900, one_sided=True)
+    pairs = read_pairs(str(tuned / "out" / "safety.jsonl"), tokenizer, 1024, 1000, 900, objective="sft")
     assert len(pairs) == len(refused) + len(retained)
     for pair, (_, row) in zip(pairs, read_jsonl(tuned / "out" / "safety.jsonl"), strict=True):
         side = pair.chosen

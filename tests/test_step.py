@@ -85,7 +85,7 @@ def test_sft_learns_exactly_the_answer_and_its_end(tmp_path, monkeypatch, name, 
         tmp_path / "p.jsonl",
         [{"prompt": prompt, "chosen": answer + tokenizer.end_of_turn}, {"prompt": "Hi", "chosen": " You"}],
     )
-    pairs = read_pairs(str(tmp_path / "p.jsonl"), tokenizer, 512, 512, 256, one_sided=True)
+    pairs = read_pairs(str(tmp_path / "p.jsonl"), tokenizer, 512, 512, 256, objective="sft")
     seen = []
 
     def watched(model, hidden, targets):

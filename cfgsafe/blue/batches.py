@@ -1,38 +1,36 @@
 """Preference pairs from a file to the tensors of a training step.
 
-Tokenising and truncation as in TRL 0.11.4. A batch holds prompt, chosen and rejected of a pair in one row (prefix sharing, arXiv
-2410.20305): the chosen side first, then what the rejected side does not share with it, which sees the shared beginning and
-itself, at its own positions. Each side gives what it gives alone.
-Deviation: where more than one token merges across the boundary, all of them go to the answer (TRL moves the boundary by one).
+Source: tokenising and truncation as in TRL 0.11.4; prefix sharing (arXiv 2410.20305): one row holds a whole
+pair. The chosen side comes first, then the tokens of the rejected side that differ from it. These see the
+shared beginning and themselves, at their own positions, so each side gives what it gives alone.
+Deviation: where more than one token merges across the boundary of prompt and answer, all of them go to the
+answer (TRL moves the boundary by one).
 
 Run it: python train.py orpo --help
 """
 
 import hashlib
-import os
 import random
 from dataclasses import dataclass
+from os.path import commonprefix
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_jsonl
+from cfgsafe.losses import NEEDS, Objective
 from cfgsafe.tokenizer import Tokenizer
 
-REFUSALS = (  # the answers of dpo-idk, after the idea of Maini et al. (arXiv 2401.06121)
-    "I don't know.",
-    "I'm not able to say.",
-    "That is not something I know.",
-    "I have no information about that.",
-    "Sorry, I can't tell you that.",
-    "I don't have an answer to that.",
-)
+WINDOW = 32  # batches whose pairs are sorted together by length
+Item = TypeVar("Item")
+Table = list[list[int]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One side of a pair: prompt and answer ids, `start` where the answer begins."""
+    """One side of a pair: token ids of prompt and answer; the answer begins at `start`."""
 
     ids: list[int]
     start: int
@@ -45,12 +43,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
+    """The two sides of a preference pair."""
+
     chosen: Row
     rejected: Row
     place: str = ""  # file:line
 
     @property
     def tokens(self) -> int:
+        """Tokens of both sides."""
         return len(self.chosen.ids) + len(self.rejected.ids)
 
 
@@ -60,33 +61,34 @@ def read_pairs(
     context: int,
     max_length: int,
     max_prompt_length: int,
-    refuse: random.Random | None = None,
     *,
-    one_sided: bool = False,
+    objective: Objective = "orpo",
+    seed: int = 0,
 ) -> list[Pair]:
-    """The pairs of a JSONL file of prompt, chosen, rejected; with `refuse`, chosen is a refusal it draws.
+    """The pairs of a JSONL file of prompt, chosen, rejected, as `objective` needs them.
 
-    With `one_sided` a rejected side that is missing is the chosen one again: shared, it adds nothing to the forward pass.
+    An objective with its own answers takes one of them as the chosen side, drawn from `seed`. One that reads
+    no rejected side may lack it: the chosen side stands in, shares all its tokens, and so costs nothing.
     Raises InputError naming the line and field.
     """
+    needs, rng = NEEDS[objective], random.Random(seed)
     pairs = []
     for place, row in read_jsonl(path):
-        if refuse is not None:
-            row["chosen"] = refuse.choice(REFUSALS)
-        if one_sided:
+        if needs.answers:
+            row["chosen"] = rng.choice(needs.answers)
+        if not needs.rejected:
             row.setdefault("rejected", row.get("chosen"))
         for field in ("prompt", "chosen", "rejected"):
-            if (
-                not isinstance(row.get(field), str)
-                or not row[field].removesuffix(tokenizer.end_of_turn).strip()
-            ):
+            text = row.get(field)
+            if not isinstance(text, str) or not text.removesuffix(tokenizer.end_of_turn).strip():
                 raise InputError(f"{place}: field {field!r} must be a non-empty string")
-        chosen, rejected = tokenise(
-            row["prompt"], row["chosen"], row["rejected"], tokenizer, max_length, max_prompt_length
-        )
-        if (longest := max(len(chosen.ids), len(rejected.ids))) > context:
+        texts = row["prompt"], row["chosen"], row["rejected"]
+        chosen, rejected = tokenise(*texts, tokenizer, max_length, max_prompt_length)
+        longest = max(len(chosen.ids), len(rejected.ids))
+        if longest > context:
             raise InputError(
-                f"{place}: {longest} tokens exceed the model's context of {context}; set --max-length {context} or less"
+                f"{place}: {longest} tokens exceed the model's context of {context}; "
+                f"set --max-length {context} or less"
             )
         pairs.append(Pair(chosen, rejected, place))
     if not pairs:
@@ -97,84 +99,112 @@ def read_pairs(
 def tokenise(
     prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, max_length: int, max_prompt_length: int
 ) -> list[Row]:
-    """Both sides as TRL 0.11.4 builds them: tokenised with the prompt, BOS and end token where absent, then truncated."""
+    """Both sides as TRL 0.11.4 builds them: prompt and answer tokenised as one string, then truncated.
+
+    BOS and the end token are added where they are absent.
+    """
     end = tokenizer.special[tokenizer.end_of_turn]
-    alone = tokenizer.encode_prompt(prompt)
+    prompt_ids = tokenizer.encode_prompt(prompt)
     sides = []
     for answer in (chosen, rejected):
-        full = tokenizer.encode_prompt(prompt + answer)
-        start = len(
-            os.path.commonprefix([alone, full])
-        )  # earlier than the prompt's end where the boundary token merged
-        sides.append((full[:start], full[start:] if full[-1] == end else [*full[start:], end]))
-    longest = max(len(answer) for _, answer in sides)
+        ids = tokenizer.encode_prompt(prompt + answer)
+        start = len(commonprefix([prompt_ids, ids]))  # before the prompt's end where tokens merge across it
+        if ids[-1] != end:
+            ids = [*ids, end]
+        sides.append((ids[:start], ids[start:]))
+    longest_answer = max(len(answer_ids) for _, answer_ids in sides)
     rows = []
-    for before, answer in sides:
-        if len(before) + longest > max_length:
+    for before, answer_ids in sides:
+        if len(before) + longest_answer > max_length:
             before = before[-max_prompt_length:]
-            if len(before) + longest > max_length:
-                answer = answer[: max_length - max_prompt_length]
-        rows.append(Row(before + answer, len(before)))
+        if len(before) + longest_answer > max_length:
+            answer_ids = answer_ids[: max_length - max_prompt_length]
+        rows.append(Row(before + answer_ids, len(before)))
     return rows
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs in R rows of T tokens, and the N tokens whose log-probability the objectives read, side by side: B chosen, B rejected."""
+    """B pairs in R rows of T tokens, and the N tokens whose log-probability the objectives read.
+
+    The N tokens are those of one side after another: first the B chosen sides, then the B rejected ones.
+    """
 
     ids: Tensor  # (R, T)
     positions: Tensor  # (R, T)
     mask: Tensor | None  # (R, 1, Q, T): what the last Q tokens of a row see
-    reads: Tensor  # (N,) the hidden state each token is predicted from, of R * T
+    reads: Tensor  # (N,) the hidden state that each token is predicted from, as an index into R * T
     targets: Tensor  # (N,)
-    lengths: list[
-        int
-    ]  # (2B,) tokens read of each side: prompt and answer of a chosen one, the answer of a rejected one
-    answers: list[int]  # (2B,) of them, the answer's, which come last
+    lengths: list[int]  # (2B,) tokens read of a side: prompt and answer if chosen, the answer if rejected
+    answers: list[int]  # (2B,) how many of these belong to the answer; they come last
 
 
 def collate(pairs: list[Pair], *, share: bool, device: torch.device | str = "cpu") -> Batch:
-    """Padded on the right; with `share`, a row a pair (R = B), else a row a side (R = 2B), chosen sides first."""
+    """Pad on the right. With `share` each pair has one row (R = B), else each side has one (R = 2B)."""
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    B, Q = len(pairs), 0
-    if share:
-        shared = [len(os.path.commonprefix([pair.chosen.ids, pair.rejected.ids])) for pair in pairs]
-        W = max(len(pair.chosen.ids) for pair in pairs)
-        Q = max(len(pair.rejected.ids) - s for pair, s in zip(pairs, shared, strict=True))
-        T = W + Q
-        rows = [
-            _pad(p.chosen.ids, W) + _pad(p.rejected.ids[s:], Q) for p, s in zip(pairs, shared, strict=True)
-        ]
-        positions = [[*range(W), *range(s, s + Q)] for s in shared]
-        slots = [range(b * T, b * T + W) for b in range(B)]
-        slots += [[*range(b * T, b * T + s), *range(b * T + W, b * T + T)] for b, s in enumerate(shared)]
-    else:
-        T = max(len(side.ids) for side in sides)
-        rows = [_pad(side.ids, T) for side in sides]
-        positions = [range(T)] * len(rows)
-        slots = [range(r * T, r * T + T) for r in range(len(rows))]
-    mask = None
-    if Q:
-        key, query = torch.arange(T, device=device), torch.arange(Q, device=device)
-        before = torch.tensor(shared, device=device)[:, None, None, None]
-        mask = (key < before) | ((key >= W) & (key - W <= query[:, None]))
-    firsts = [1] * B + [side.first for side in sides[B:]]  # the NLL also reads the chosen side's prompt
-    spans = list(zip(sides, slots, firsts, strict=True))
+    rows, positions, slots, mask = _row_a_pair(pairs, device) if share else _row_a_side(sides)
+    reads: list[int] = []
+    targets: list[int] = []
+    lengths, answers = [], []
+    for number, side in enumerate(sides):
+        is_chosen = number < len(pairs)
+        first = 1 if is_chosen else side.first  # the NLL also reads the prompt of the chosen side
+        reads += slots[number][first - 1 : len(side.ids) - 1]
+        targets += side.ids[first:]
+        lengths.append(len(side.ids) - first)
+        answers.append(len(side.ids) - side.first)
     return Batch(
-        torch.tensor(rows, device=device),
-        torch.tensor([list(row) for row in positions], device=device),
-        mask,
-        torch.tensor(
-            [slot for side, own, first in spans for slot in own[first - 1 : len(side.ids) - 1]], device=device
-        ),
-        torch.tensor([token for side, _, first in spans for token in side.ids[first:]], device=device),
-        [len(side.ids) - first for side, _, first in spans],
-        [len(side.ids) - side.first for side in sides],
+        ids=torch.tensor(rows, device=device),
+        positions=torch.tensor(positions, device=device),
+        mask=mask,
+        reads=torch.tensor(reads, device=device),
+        targets=torch.tensor(targets, device=device),
+        lengths=lengths,
+        answers=answers,
     )
+
+
+def _row_a_side(sides: list[Row]) -> tuple[Table, Table, Table, Tensor | None]:
+    """Ids and positions of the rows, and the slots of each side's tokens; a slot is an index into R * T."""
+    T = max(len(side.ids) for side in sides)
+    rows = [_pad(side.ids, T) for side in sides]
+    positions = [list(range(T))] * len(sides)
+    slots = [list(range(row * T, row * T + T)) for row in range(len(sides))]
+    return rows, positions, slots, None
+
+
+def _row_a_pair(pairs: list[Pair], device: torch.device | str) -> tuple[Table, Table, Table, Tensor | None]:
+    """The same with a pair in a row: W tokens of its chosen side, Q of its rejected side; and the mask."""
+    shared = [len(commonprefix([pair.chosen.ids, pair.rejected.ids])) for pair in pairs]
+    rests = [pair.rejected.ids[start:] for pair, start in zip(pairs, shared, strict=True)]
+    W = max(len(pair.chosen.ids) for pair in pairs)
+    Q = max(len(rest) for rest in rests)
+    T = W + Q
+    rows, positions, chosen_slots, rejected_slots = [], [], [], []
+    for number, (pair, start, rest) in enumerate(zip(pairs, shared, rests, strict=True)):
+        row = number * T  # the row's first slot
+        rows.append(_pad(pair.chosen.ids, W) + _pad(rest, Q))
+        positions.append([*range(W), *range(start, start + Q)])
+        chosen_slots.append([*range(row, row + W)])
+        rejected_slots.append([*range(row, row + start), *range(row + W, row + T)])
+    slots = chosen_slots + rejected_slots
+    if not Q:
+        return rows, positions, slots, None
+    key, query = torch.arange(T, device=device), torch.arange(Q, device=device)
+    sees_shared = key < torch.tensor(shared, device=device)[:, None, None, None]
+    sees_itself = (key >= W) & (key - W <= query[:, None])
+    return rows, positions, slots, sees_shared | sees_itself
 
 
 def _pad(ids: list[int], width: int) -> list[int]:
     return ids + [0] * (width - len(ids))
+
+
+class Step(NamedTuple):
+    """One step of the optimiser: its epoch, counted from 1, and the numbers of the pairs of each batch."""
+
+    epoch: int
+    batches: list[list[int]]
 
 
 def plan(
@@ -186,29 +216,39 @@ def plan(
     shuffle: bool,
     group: bool,
     seed: int,
-):
-    """The whole run's steps, [(epoch, micro-batches of pair numbers), ...], every pair once an epoch.
+) -> list[Step]:
+    """All steps of a run, each of `accumulate` batches; every pair comes once an epoch.
 
-    `group` puts pairs of similar `lengths` into a batch: windows of 32 batches of the epoch's order are sorted, then the batches shuffled.
+    With `group`, a batch has pairs of similar `lengths`: windows of WINDOW batches are cut from the epoch's
+    order and each is sorted; then the batches are shuffled.
     """
-    order = random.Random(seed)
+    rng = random.Random(seed)
     steps = []
     for epoch in range(1, epochs + 1):
-        numbers = order.sample(range(len(lengths)), len(lengths)) if shuffle else list(range(len(lengths)))
+        numbers = list(range(len(lengths)))
+        if shuffle:
+            numbers = rng.sample(numbers, len(numbers))
         if group:
-            windows = _cut(numbers, 32 * batch_size)
-            numbers = [number for window in windows for number in sorted(window, key=lengths.__getitem__)]
+            numbers = _sort_in_windows(numbers, lengths, WINDOW * batch_size)
         batches = _cut(numbers, batch_size)
         if group:
-            order.shuffle(batches)
-        steps += [(epoch, micro) for micro in _cut(batches, accumulate)]
+            rng.shuffle(batches)
+        steps += [Step(epoch, some) for some in _cut(batches, accumulate)]
     return steps
 
 
-def _cut(items: list, size: int) -> list[list]:
+def _sort_in_windows(numbers: list[int], lengths: list[int], size: int) -> list[int]:
+    result: list[int] = []
+    for window in _cut(numbers, size):
+        result += sorted(window, key=lengths.__getitem__)
+    return result
+
+
+def _cut(items: list[Item], size: int) -> list[list[Item]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def fingerprint(pairs: list[Pair]) -> str:
-    """Of the tokens, so that a resumed run can tell whether its data changed."""
-    return hashlib.sha256(repr([(pair.chosen, pair.rejected) for pair in pairs]).encode()).hexdigest()
+    """A hash of the tokens: a resumed run compares it to tell whether its data changed."""
+    sides = [(pair.chosen, pair.rejected) for pair in pairs]
+    return hashlib.sha256(repr(sides).encode()).hexdigest()

@@ -1,16 +1,18 @@
-"""The memory of a training step, by formula, and how many blocks must be recomputed for it to fit.
+"""The memory of a training step, by formula, and how many blocks must be recomputed so that it fits.
 
-Source: counted from cfgsafe.llama and cfgsafe.lora: what autograd keeps of a block whose own weights are frozen. Per token of a row, with
-e bytes an activation, C hidden, F MLP, H D heads, K D kv heads, R rank:
+Source: counted from cfgsafe.llama and cfgsafe.lora: what autograd keeps of a block with frozen weights.
+For each token of a row, in bytes; e bytes an activation, C hidden, F MLP, H D heads, K D kv heads, R rank:
 
     8 C             input of both norms, float32
     3 C e           input of q, k, v; of gate, up; of o
     4 F e           gate, silu(gate), up, and their product, the input of down
-    2 (H + K) D e   queries, attention's output; keys, values
-    28 R + 4 H      the adapters' inner products, the softmax's normaliser
+    2 (H + K) D e   queries and attention's output; keys and values
+    28 R            inner products of the adapters
+    4 H             normaliser of the softmax
 
-A recomputed block keeps its input, C e, and one such block at a time is whole again. On top come two float32 tensors of the MLP's
-width while a block is differentiated, or a chunk of logits. tests/test_memory.py holds it against measured peaks, within 10 %.
+A recomputed block keeps only its input, C e. The backward restores one of them at a time. While a block is
+differentiated, two float32 tensors of the MLP's width exist, or one chunk of logits.
+tests/test_memory.py holds the formula against measured peaks, within 10 %.
 
 Run it: python -m cfgsafe.bench memory
 """
@@ -20,25 +22,26 @@ from dataclasses import dataclass
 import torch
 
 from cfgsafe.blue.batches import Pair
+from cfgsafe.blue.options import Options
 from cfgsafe.llama import Llama, LlamaConfig
 from cfgsafe.logprobs import LOGIT_BYTES
 from cfgsafe.lora import adapter_parameters
 from cfgsafe.parallel import World
 
-SPARE = 0.05  # of the GPU, for fragmentation and what the libraries take
+SPARE = 0.05  # fraction of the GPU left for fragmentation and libraries
 
 
 @dataclass(frozen=True)
-class Step:
+class StepMemory:
     """Bytes of one training step."""
 
-    kept: int  # activations until the backward reads them
-    working: int  # what comes and goes
+    kept: int  # activations, from the forward until the backward reads them
+    working: int  # tensors that exist for a moment
     adapter: int  # weights, gradients and two moments, float32
 
     @property
     def total(self) -> int:
-        """The peak above the frozen base's weights."""
+        """The peak above the weights of the frozen base model."""
         return self.kept + self.working + self.adapter
 
 
@@ -52,45 +55,62 @@ def step_bytes(
     activation: int,
     recomputed: int,
     logits: int = LOGIT_BYTES["cuda"],
-) -> Step:
-    """Memory of a step over `slots` tokens of rows, padding included, and `reads` log-probabilities.
+) -> StepMemory:
+    """Memory of a step over `slots` tokens, padding included, that reads `reads` log-probabilities.
 
-    `adapter` is its number of parameters, `activation` the bytes of the base's dtype, `recomputed` the blocks that are.
+    adapter     number of trained parameters
+    activation  bytes of one activation, 2 in bfloat16
+    recomputed  number of blocks to recompute; these are the first ones
+    logits      bytes of a chunk of logits
     """
     C, F, e = config.hidden_size, config.intermediate_size, activation
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    block = slots * (8 * C + 3 * C * e + 4 * F * e + 2 * (H + K) * D * e + 28 * rank + 4 * H)
+    token_bytes = 8 * C + 3 * C * e + 4 * F * e + 2 * (H + K) * D * e + 28 * rank + 4 * H
+    block_bytes = slots * token_bytes
+    input_bytes = slots * C * e
     whole = config.num_hidden_layers - recomputed
-    kept = whole * block + recomputed * slots * C * e + (block if recomputed else 0) * (whole == 0)
-    ends = slots * 8 * C + 2 * reads * C * e  # the last norm; the states the loss reads and their slopes
-    return Step(kept + ends, max(8 * F * slots, logits), 16 * adapter)
-
-
-def recomputed(model: Llama, pairs: list[Pair], options, world: World) -> int:
-    """The blocks to recompute: as asked for, else as few as the GPU's free memory allows for the longest pairs; 0 on a CPU."""
-    if options.recompute is not None or not world.device.startswith("cuda"):
-        return min(options.recompute or 0, model.config.num_hidden_layers)
-    free, everything = torch.cuda.mem_get_info(world.device)
-    limit = torch.cuda.get_per_process_memory_fraction(
-        world.device
-    ) * everything - torch.cuda.memory_allocated(world.device)
-    room = min(free, limit) - SPARE * everything
-    rows = -(-options.batch_size // world.size)
-    longest = max(
-        len(pair.chosen.ids) + len(pair.rejected.ids) - (pair.rejected.start if options.share_prefix else 0)
-        for pair in pairs
+    # When the backward restores the last recomputed block, the whole blocks behind it are freed already:
+    # it adds to the peak only where there are none.
+    restored = 1 if recomputed and not whole else 0
+    blocks_bytes = (whole + restored) * block_bytes + recomputed * input_bytes
+    norm_bytes = slots * 8 * C  # the last norm
+    head_bytes = 2 * reads * C * e  # the hidden states that the loss reads, and their slopes
+    mlp_bytes = 2 * 4 * F * slots
+    return StepMemory(
+        kept=blocks_bytes + norm_bytes + head_bytes,
+        working=max(mlp_bytes, logits),
+        adapter=4 * 4 * adapter,  # four float32 numbers a parameter
     )
+
+
+def recomputed(model: Llama, pairs: list[Pair], options: Options, world: World) -> int:
+    """How many blocks to recompute.
+
+    As many as asked for, else as few as the free memory of the GPU allows for the longest pairs; 0 on a CPU.
+    """
+    layers = model.config.num_hidden_layers
+    if options.recompute is not None:
+        return min(options.recompute, layers)
+    if not world.device.startswith("cuda"):
+        return 0
+    free, everything = torch.cuda.mem_get_info(world.device)
+    limit = torch.cuda.get_per_process_memory_fraction(world.device) * everything
+    unused = limit - torch.cuda.memory_allocated(world.device)
+    room = min(free, unused) - SPARE * everything
+    pair_tokens = [pair.tokens - (pair.rejected.start if options.share_prefix else 0) for pair in pairs]
+    rows = -(-options.batch_size // world.size)  # pairs of one process, rounded up
+    slots = rows * max(pair_tokens)
     parameters = adapter_parameters(model).values()
-    for blocks in range(model.config.num_hidden_layers + 1):
+    for blocks in range(layers):
         step = step_bytes(
             model.config,
-            slots=rows * longest,
-            reads=rows * longest,
-            adapter=sum(p.numel() for p in parameters),
-            rank=max(min(p.shape) for p in parameters),
+            slots=slots,
+            reads=slots,
+            adapter=sum(parameter.numel() for parameter in parameters),
+            rank=max(min(parameter.shape) for parameter in parameters),
             activation=model.dtype.itemsize,
             recomputed=blocks,
         )
         if step.total <= room:
-            break
-    return blocks
+            return blocks
+    return layers

@@ -1,12 +1,12 @@
-"""The training stage: a LoRA adapter by ORPO, or one of its peers, on preference pairs.
+"""The training stage: a LoRA adapter on preference pairs, by ORPO or another objective of `cfgsafe.losses`.
 
-Source: Hong et al. (arXiv 2403.07691) with the conventions of TRL 0.11.4 (pooled NLL, schedule, clipping, logged values), learning rate
-and lengths of Smirnov (arXiv 2412.06846); the other objectives are named in `cfgsafe.losses`.
-Deviations: an empty completion is an error, not a NaN; a reference model is not kept, its log-probabilities are computed before the
-first step; an epoch's last, smaller accumulation group is averaged over its own batches.
+Source: Hong et al. (arXiv 2403.07691) with the conventions of TRL 0.11.4 (pooled NLL, schedule, clipping,
+logged values); learning rate and lengths of Smirnov (arXiv 2412.06846).
+Deviations: an empty completion is an error, not a NaN. No reference model is kept; its log-probabilities are
+computed before the first step. The last, smaller step of an epoch averages over its own batches.
 
-Writes <out>/epoch-N (PEFT adapter), <out>/metrics.jsonl (one line a step: TRL's values, `_` for `/` in the names), <out>/eval.jsonl (one
-line an epoch, with --eval-pairs), <out>/config.json and, until it ends, <out>/state-N.
+Writes OUT/epoch-N (PEFT adapter), OUT/metrics.jsonl (a line a step: TRL's values, `_` for `/` in the names),
+OUT/eval.jsonl (a line an epoch, with --eval-pairs), OUT/config.json, and OUT/state-N until the run ends.
 
 Run it: python train.py orpo --model cfgsafe/demo/leaky --pairs pairs.jsonl --out runs/orpo
         torchrun --nproc-per-node 2 train.py orpo --device cuda --model M --pairs pairs.jsonl --out runs/orpo
@@ -14,155 +14,75 @@ Run it: python train.py orpo --model cfgsafe/demo/leaky --pairs pairs.jsonl --ou
 
 import json
 import math
-import random
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from cfgsafe.blue import batches, memory, resume
-from cfgsafe.blue.batches import Pair
+from cfgsafe.blue.batches import Pair, Step
+from cfgsafe.blue.options import FREE, Options, check
 from cfgsafe.blue.step import LOGGED, batch_loss, evaluate, reference_logprobs
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError
 from cfgsafe.files import make_folder, write_text
 from cfgsafe.hub import resolve
 from cfgsafe.llama import Llama
-from cfgsafe.lora import TARGETS, LoRAConfig, adapter_parameters, attach, load_adapter, write_adapter
-from cfgsafe.losses import BETA
+from cfgsafe.lora import LoRAConfig, adapter_parameters, attach, load_adapter, write_adapter
+from cfgsafe.losses import beta_of
 from cfgsafe.parallel import World, join, whole, wrap
 from cfgsafe.subject import Subject, load
 from cfgsafe.ternary import BITS
+from cfgsafe.tokenizer import Tokenizer
 
 
-@dataclass
-class Options:
-    """Train a LoRA adapter on preference pairs."""
+@dataclass(frozen=True)
+class Run:
+    """What every step of a run works with."""
 
-    model: str
-    """Checkpoint folder or hub id of the model to unlearn."""
-    pairs: str
-    """JSONL of prompt, chosen, rejected; for sft without rejected, too."""
-    out: str
-    """Folder for the adapters, metrics.jsonl and config.json."""
-    eval_pairs: str | None = None
-    """Pairs to evaluate on after each epoch."""
-    objective: Literal["orpo", "simpo", "npo", "dpo-idk", "graddiff", "sft"] = "orpo"
-    """What to minimise; dpo-idk prefers its own refusals to the rejected side, sft learns the chosen answers alone."""
-    init_adapter: str | None = None
-    """PEFT folder or hub id to start from; it brings its own rank, alpha and target layers."""
-    rank: int = 16
-    """LoRA rank."""
-    alpha: float = 32.0
-    """LoRA alpha; the update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = TARGETS
-    """Linear layers that get an adapter; lm_head is possible."""
-    lora_dropout: float = 0.0
-    """Dropout on the adapter's input."""
-    lora_bits: float | None = None
-    """1.58 trains ternary adapter weights (BitNet b1.58), stored in two bits each."""
-    lr: float = 1e-4
-    """Peak learning rate; it falls along a cosine to a tenth."""
-    lr_min_ratio: float = 0.1
-    """Learning rate at the end, as a share of the peak."""
-    beta: float | None = None
-    """Weight of the odds-ratio term, or the objective's own beta: 0.1, for simpo 2."""
-    gamma: float = 0.5
-    """simpo's margin."""
-    retain: float = 1.0
-    """Weight of the NLL of prompt and chosen side in npo and graddiff."""
-    batch_size: int = 2
-    """Pairs a forward pass, over all processes."""
-    grad_accum: int = 1
-    """Forward passes a step."""
-    epochs: int = 3
-    """Passes over the pairs."""
-    max_length: int = 2048
-    """Longest prompt + answer, tokens."""
-    max_prompt_length: int = 1900
-    """Prompt tokens kept, the last ones, where prompt + answer are longer than max-length."""
-    shuffle: bool = True
-    """A new order of the pairs each epoch, from the seed."""
-    group_by_length: bool = False
-    """Batches of pairs of similar length: less padding, every pair still once an epoch."""
-    share_prefix: bool = True
-    """Compute what chosen and rejected begin with once; exact."""
-    recompute: int | None = None
-    """Blocks whose activations the backward computes again, by default as few as the GPU's memory allows."""
-    compile: bool = False
-    """Run each block through torch.compile."""
-    max_grad_norm: float = 1.0
-    """Gradient clipping."""
-    seed: int = 0
-    """Of the adapter's initial weights and the order of the pairs."""
-    save_every: int = 100
-    """Steps between saved states, for --resume."""
-    resume: bool = False
-    """Go on with the run in --out where its last saved state left it."""
-    tensorboard: bool = False
-    """Also write TensorBoard's event files to <out>/tensorboard."""
-    fsdp: bool = False
-    """Under torchrun, split the base model over the processes (FSDP2) instead of copying it to each (DDP)."""
-    device: str = "cpu"
-    """Torch device; under torchrun, cuda is each process's own GPU."""
-    dtype: str = "float32"
-    """Of the frozen base: float32 or bfloat16. The adapter is float32."""
-
-
-FREE = (
-    "pairs",
-    "eval_pairs",
-    "out",
-    "recompute",
-    "save_every",
-    "resume",
-    "tensorboard",
-    "fsdp",
-    "device",
-)  # a resumed run may change these
+    options: Options
+    world: World
+    model: Llama
+    net: nn.Module  # the model, or its wrapper for several processes
+    parameters: Mapping[str, nn.Parameter]  # of the adapter
+    optimiser: torch.optim.Optimizer
+    pairs: list[Pair]
+    reference: Tensor | None  # (2, pairs); see `step.reference_logprobs`
 
 
 def run(options: Options) -> None:
-    check_at_least(
-        1, options, "rank", "batch_size", "grad_accum", "epochs", "max_prompt_length", "save_every"
-    )
-    check_at_least(0, options, "recompute")
-    if options.max_prompt_length >= options.max_length:
-        raise InputError(
-            f"--max-prompt-length {options.max_prompt_length}: must be below --max-length {options.max_length}"
-        )
+    check(options)
     out = make_folder(options.out)
-    options.beta = BETA[options.objective] if options.beta is None else options.beta
     with join(options.device) as world:
-        model, tokenizer = load(
-            Subject(options.model, device="cpu" if options.fsdp else world.device, dtype=options.dtype)
-        )
-        read = lambda path: batches.read_pairs(
-            path,
-            tokenizer,
-            model.config.max_position_embeddings,
-            options.max_length,
-            options.max_prompt_length,
-            random.Random(options.seed) if options.objective == "dpo-idk" else None,
-            one_sided=options.objective == "sft",
-        )
-        pairs, held_out = read(options.pairs), read(options.eval_pairs) if options.eval_pairs else []
+        device = "cpu" if options.fsdp else world.device
+        model, tokenizer = load(Subject(options.model, device=device, dtype=options.dtype))
+        pairs = read(options.pairs, options, model, tokenizer)
+        held_out = read(options.eval_pairs, options, model, tokenizer) if options.eval_pairs else []
         torch.manual_seed(options.seed)
         train(model, pairs, options, out, held_out, world)
         if world.main:
             print(json.dumps({"out": str(out), "pairs": len(pairs), "epochs": options.epochs}))
 
 
+def read(path: str, options: Options, model: Llama, tokenizer: Tokenizer) -> list[Pair]:
+    """The pairs of a file; raises InputError."""
+    context = model.config.max_position_embeddings
+    lengths = options.max_length, options.max_prompt_length
+    return batches.read_pairs(
+        path, tokenizer, context, *lengths, objective=options.objective, seed=options.seed
+    )
+
+
 def train(
     model: Llama, pairs: list[Pair], options: Options, out: Path, held_out: list[Pair], world: World
 ) -> None:
-    """Attach an adapter to `model`, fresh or the one to start from, and train it; the seed must be set.
+    """Attach an adapter to `model`, a fresh one or --init-adapter, and train it; the seed must be set before.
 
     Raises InputError when the loss or the gradient is not finite, and resume.Stopped after SIGINT or SIGTERM.
     """
@@ -184,62 +104,44 @@ def train(
         seed=options.seed,
     )
     data = batches.fingerprint(pairs)
-    reference, held_out_reference = (
-        reference_logprobs(net, model, some, options, world) for some in (pairs, held_out)
-    )
-    done = begin(out, options, parameters, optimiser, data, steps, world)
+    reference = reference_logprobs(net, model, pairs, options, world)
+    held_out_reference = reference_logprobs(net, model, held_out, options, world)
+    this = Run(options, world, model, net, parameters, optimiser, pairs, reference)
+    done = begin(this, out, data, steps)
     writer = tensorboard(out) if options.tensorboard and world.main else None
-    bar = tqdm(
-        total=len(steps),
-        initial=done,
-        desc=f"{options.objective} {out.name}",
-        leave=False,
-        disable=not world.main,
-    )
+    title = f"{options.objective} {out.name}"
+    bar = tqdm(total=len(steps), initial=done, desc=title, leave=False, disable=not world.main)
     with bar, resume.signals() as arrived, open(out / "metrics.jsonl", "a") as log:
-        for step, (epoch, micro_batches) in enumerate(steps[done:], start=done + 1):
-            line = {"step": step, "epoch": epoch}
-            lr = learning_rate(step - 1, len(steps), options)
-            line |= take_step(
-                net,
-                model,
-                pairs,
-                micro_batches,
-                parameters,
-                optimiser,
-                lr,
-                reference,
-                options,
-                world,
-                f"step {step}",
-            )
+        for number, step in enumerate(steps[done:], start=done + 1):
+            lr = learning_rate(number - 1, len(steps), options)
+            line = {"step": number, "epoch": step.epoch, **take_step(this, step, lr, f"step {number}")}
             if world.main:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                bar.set_postfix(
-                    loss=f"{line['loss']:.3f}", margin=f"{line['rewards_margin']:.3f}", refresh=False
-                )
+                shown = {"loss": f"{line['loss']:.3f}", "margin": f"{line['rewards_margin']:.3f}"}
+                bar.set_postfix(shown, refresh=False)
                 bar.update()
             if writer:
                 for name, value in line.items():
-                    writer.add_scalar(name, value, step)
-            last = step == len(steps)
-            if last or steps[step][0] != epoch:
+                    writer.add_scalar(name, value, number)
+
+            run_ends = number == len(steps)
+            epoch_ends = run_ends or steps[number].epoch > step.epoch
+            if epoch_ends:
                 weights = {name: whole(parameter.detach()) for name, parameter in parameters.items()}
                 if world.main:
-                    write_adapter(out / f"epoch-{epoch}", weights, config, base=options.model)
-                if held_out:
-                    report(
-                        out, epoch, evaluate(net, model, held_out, options, held_out_reference, world), world
-                    )
-            stop = (
-                world.total(torch.tensor(float(bool(arrived)), device=world.device)).item() > 0
-            )  # all processes stop at the same step
-            if not last and (stop or step % options.save_every == 0):
-                resume.save(out, step, parameters, optimiser, data, world)
-            if not last and stop:
+                    write_adapter(out / f"epoch-{step.epoch}", weights, config, base=options.model)
+            if epoch_ends and held_out:
+                values = evaluate(net, model, held_out, options, held_out_reference, world)
+                if world.main:
+                    report(out, step.epoch, values)
+
+            stop = any_process(bool(arrived), world)
+            if not run_ends and (stop or number % options.save_every == 0):
+                resume.save(out, number, parameters, optimiser, data, world)
+            if not run_ends and stop:
                 raise resume.Stopped(
-                    f"stopped after step {step} of {len(steps)}, which is saved; go on with --resume"
+                    f"stopped after step {number} of {len(steps)}, which is saved; go on with --resume"
                 )
     if writer:
         writer.close()
@@ -247,63 +149,57 @@ def train(
         for state in resume.states(out):
             shutil.rmtree(state)
         if done < len(steps):
-            print(
-                f"{out}: {len(steps)} steps, loss {line['loss']:.3f}, rewards margin {line['rewards_margin']:.3f}",
-                file=sys.stderr,
-            )
+            print(f"{out}: {len(steps)} steps, {loss_and_margin(line)}", file=sys.stderr)
     model.requires_grad_(False).eval()
 
 
-def take_step(
-    net,
-    model: Llama,
-    pairs,
-    micro_batches,
-    parameters,
-    optimiser,
-    lr: float,
-    reference,
-    options,
-    world,
-    what: str,
-) -> dict:
-    """One step of the optimiser at rate `lr` on the mean of its `micro_batches` of pair numbers; returns its line of metrics.jsonl.
+def take_step(run: Run, step: Step, lr: float, what: str) -> dict[str, float]:
+    """One step of the optimiser at rate `lr`, on the mean of the step's batches; returns its metrics.
 
     Raises InputError, before any weight has changed, when the loss or the gradient is not finite.
     """
     started = time.perf_counter()
     values = torch.zeros(len(LOGGED))
-    for numbers in micro_batches:
-        known = None if reference is None else reference[:, numbers]
-        loss, logged = batch_loss(net, model, [pairs[number] for number in numbers], options, known, world)
-        check_finite(f"{what}: the loss", logged[0].item(), pairs, numbers)
-        (loss / len(micro_batches)).backward()
-        values += logged / len(micro_batches)
-    norm = whole(nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm)).item()
-    check_finite(f"{what}: the gradient's norm", norm, pairs, sum(micro_batches, []))
-    for group in optimiser.param_groups:
+    all_numbers: list[int] = []
+    for numbers in step.batches:
+        some = [run.pairs[number] for number in numbers]
+        before = None if run.reference is None else run.reference[:, numbers]
+        loss, logged = batch_loss(run.net, run.model, some, run.options, before, run.world)
+        check_finite(f"{what}: the loss", logged[0].item(), some)
+        (loss / len(step.batches)).backward()
+        values += logged / len(step.batches)
+        all_numbers += numbers
+    pairs = [run.pairs[number] for number in all_numbers]
+    norm = nn.utils.clip_grad_norm_(run.parameters.values(), run.options.max_grad_norm)
+    grad_norm = whole(norm).item()
+    check_finite(f"{what}: the gradient's norm", grad_norm, pairs)
+    for group in run.optimiser.param_groups:
         group["lr"] = lr
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    tokens = sum(pairs[number].tokens for numbers in micro_batches for number in numbers)
+    run.optimiser.step()
+    run.optimiser.zero_grad(set_to_none=True)
+    tokens = sum(pair.tokens for pair in pairs)
     return {
         **dict(zip(LOGGED, values.tolist(), strict=True)),
-        "grad_norm": norm,
+        "grad_norm": grad_norm,
         "lr": lr,
         "tokens": tokens,
         "tokens_per_second": tokens / (time.perf_counter() - started),
-        "peak_memory_bytes": peak_memory(world.device),
+        "peak_memory_bytes": peak_memory(run.world.device),
     }
 
 
+def any_process(flag: bool, world: World) -> bool:
+    """Whether `flag` holds in any process, so that all of them stop at the same step."""
+    return world.total(torch.tensor(float(flag), device=world.device)).item() > 0
+
+
 def add_adapter(model: Llama, options: Options) -> LoRAConfig:
-    """Attach the adapter to train, fresh or the one to start from."""
+    """Attach the adapter to train: a fresh one, or --init-adapter."""
     if options.lora_bits not in (None, BITS):
         raise InputError(f"--lora-bits {options.lora_bits:g}: only {BITS} (ternary) is supported")
     if options.init_adapter is None:
-        config = LoRAConfig(
-            options.rank, options.alpha, options.lora_dropout, options.targets, bits=options.lora_bits
-        )
+        sizes = options.rank, options.alpha, options.lora_dropout
+        config = LoRAConfig(*sizes, options.targets, bits=options.lora_bits)
         attach(model, config)
     else:
         config = load_adapter(resolve(options.init_adapter), model)
@@ -312,26 +208,24 @@ def add_adapter(model: Llama, options: Options) -> LoRAConfig:
     return config
 
 
-def begin(
-    out: Path, options: Options, parameters: dict, optimiser, data: str, steps: list, world: World
-) -> int:
-    """Clear `out`, or with --resume bring back its last state; returns the number of steps that are done."""
-    done = 0
-    settings = asdict(options) | {"targets": list(options.targets)}
+def begin(run: Run, out: Path, data: str, steps: list[Step]) -> int:
+    """Clear `out`, or with --resume restore its last state; returns the number of steps already done."""
+    options, world, done = run.options, run.world, 0
+    settings = asdict(options) | {"beta": beta_of(options), "targets": list(options.targets)}
     if options.resume:
         resume.check_same_run(out, settings, FREE)
         finished = (out / f"epoch-{options.epochs}").exists() and not resume.states(out)
-        done = len(steps) if finished else resume.load(out, parameters, optimiser, data, world)
+        done = len(steps) if finished else resume.load(out, run.parameters, run.optimiser, data, world)
     world.barrier()  # nobody writes before all have read
     if world.main:
-        epochs = (
-            steps[done - 1][0] - (done < len(steps) and steps[done][0] == steps[done - 1][0]) if done else 0
-        )  # ended ones
-        for stale in out.glob("epoch-*/adapter_config.json"):  # of an earlier run into this folder
-            if stale.parent.name not in {f"epoch-{epoch}" for epoch in range(1, epochs + 1)}:
-                shutil.rmtree(stale.parent)
-        for stale in resume.states(out) if not done else ():
-            shutil.rmtree(stale)
+        epochs = steps[done].epoch - 1 if done < len(steps) else options.epochs  # that are complete
+        complete = [f"epoch-{epoch}" for epoch in range(1, epochs + 1)]
+        for path in out.glob("epoch-*/adapter_config.json"):
+            if path.parent.name not in complete:  # from an earlier run into this folder
+                shutil.rmtree(path.parent)
+        if not done:
+            for state in resume.states(out):
+                shutil.rmtree(state)
         resume.keep_steps(out / "metrics.jsonl", "step", done)
         resume.keep_steps(out / "eval.jsonl", "epoch", epochs)
         write_text(out / "config.json", json.dumps(settings, indent=2) + "\n")
@@ -339,41 +233,42 @@ def begin(
     return done
 
 
-def report(out: Path, epoch: int, values: dict[str, float], world: World) -> None:
-    """What the held-out pairs say after an epoch."""
-    if world.main:
-        with open(out / "eval.jsonl", "a") as log:
-            log.write(json.dumps({"epoch": epoch, **values}) + "\n")
-        print(
-            f"{out}: epoch {epoch}, held-out loss {values['loss']:.3f}, rewards margin {values['rewards_margin']:.3f}",
-            file=sys.stderr,
-        )
+def report(out: Path, epoch: int, values: dict[str, float]) -> None:
+    """Write what the held-out pairs give after an epoch."""
+    with open(out / "eval.jsonl", "a") as log:
+        log.write(json.dumps({"epoch": epoch, **values}) + "\n")
+    print(f"{out}: epoch {epoch}, held-out {loss_and_margin(values)}", file=sys.stderr)
+
+
+def loss_and_margin(values: Mapping[str, float]) -> str:
+    return f"loss {values['loss']:.3f}, rewards margin {values['rewards_margin']:.3f}"
 
 
 def learning_rate(step: int, steps: int, options: Options) -> float:
     """lr * (m + (1 - m) * (1 + cos(pi p)) / 2) with p = step / steps and m = lr_min_ratio."""
-    return options.lr * (
-        options.lr_min_ratio + (1 - options.lr_min_ratio) * (1 + math.cos(math.pi * step / steps)) / 2
-    )
+    m = options.lr_min_ratio
+    return options.lr * (m + (1 - m) * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def check_finite(what: str, value: float, pairs: list[Pair], numbers: list[int]) -> None:
+def check_finite(what: str, value: float, pairs: list[Pair]) -> None:
     """Raise InputError naming the rows of the file."""
     if not math.isfinite(value):
-        rows = ", ".join(pairs[number].place for number in numbers)
+        rows = ", ".join(pair.place for pair in pairs)
         raise InputError(
             f"{what} is {value} (rows {rows}); lower --lr or mend these rows, then go on with --resume"
         )
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes this process held: of the GPU's memory, else of the machine's."""
+    """The most bytes that this process has held: of the GPU's memory, else of the machine's."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def tensorboard(out: Path):
+    """A writer of TensorBoard event files; raises InputError where the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,8 +1,8 @@
-"""The state of a training run on disk, so that a killed run goes on to the identical result.
+"""The state of a training run on disk: a killed run goes on from it to the identical result.
 
-<out>/state-<step> holds the adapter, the optimiser's moments, the random number generators, and the fingerprint of the data; the
-order of the pairs and the learning rate follow from the step. A state is written whole under another name before the one before
-it is deleted, so a crash while saving costs nothing.
+OUT/state-STEP holds the adapter, the moments of the optimiser, the random number generators, and the
+fingerprint of the data. The order of the pairs and the learning rate follow from the step. A state is first
+written whole under another name, and only then is the one before it deleted: a crash costs nothing.
 
 Run it: python train.py orpo --resume ...
 """
@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,13 +37,13 @@ class Stopped(CfgsafeError):
 def save(
     out: Path,
     step: int,
-    parameters: dict[str, Tensor],
+    parameters: Mapping[str, Tensor],
     optimiser: torch.optim.Optimizer,
     data: str,
     world: World,
     more: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the state after `step` steps, with what `more` puts into its folder, and delete those before it.
+    """Write the state after `step` steps, and delete those before it; `more` adds files to its folder.
 
     All processes must call it; the main one writes.
     """
@@ -52,13 +52,13 @@ def save(
         tensors[GPU_RNG] = torch.cuda.get_rng_state(world.device)
     for name, parameter in parameters.items():
         tensors[name] = whole(parameter.detach()).cpu()
-        tensors |= {f"{name}.{key}": whole(value).cpu() for key, value in optimiser.state[parameter].items()}
+        for moment, value in optimiser.state[parameter].items():
+            tensors[f"{name}.{moment}"] = whole(value).cpu()
     if world.main:
         folder = out / f"state-{step:06d}"
         with new_folder(folder, replaces=("*",)) as temporary:
-            save_file(
-                {key: value.contiguous() for key, value in tensors.items()}, temporary / "state.safetensors"
-            )
+            packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(packed, temporary / "state.safetensors")
             (temporary / "state.json").write_text(json.dumps({"step": step, "data": data}) + "\n")
             if more:
                 more(temporary)
@@ -74,19 +74,21 @@ def states(out: Path) -> list[Path]:
 
 
 def load(
-    out: Path, parameters: dict[str, Tensor], optimiser: torch.optim.Optimizer, data: str, world: World
+    out: Path, parameters: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, data: str, world: World
 ) -> int:
-    """Set parameters, optimiser and generators to the latest state of `out`; returns its step, 0 where there is none.
+    """Restore parameters, optimiser and generators from the latest state; returns its step, 0 without one.
 
     Raises InputError when the data are not those of the run.
     """
     found = states(out)
     if not found:
         return 0
-    facts, tensors = read_json(found[-1] / "state.json"), load_file(found[-1] / "state.safetensors")
+    latest = found[-1]
+    facts, tensors = read_json(latest / "state.json"), load_file(latest / "state.safetensors")
     if facts["data"] != data:
         raise InputError(
-            f"{out}: the data differ from those the run began with; restore them, or start anew without --resume"
+            f"{out}: the data differ from those the run began with; "
+            "restore them, or start anew without --resume"
         )
     torch.set_rng_state(tensors.pop(CPU_RNG))
     if GPU_RNG in tensors:
@@ -94,17 +96,17 @@ def load(
     for name, parameter in parameters.items():
         fill(parameter, tensors[name])
         if f"{name}.step" not in tensors:
-            continue  # no update came before the state
+            continue  # saved before the first update
         moments = {"step": tensors[f"{name}.step"].to(parameter.device)}
-        for key in ("exp_avg", "exp_avg_sq"):
-            moments[key] = torch.zeros_like(parameter)
-            fill(moments[key], tensors[f"{name}.{key}"])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            moments[moment] = torch.zeros_like(parameter)
+            fill(moments[moment], tensors[f"{name}.{moment}"])
         optimiser.state[parameter] = moments
     return facts["step"]
 
 
 def check_same_run(out: Path, settings: dict, free: tuple[str, ...]) -> None:
-    """Raise InputError naming the first of `settings` that differs from <out>/config.json, but for those in `free`."""
+    """Raise InputError for the first of `settings`, but for those in `free`, that OUT/config.json denies."""
     if not (out / "config.json").exists():
         return
     before = read_json(out / "config.json")
@@ -112,12 +114,13 @@ def check_same_run(out: Path, settings: dict, free: tuple[str, ...]) -> None:
         if name not in free and before.get(name) != value:
             option = name.replace("_", "-")
             raise InputError(
-                f"--{option} {value}: the run in {out} began with {before.get(name)}; give that, or start anew without --resume"
+                f"--{option} {value}: the run in {out} began with {before.get(name)}; "
+                "give that, or start anew without --resume"
             )
 
 
 def keep_steps(path: Path, key: str, last: int) -> None:
-    """Drop the lines of a JSONL log whose `key` is above `last`, and one that a crash cut short."""
+    """Drop the lines of a JSONL log with a `key` above `last`, and a line that a crash cut short."""
     if not path.exists():
         return
     whole_lines = path.read_bytes().rpartition(b"\n")[0]
@@ -127,7 +130,7 @@ def keep_steps(path: Path, key: str, last: int) -> None:
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """A list that receives the SIGINT and SIGTERM that arrive within the block."""
+    """A list of the SIGINT and SIGTERM that have arrived within the block."""
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield arrived

@@ -1,7 +1,8 @@
-"""The loss of one batch of preference pairs, and what TRL logs with it.
+"""The loss of one batch of preference pairs, and the values that TRL logs with it.
 
-Source: as `cfgsafe.losses`, with the logged values of TRL 0.11.4.
-Under several processes each computes a share of the batch; counts of tokens and pairs are the whole batch's, so that the shares add up.
+Source: the losses of `cfgsafe.losses`, the logged values of TRL 0.11.4.
+Several processes each compute a share of the batch. Token and pair counts are those of the whole batch, so
+the shares add up to its loss.
 
 Run it: python train.py orpo --help
 """
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cfgsafe.blue.batches import Pair, collate
+from cfgsafe.blue.options import Options
 from cfgsafe.llama import Llama
 from cfgsafe.logprobs import head_logprobs
-from cfgsafe.losses import Settings, log_odds, objective_loss, pooled_nll
+from cfgsafe.losses import NEEDS, beta_of, log_odds, objective_loss, pooled_nll
 from cfgsafe.parallel import World
 
 LOGGED = (
@@ -30,81 +32,88 @@ LOGGED = (
 
 
 def score(net: nn.Module, model: Llama, pairs: list[Pair], share: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of B pairs: of chosen and rejected completions, summed and averaged over their tokens, (2, B) twice; of prompt
-    and chosen tokens together, (B,)."""
+    """Log-probabilities of B pairs: sums and means over the tokens of the completions, (2, B) each, chosen
+    sides first; and sums over prompt and completion of the chosen sides, (B,).
+    """
     batch = collate(pairs, share=share, device=model.device)
     hidden = net(batch.ids, batch.positions, mask=batch.mask).flatten(0, 1)
-    parts = head_logprobs(model, hidden[batch.reads], batch.targets).split(batch.lengths)
-    sums = torch.stack(
-        [part[len(part) - answer :].sum() for part, answer in zip(parts, batch.answers, strict=True)]
-    ).view(2, -1)
+    sides = head_logprobs(model, hidden[batch.reads], batch.targets).split(batch.lengths)
+    completion_sums = []
+    for side, answer_tokens in zip(sides, batch.answers, strict=True):
+        completion_sums.append(side[len(side) - answer_tokens :].sum())
+    sums = torch.stack(completion_sums).view(2, -1)
     means = sums / torch.tensor(batch.answers, device=sums.device).view(2, -1)
-    return sums, means, torch.stack([part.sum() for part in parts[: len(pairs)]])
+    chosen_sums = torch.stack([side.sum() for side in sides[: len(pairs)]])
+    return sums, means, chosen_sums
 
 
 def batch_loss(
-    net: nn.Module, model: Llama, pairs: list[Pair], options: Settings, reference: Tensor | None, world: World
+    net: nn.Module, model: Llama, pairs: list[Pair], options: Options, reference: Tensor | None, world: World
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, whose gradients average over the processes to the batch's own, and its LOGGED values, (8,).
+    """The loss of a batch, and its LOGGED values, (8,).
 
-    `net` is `model` or its wrapper; `reference` (2, B) are the completions' summed log-probabilities before training.
+    Averaged over the processes, the gradients of the loss are those of the batch. `net` is `model` or its
+    wrapper for several processes; `reference` (2, B) are the completions' sums before training, or None.
     """
-    mine = list(range(len(pairs)))[world.rank :: world.size]
-    share = bool(mine) / len(pairs)
-    mine = mine or [0]  # a process without a pair computes one for nothing, because the others wait for it
-    sums, means, everything = score(net, model, [pairs[number] for number in mine], options.share_prefix)
-    nll = pooled_nll(everything, len(pairs), sum(len(pair.chosen.ids) - 1 for pair in pairs))
-    answer_nll = pooled_nll(
-        sums[0], len(pairs), sum(len(pair.chosen.ids) - pair.chosen.first for pair in pairs)
-    )
-    ratios = sums if reference is None else sums - reference[:, mine]
+    own = list(range(world.rank, len(pairs), world.size))
+    weight = 1 / len(pairs) if own else 0.0
+    own = own or [0]  # a process without a pair computes one for nothing, for the others wait for it
+    sums, means, chosen_sums = score(net, model, [pairs[number] for number in own], options.share_prefix)
+
+    chosen_tokens = sum(len(pair.chosen.ids) - 1 for pair in pairs)
+    answer_tokens = sum(len(pair.chosen.ids) - pair.chosen.first for pair in pairs)
+    nll = pooled_nll(chosen_sums, len(pairs), chosen_tokens)
+    answer_nll = pooled_nll(sums[0], len(pairs), answer_tokens)
+    ratios = sums if reference is None else sums - reference[:, own]
     losses = objective_loss(options, means, ratios, nll, answer_nll)
-    rewards = options.beta * (means if reference is None else ratios)
-    odds = log_odds(*means)
+
+    chosen_reward, rejected_reward = beta_of(options) * (means if reference is None else ratios)
+    odds = log_odds(means[0], means[1])
     logged = (
         losses,
         nll,
         F.logsigmoid(odds),
         odds,
-        *rewards,
-        (rewards[0] > rewards[1]).float(),
-        rewards[0] - rewards[1],
+        chosen_reward,
+        rejected_reward,
+        (chosen_reward > rejected_reward).float(),
+        chosen_reward - rejected_reward,
     )
-    values = world.total(torch.stack([value.detach().sum() for value in logged]) * share).cpu()
-    return losses.sum() * share * world.size, values
+    values = torch.stack([value.detach().sum() for value in logged]) * weight
+    return losses.sum() * weight * world.size, world.total(values).cpu()
 
 
 @torch.no_grad()
 def reference_logprobs(
-    net: nn.Module, model: Llama, pairs: list[Pair], options: Settings, world: World
+    net: nn.Module, model: Llama, pairs: list[Pair], options: Options, world: World
 ) -> Tensor | None:
-    """Summed log-probabilities of both completions of all pairs, (2, pairs), before training; None where the objective reads none."""
-    if options.objective not in ("npo", "dpo-idk"):
+    """Sums over both completions of all pairs before training, (2, pairs); None where not needed."""
+    if not NEEDS[options.objective].reference:
         return None
     result = torch.zeros(2, len(pairs), device=world.device)
     model.eval()
-    for start in tqdm(
-        range(0, len(pairs), options.batch_size), desc="reference", leave=False, disable=not world.main
-    ):
-        mine = list(range(start, min(start + options.batch_size, len(pairs))))[world.rank :: world.size]
-        sums, _, _ = score(net, model, [pairs[number] for number in mine or [start]], options.share_prefix)
-        result[:, mine] = sums[:, : len(mine)].float()
+    starts = range(0, len(pairs), options.batch_size)
+    for start in tqdm(starts, desc="reference", leave=False, disable=not world.main):
+        end = min(start + options.batch_size, len(pairs))
+        own = list(range(start + world.rank, end, world.size))
+        some = [pairs[number] for number in own or [start]]
+        sums, _, _ = score(net, model, some, options.share_prefix)
+        result[:, own] = sums[:, : len(own)].float()
     model.train()
     return world.total(result)
 
 
 @torch.no_grad()
 def evaluate(
-    net: nn.Module, model: Llama, pairs: list[Pair], options: Settings, reference: Tensor | None, world: World
+    net: nn.Module, model: Llama, pairs: list[Pair], options: Options, reference: Tensor | None, world: World
 ) -> dict[str, float]:
     """The LOGGED values over held-out `pairs`: the mean of their batches, weighted by the pairs in them."""
     model.eval()
     totals = torch.zeros(len(LOGGED))
     for start in range(0, len(pairs), options.batch_size):
         some = slice(start, start + options.batch_size)
-        known = None if reference is None else reference[:, some]
-        totals += (
-            batch_loss(net, model, pairs[some], options, known, world)[1] * len(pairs[some]) / len(pairs)
-        )
+        before = None if reference is None else reference[:, some]
+        _, values = batch_loss(net, model, pairs[some], options, before, world)
+        totals += values * len(pairs[some]) / len(pairs)
     model.train()
     return dict(zip(LOGGED, totals.tolist(), strict=True))

@@ -1,0 +1,102 @@
+"""The options of the training stage, which the step, the memory formula and the loop all read.
+
+Source of the defaults: Smirnov (arXiv 2412.06846) for learning rate and lengths, TRL 0.11.4 for the rest.
+
+Run it: python train.py orpo --help
+"""
+
+from dataclasses import dataclass
+
+from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.lora import TARGETS
+from cfgsafe.losses import Objective
+
+# A resumed run may change these.
+FREE = ("pairs", "eval_pairs", "out", "recompute", "save_every", "resume", "tensorboard", "fsdp", "device")
+
+
+@dataclass
+class Options:
+    """Train a LoRA adapter on preference pairs."""
+
+    model: str
+    """Checkpoint folder or hub id of the model to unlearn."""
+    pairs: str
+    """JSONL file of pairs: prompt, chosen, rejected. sft does not need rejected."""
+    out: str
+    """Folder for the adapters, metrics.jsonl and config.json."""
+    eval_pairs: str | None = None
+    """JSONL file of held-out pairs to evaluate on after each epoch."""
+    objective: Objective = "orpo"
+    """Loss to minimise, each explained in cfgsafe/losses.py. dpo-idk prefers its own refusals to the
+    rejected side; sft learns the chosen answers alone."""
+    init_adapter: str | None = None
+    """PEFT folder or hub id of an adapter to start from; its rank, alpha and layers are used."""
+    rank: int = 16
+    """LoRA rank."""
+    alpha: float = 32.0
+    """LoRA alpha; the update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = TARGETS
+    """Linear layers that get an adapter; lm_head is possible too."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of the adapter."""
+    lora_bits: float | None = None
+    """1.58 trains ternary adapter weights (BitNet b1.58), stored in two bits each."""
+    lr: float = 1e-4
+    """Peak learning rate; it falls along a cosine."""
+    lr_min_ratio: float = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
+    beta: float | None = None
+    """Weight of the odds ratio in orpo, or the beta of another objective; by default the objective's own."""
+    gamma: float = 0.5
+    """Target margin between the two sides, in simpo."""
+    retain: float = 1.0
+    """Weight of the NLL of prompt and chosen side, in npo and graddiff."""
+    batch_size: int = 2
+    """Pairs in a forward pass, over all processes."""
+    grad_accum: int = 1
+    """Forward passes in a step of the optimiser."""
+    epochs: int = 3
+    """Passes over the pairs."""
+    max_length: int = 2048
+    """Longest prompt and answer together, in tokens."""
+    max_prompt_length: int = 1900
+    """Tokens kept of a prompt, the last ones, where prompt and answer exceed --max-length."""
+    shuffle: bool = True
+    """Put the pairs in a new order each epoch, drawn from the seed."""
+    group_by_length: bool = False
+    """Form batches of pairs of similar length, which need less padding."""
+    share_prefix: bool = True
+    """Compute the tokens that both sides of a pair begin with only once; the result is exact."""
+    recompute: int | None = None
+    """Number of blocks to recompute in the backward pass; by default as few as the GPU's memory allows."""
+    compile: bool = False
+    """Run each block through torch.compile."""
+    max_grad_norm: float = 1.0
+    """Largest norm of the gradient; it is scaled down to this."""
+    seed: int = 0
+    """Seed of the adapter's initial weights and of the order of the pairs."""
+    save_every: int = 100
+    """Steps between two saved states, which --resume starts from."""
+    resume: bool = False
+    """Continue the run in --out from its last saved state."""
+    tensorboard: bool = False
+    """Write TensorBoard event files to OUT/tensorboard too."""
+    fsdp: bool = False
+    """Under torchrun, split the base model over the processes (FSDP2) instead of copying it (DDP)."""
+    device: str = "cpu"
+    """Torch device; under torchrun, cuda means one GPU for each process."""
+    dtype: str = "float32"
+    """Data type of the frozen base model: float32 or bfloat16. The adapter is always float32."""
+
+
+def check(options: Options) -> None:
+    """Raise InputError for values that cannot work."""
+    positive = ("rank", "batch_size", "grad_accum", "epochs", "max_prompt_length", "save_every")
+    check_at_least(1, options, *positive)
+    check_at_least(0, options, "recompute")
+    if options.max_prompt_length >= options.max_length:
+        raise InputError(
+            f"--max-prompt-length {options.max_prompt_length}: must be below "
+            f"--max-length {options.max_length}"
+        )
