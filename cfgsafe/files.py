@@ -1,4 +1,6 @@
-"""Files of JSON, JSONL and text: read with the place named in every error, written whole or not at all.
+"""Files of JSON, JSONL and text: errors name the file and line; a file is written whole or not at all.
+
+Deviation: `AnswerLog` appends answers one by one, so that a crash loses at most the last one.
 
 Run it: python train.py pairs --help      (every command reads and writes through this file)
 """
@@ -8,8 +10,9 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self, TextIO
 
-from cfgsafe.errors import CheckpointError, InputError
+from cfgsafe.errors import CfgsafeError, CheckpointError, InputError
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -18,51 +21,63 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     Raises InputError naming the line that is not a JSON object.
     """
     try:
-        lines = (
-            Path(path).read_text(encoding="utf-8").split("\n")
-        )  # splitlines() would cut at U+2028 inside a string
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({_reason(error)}); give a UTF-8 JSONL file") from None
+    lines = text.split("\n")  # splitlines() would cut at U+2028 inside a string
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); one object a line"
-            ) from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: a JSON {type(row).__name__}, not an object")
-        if "\\ud" in line.lower() and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise InputError(
-                f"{path}:{number}: half of a surrogate pair (\\ud800 to \\udfff), which is not text; remove it"
-            )
-        yield f"{path}:{number}", row
+        if line.strip():
+            place = f"{path}:{number}"
+            yield place, _parse_line(line, place)
+
+
+def _parse_line(line: str, place: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at column {error.colno}"
+        raise InputError(f"{place}: not JSON ({where}); one object a line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{place}: a JSON {type(row).__name__}, not an object")
+    if "\\ud" in line.lower() and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        raise InputError(
+            f"{place}: half of a surrogate pair (\\ud800 to \\udfff), which is not text; remove it"
+        )
+    return row
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object of a checkpoint; raises CheckpointError naming the file."""
+    """The JSON object in a file of a checkpoint. Raises CheckpointError naming the file."""
+    unreadable = "not found or not readable"
+    value = read_json_value(path, CheckpointError, unreadable, "give a complete checkpoint folder")
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_json_value(path: Path, error_class: type[CfgsafeError], unreadable: str, advice: str) -> object:
+    """The JSON value in a file, of any kind.
+
+    Raises `error_class` with the line "{path}: {unreadable} ({reason}); {advice}", or that it is not JSON.
+    """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: not found or not readable ({_reason(error)}); give a complete checkpoint folder"
-        ) from None
+        raise error_class(f"{path}: {unreadable} ({_reason(error)}); {advice}") from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: a JSON {type(raw).__name__}, not an object")
-    return raw
+        raise error_class(f"{path}: not JSON ({error})") from None
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file or nothing, as `write_bytes`, in UTF-8."""
+    """Write a text in UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a whole file or nothing: to a temporary name beside it, then rename. Folders above it are made."""
+    """Write a file whole or not at all: under a temporary name in the same folder, which is then renamed.
+
+    Missing folders are created. Raises InputError naming the file.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -76,11 +91,12 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     """Write `rows`, one JSON object a line, whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(path, "".join(lines))
 
 
 def make_folder(path: str | Path) -> Path:
-    """Create `path` and prove it writable before any work starts; raises InputError."""
+    """Create the folder and prove that it is writable before any work starts. Raises InputError."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -88,26 +104,59 @@ def make_folder(path: str | Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(
-            f"--out {path}: cannot be written ({_reason(error)}); choose another folder"
-        ) from None
+        reason = _reason(error)
+        raise InputError(f"--out {path}: cannot be written ({reason}); choose another folder") from None
     return path
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+class AnswerLog:
+    """Answers that are kept between runs, in a JSONL file with one {"key", "answer"} a line.
+
+    `known` maps keys to answers. Within a `with` block `keep` adds an answer and writes it at once.
+    Without a path, answers are kept in memory only. Raises what `read_answers` raises.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.known: dict[str, str] = {} if path is None else read_answers(path)
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        if self.path is not None:
+            self._file = open(self.path, "a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def keep(self, key: str, answer: str) -> None:
+        """Add an answer, and write it before the call returns. Threads must take turns."""
+        if self._file is not None:
+            self._file.write(json.dumps({"key": key, "answer": answer}) + "\n")
+            self._file.flush()
+        self.known[key] = answer
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """Key -> answer of a file that `answers` wrote; a line that a crash cut short is dropped."""
+    """Key -> answer of an `AnswerLog` file; {} where there is none. A line that a crash cut short is removed.
+
+    Raises InputError naming the line that is not an answer.
+    """
     if not path.exists():
         return {}
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     known = {}
     for place, row in read_jsonl(path):
-        if not isinstance(row.get("key"), str) or not isinstance(row.get("answer"), str):
+        key, answer = row.get("key"), row.get("answer")
+        if not isinstance(key, str) or not isinstance(answer, str):
             raise InputError(
-                f"{place}: needs 'key' and 'answer'; this file keeps answers between runs, so move what else it is away"
+                f"{place}: needs 'key' and 'answer'; this file keeps answers between runs, "
+                "so move what else it is away"
             )
-        known[row["key"]] = row["answer"]
+        known[key] = answer
     return known
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
