@@ -13,55 +13,17 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from cfgsafe.errors import ContextError, InputError
 from cfgsafe.guidance import SPACES
 from cfgsafe.llama import KVCache, Llama
-from cfgsafe.lockstep import Batch, Prefill, Settings
+from cfgsafe.lockstep import Batch, Settings
 from cfgsafe.lora import DEFAULT, adapter_names, set_adapters
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to answer; `negative` is the other prompt of the pair, needed when guidance is not 1."""
-
-    prompt: list[int]
-    negative: list[int] | None = None
-    guidance: float = 1.0
-    space: str = "prob"
-    alpha: float = 0.0  # plausibility mask: keep tokens with P_pos >= alpha max P_pos
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    max_new_tokens: int = 128
-    stop: tuple[
-        tuple[int, ...], ...
-    ] = ()  # token sequences that end the answer, besides the model's end tokens
-    adapter: str | None = DEFAULT  # name of an attached adapter, or None for the bare model
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance != 1.0
-
-    @property
-    def rows(self) -> list[list[int]]:
-        """The prompts of its rows of the batch."""
-        return [self.prompt, self.negative] if self.guided else [self.prompt]
-
-
-@dataclass
-class Completion:
-    """Ids without what ended them; finish_reason is "stop", "length", "cancelled", or "impossible" (no token has a chance)."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of each token under the guided distribution
-    finish_reason: str = "length"
-    tokens_per_second: float = 0.0
-    skipped: int = 0  # tokens for which the negative row was not needed (Engine(skip=True))
+from cfgsafe.prefill import Prefill
+from cfgsafe.request import Completion, Request, Running
 
 
 def check_request(request: Request, model: Llama, place: str) -> None:
@@ -146,18 +108,6 @@ class Event:
     request_id: int
     token: int | None = None
     completion: Completion | None = None
-
-
-@dataclass
-class Running:
-    """A request that waits or has rows of the cache; `lengths` of them are filled, `last` is the token to feed next."""
-
-    request_id: int
-    request: Request
-    completion: Completion
-    started: float
-    lengths: list[int] = field(default_factory=list)
-    last: int = 0
 
 
 class Engine:

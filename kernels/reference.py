@@ -28,6 +28,7 @@ Run it: python -m cfgsafe.bench guidance
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,9 +78,12 @@ class Sampling:
 
     def to(self, device: torch.device | str) -> "Sampling":
         """A copy on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        tensors: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                tensors[field.name] = value.to(device)
+        return replace(self, **tensors)
 
 
 def widen(x: Tensor) -> Tensor:
