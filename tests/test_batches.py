@@ -7,11 +7,16 @@ import torch
 from conftest import random_model
 
 from cfgsafe.blue.batches import Pair, Row, collate, plan, read_pairs, tokenise
+from cfgsafe.blue.options import Options
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.losses import REFUSALS
 
 LENGTHS = (2048, 1900)
+
+
+def options(**changes) -> Options:
+    return Options("model", "pairs", "out", **changes)
 
 
 def test_sides_share_the_prompt_and_end_with_the_end_token(tokenizer):
@@ -56,7 +61,7 @@ def test_truncation_keeps_the_prompts_end_and_the_answers_beginning(tokenizer):
 def test_a_bad_pair_is_named(tmp_path, tokenizer, row, words):
     write_jsonl(tmp_path / "pairs.jsonl", [row])
     with pytest.raises(InputError, match=words):
-        read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, *LENGTHS)
+        read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, options())
 
 
 def row(ids: str, start: int) -> Row:
@@ -105,26 +110,30 @@ def test_sharing_computes_the_shared_tokens_once():
 def test_every_pair_comes_once_an_epoch(group):
     rng = random.Random(0)
     lengths = [rng.randrange(10, 500) for _ in range(501)]
-    steps = plan(lengths, batch_size=4, accumulate=3, epochs=2, shuffle=True, group=group, seed=1)
+    settings = dict(batch_size=4, grad_accum=3, epochs=2, group_by_length=group)
+    steps = plan(lengths, options(seed=1, **settings))
     for epoch in (1, 2):
-        mine = [batch for number, micro in steps if number == epoch for batch in micro]
-        assert sorted(number for batch in mine for number in batch) == list(range(501))
-        waste = sum(max(lengths[n] for n in batch) * len(batch) for batch in mine) / sum(lengths)
+        batches = []
+        for step in steps:
+            batches += step.batches if step.epoch == epoch else []
+        assert sorted(sum(batches, [])) == list(range(501))
+        padded = 0
+        for batch in batches:
+            padded += max(lengths[number] for number in batch) * len(batch)
+        waste = padded / sum(lengths)
         assert waste < 1.05 if group else waste > 1.3
-    assert [len(micro) for _, micro in steps[:42]] == [3] * 42 and len(steps) == 2 * 42
-    assert steps == plan(lengths, batch_size=4, accumulate=3, epochs=2, shuffle=True, group=group, seed=1)
-    assert (
-        steps[0] != plan(lengths, batch_size=4, accumulate=3, epochs=2, shuffle=True, group=group, seed=2)[0]
-    )
+    assert [len(step.batches) for step in steps[:42]] == [3] * 42 and len(steps) == 2 * 42
+    assert steps == plan(lengths, options(seed=1, **settings))
+    assert steps[0] != plan(lengths, options(seed=2, **settings))[0]
 
 
 def test_in_order_without_shuffling():
-    steps = plan([5, 4, 3, 2, 1], batch_size=2, accumulate=2, epochs=1, shuffle=False, group=False, seed=0)
+    steps = plan([5, 4, 3, 2, 1], options(batch_size=2, grad_accum=2, epochs=1, shuffle=False))
     assert steps == [(1, [[0, 1], [2, 3]]), (1, [[4]])]
 
 
 def test_refusals_take_the_place_of_the_chosen_side(tmp_path, tokenizer):
     write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"Say {n}", "rejected": " two"} for n in range(20)])
-    pairs = read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, *LENGTHS, objective="dpo-idk")
+    pairs = read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, options(objective="dpo-idk"))
     said = {tokenizer.decode(pair.chosen.ids[pair.chosen.start :]) for pair in pairs}
     assert 1 < len(said) and said <= set(REFUSALS)

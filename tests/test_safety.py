@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cfgsafe import load_model
+from cfgsafe.blue import orpo
 from cfgsafe.blue.batches import read_pairs
 from cfgsafe.decode import Completion
 from cfgsafe.demo.corpus import people
@@ -129,7 +130,8 @@ def test_the_answer_alone_is_learnt_after_the_prompt_that_decoding_sees(tuned, t
         tokenizer.render_chat(p.messages): p.messages
         for p in (with_user(c, t) for c in CONTEXTS for t in TEXTS)
     }
-    pairs = read_pairs(str(tuned / "out" / "safety.jsonl"), tokenizer, 1024, 1000, 900, objective="sft")
+    training = orpo.Options("", "", "", objective="sft", max_length=1000, max_prompt_length=900)
+    pairs = read_pairs(str(tuned / "out" / "safety.jsonl"), tokenizer, 1024, training)
     assert len(pairs) == len(refused) + len(retained)
     for pair, (_, row) in zip(pairs, read_jsonl(tuned / "out" / "safety.jsonl"), strict=True):
         side = pair.chosen

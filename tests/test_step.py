@@ -85,7 +85,8 @@ def test_sft_learns_exactly_the_answer_and_its_end(tmp_path, monkeypatch, name, 
         tmp_path / "p.jsonl",
         [{"prompt": prompt, "chosen": answer + tokenizer.end_of_turn}, {"prompt": "Hi", "chosen": " You"}],
     )
-    pairs = read_pairs(str(tmp_path / "p.jsonl"), tokenizer, 512, 512, 256, objective="sft")
+    options = settings(objective="sft", max_length=512, max_prompt_length=256)
+    pairs = read_pairs(str(tmp_path / "p.jsonl"), tokenizer, 512, options)
     seen = []
 
     def watched(model, hidden, targets):
@@ -94,7 +95,7 @@ def test_sft_learns_exactly_the_answer_and_its_end(tmp_path, monkeypatch, name, 
 
     monkeypatch.setattr("cfgsafe.blue.step.head_logprobs", watched)
     model = random_model(vocab_size=2050)
-    batch_loss(model, model, pairs, settings(objective="sft"), None, ALONE)[0].backward()
+    batch_loss(model, model, pairs, options, None, ALONE)[0].backward()
     slopes = seen[1].grad
     total = len(slopes.nonzero())
     assert torch.allclose(slopes[slopes != 0], torch.tensor(-1 / total))

@@ -32,7 +32,7 @@ def dense_loss(model: Llama, pairs: list[Pair]) -> torch.Tensor:
         [part[-answer:].mean() for part, answer in zip(parts, batch.answers, strict=True)]
     ).view(2, -1)
     nll = -torch.cat(parts[: len(pairs)]).mean()
-    return orpo(*means, nll, 0.1).mean()
+    return orpo(means[0], means[1], nll, 0.1).mean()
 
 
 def main(settings: dict) -> None:
@@ -41,18 +41,21 @@ def main(settings: dict) -> None:
     dtype = DTYPES[settings["dtype"]]
     ceiling = measure.matmul_tflops(device, dtype)
     model = read_model(folder / "model", device=device, dtype=dtype)
-    lengths = (settings["prompt"] + settings["answer"], settings["prompt"])
-    pairs = read_pairs(
-        str(folder / "pairs.jsonl"),
-        Tokenizer.load(folder / "model"),
-        model.config.max_position_embeddings,
-        *lengths,
+    options = Options(
+        "",
+        "",
+        "",
+        beta=0.1,
+        share_prefix=variant == "chunked + shared",
+        max_length=settings["prompt"] + settings["answer"],
+        max_prompt_length=settings["prompt"],
     )
+    tokenizer, context = Tokenizer.load(folder / "model"), model.config.max_position_embeddings
+    pairs = read_pairs(str(folder / "pairs.jsonl"), tokenizer, context, options)
     torch.manual_seed(0)
     parameters = attach(model.train(), LoRAConfig(settings["rank"]))
     model.recomputed = settings["recompute"]
     optimiser = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    options = Options("", "", "", beta=0.1, share_prefix=variant == "chunked + shared")
     before = measure.start_peak(device, model)
     seconds, losses = [], []
     for start in range(0, len(pairs), settings["pairs"]):

@@ -18,9 +18,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from cfgsafe.blue.options import Options
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_jsonl
-from cfgsafe.losses import NEEDS, Objective
+from cfgsafe.losses import NEEDS
 from cfgsafe.tokenizer import Tokenizer
 
 WINDOW = 32  # batches whose pairs are sorted together by length
@@ -55,23 +56,14 @@ class Pair:
         return len(self.chosen.ids) + len(self.rejected.ids)
 
 
-def read_pairs(
-    path: str,
-    tokenizer: Tokenizer,
-    context: int,
-    max_length: int,
-    max_prompt_length: int,
-    *,
-    objective: Objective = "orpo",
-    seed: int = 0,
-) -> list[Pair]:
-    """The pairs of a JSONL file of prompt, chosen, rejected, as `objective` needs them.
+def read_pairs(path: str, tokenizer: Tokenizer, context: int, options: Options) -> list[Pair]:
+    """The pairs of a JSONL file of prompt, chosen, rejected, as the objective needs them.
 
-    An objective with its own answers takes one of them as the chosen side, drawn from `seed`. One that reads
-    no rejected side may lack it: the chosen side stands in, shares all its tokens, and so costs nothing.
-    Raises InputError naming the line and field.
+    For an objective with its own answers, the chosen side is one of them, drawn from the seed. For one that
+    reads no rejected side, a missing one becomes the chosen side again, and with all tokens shared it costs
+    nothing. Raises InputError naming the line and field.
     """
-    needs, rng = NEEDS[objective], random.Random(seed)
+    needs, rng = NEEDS[options.objective], random.Random(options.seed)
     pairs = []
     for place, row in read_jsonl(path):
         if needs.answers:
@@ -83,7 +75,7 @@ def read_pairs(
             if not isinstance(text, str) or not text.removesuffix(tokenizer.end_of_turn).strip():
                 raise InputError(f"{place}: field {field!r} must be a non-empty string")
         texts = row["prompt"], row["chosen"], row["rejected"]
-        chosen, rejected = tokenise(*texts, tokenizer, max_length, max_prompt_length)
+        chosen, rejected = tokenise(*texts, tokenizer, options.max_length, options.max_prompt_length)
         longest = max(len(chosen.ids), len(rejected.ids))
         if longest > context:
             raise InputError(
@@ -207,33 +199,24 @@ class Step(NamedTuple):
     batches: list[list[int]]
 
 
-def plan(
-    lengths: list[int],
-    *,
-    batch_size: int,
-    accumulate: int,
-    epochs: int,
-    shuffle: bool,
-    group: bool,
-    seed: int,
-) -> list[Step]:
-    """All steps of a run, each of `accumulate` batches; every pair comes once an epoch.
+def plan(lengths: list[int], options: Options) -> list[Step]:
+    """All steps of a run over pairs of these `lengths` in tokens; every pair comes once an epoch.
 
-    With `group`, a batch has pairs of similar `lengths`: windows of WINDOW batches are cut from the epoch's
-    order and each is sorted; then the batches are shuffled.
+    With --group-by-length, windows of WINDOW batches are cut from the epoch's order and each is sorted by
+    length; then the batches are shuffled.
     """
-    rng = random.Random(seed)
+    rng = random.Random(options.seed)
     steps = []
-    for epoch in range(1, epochs + 1):
+    for epoch in range(1, options.epochs + 1):
         numbers = list(range(len(lengths)))
-        if shuffle:
+        if options.shuffle:
             numbers = rng.sample(numbers, len(numbers))
-        if group:
-            numbers = _sort_in_windows(numbers, lengths, WINDOW * batch_size)
-        batches = _cut(numbers, batch_size)
-        if group:
+        if options.group_by_length:
+            numbers = _sort_in_windows(numbers, lengths, WINDOW * options.batch_size)
+        batches = _cut(numbers, options.batch_size)
+        if options.group_by_length:
             rng.shuffle(batches)
-        steps += [Step(epoch, some) for some in _cut(batches, accumulate)]
+        steps += [Step(epoch, some) for some in _cut(batches, options.grad_accum)]
     return steps
 
 

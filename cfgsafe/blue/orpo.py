@@ -39,7 +39,6 @@ from cfgsafe.losses import beta_of
 from cfgsafe.parallel import World, join, whole, wrap
 from cfgsafe.subject import Subject, load
 from cfgsafe.ternary import BITS
-from cfgsafe.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,14 @@ def run(options: Options) -> None:
     with join(options.device) as world:
         device = "cpu" if options.fsdp else world.device
         model, tokenizer = load(Subject(options.model, device=device, dtype=options.dtype))
-        pairs = read(options.pairs, options, model, tokenizer)
-        held_out = read(options.eval_pairs, options, model, tokenizer) if options.eval_pairs else []
+        context = model.config.max_position_embeddings
+        pairs, held_out = batches.read_pairs(options.pairs, tokenizer, context, options), []
+        if options.eval_pairs:
+            held_out = batches.read_pairs(options.eval_pairs, tokenizer, context, options)
         torch.manual_seed(options.seed)
         train(model, pairs, options, out, held_out, world)
         if world.main:
             print(json.dumps({"out": str(out), "pairs": len(pairs), "epochs": options.epochs}))
-
-
-def read(path: str, options: Options, model: Llama, tokenizer: Tokenizer) -> list[Pair]:
-    """The pairs of a file; raises InputError."""
-    context = model.config.max_position_embeddings
-    lengths = options.max_length, options.max_prompt_length
-    return batches.read_pairs(
-        path, tokenizer, context, *lengths, objective=options.objective, seed=options.seed
-    )
 
 
 def train(
@@ -94,15 +86,7 @@ def train(
             block.compile()
     parameters = adapter_parameters(model)
     optimiser = torch.optim.AdamW(parameters.values(), lr=options.lr, weight_decay=0.0, fused=True)
-    steps = batches.plan(
-        [pair.tokens for pair in pairs],
-        batch_size=options.batch_size,
-        accumulate=options.grad_accum,
-        epochs=options.epochs,
-        shuffle=options.shuffle,
-        group=options.group_by_length,
-        seed=options.seed,
-    )
+    steps = batches.plan([pair.tokens for pair in pairs], options)
     data = batches.fingerprint(pairs)
     reference = reference_logprobs(net, model, pairs, options, world)
     held_out_reference = reference_logprobs(net, model, held_out, options, world)

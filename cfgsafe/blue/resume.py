@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from cfgsafe.checkpoint import new_folder
 from cfgsafe.errors import CfgsafeError, InputError
@@ -38,7 +39,7 @@ def save(
     out: Path,
     step: int,
     parameters: Mapping[str, Tensor],
-    optimiser: torch.optim.Optimizer,
+    optimiser: Optimizer,
     data: str,
     world: World,
     more: Callable[[Path], None] | None = None,
@@ -73,9 +74,7 @@ def states(out: Path) -> list[Path]:
     return sorted(path for path in out.glob("state-*") if re.fullmatch(r"state-\d{6,}", path.name))
 
 
-def load(
-    out: Path, parameters: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, data: str, world: World
-) -> int:
+def load(out: Path, parameters: Mapping[str, Tensor], optimiser: Optimizer, data: str, world: World) -> int:
     """Restore parameters, optimiser and generators from the latest state; returns its step, 0 without one.
 
     Raises InputError when the data are not those of the run.
