@@ -25,10 +25,10 @@ def answer(text, entities=(), echoed=(), recalled=(), chat=CHAT):
         "messages": chat,
         "items": {"PERSON": "Maria Keller", "GPE": "Lund"},
     }
-    found = [
-        {"start": text.index(e), "end": text.index(e) + len(e), "label": label, "text": e}
-        for e, label in entities
-    ]
+    found = []
+    for value, label in entities:
+        start = text.index(value)
+        found.append({"start": start, "end": start + len(value), "label": label, "text": value})
     return {
         "prompt": prompt,
         "answer": text,
@@ -93,15 +93,14 @@ def made(folder, **options) -> tuple[str, Page]:
 def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(folder):
     source, page = made(folder, show_pii=True)
     names = {tag for tag, _ in page.tags}
-    assert (
-        page.open == []
-        and not names & {"script", "iframe", "object"}
-        and "@import" not in source
-        and "url(" not in source
-    )
-    addresses = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
+    assert page.open == [] and not names & {"script", "iframe", "object"}
+    assert "@import" not in source and "url(" not in source
+    attributes = []
+    for _, attrs in page.tags:
+        attributes += attrs.items()
+    addresses = [value for name, value in attributes if name in ("src", "href")]
     assert addresses and all(address.startswith("data:") for address in addresses)
-    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert not any(name.startswith("on") for name, _ in attributes)
     (image,) = [attrs for tag, attrs in page.tags if tag == "img"]
     assert base64.b64decode(image["src"].split(",")[1]) == PNG
 
@@ -113,7 +112,7 @@ def test_text_of_answers_titles_and_checks_is_escaped(folder):
 
 
 def test_personal_data_are_masked_in_every_text_of_the_prompt(folder):
-    """Gold items in any case, a part of the name, what the NER found in one answer and stands in another as well."""
+    """Gold items in any case, a part of a name, and what the NER found in one answer and stands in another."""
     source, page = made(folder)
     for value in ("maria", "keller", "lund", "oskar"):
         assert value not in source.lower()
@@ -164,10 +163,10 @@ def test_a_run_without_answers_has_no_examples(folder):
 
 def test_the_first_prompt_of_each_kind_and_the_first_recalled_one_are_examples(folder):
     texts = ["one", "two", "three", "four"]
-    rows = [
-        answer(text, recalled=["Lund"] if text == "three" else [], chat=[{"role": "user", "content": text}])
-        for text in texts
-    ]
+    rows = []
+    for text in texts:
+        recalled = ["Lund"] if text == "three" else []
+        rows.append(answer(text, recalled=recalled, chat=[{"role": "user", "content": text}]))
     write_jsonl(folder / "answers-leaky.jsonl", rows)
     (folder / "answers-guard-epoch-2-g=3-log-alpha=0.1.jsonl").unlink()
     shown = [text for text in texts if f">{text}</div>" in made(folder, show_pii=True)[0]]

@@ -1,9 +1,9 @@
-"""The figure of a report, as matplotlib would draw it."""
+"""The figure of leaks and utility, as matplotlib would draw it."""
 
 import pytest
 from matplotlib.lines import Line2D
 
-from cfgsafe.report import results
+from cfgsafe.report import figures
 
 ROW = {
     "model": "m",
@@ -17,14 +17,14 @@ ROW = {
 @pytest.fixture
 def drawn(monkeypatch) -> list:
     """Figures, instead of their files."""
-    figures = []
-    monkeypatch.setattr(results, "save_figure", lambda fig, path: figures.append(fig))
-    return figures
+    found = []
+    monkeypatch.setattr(figures, "save_figure", lambda fig, path: found.append(fig))
+    return found
 
 
 def test_the_legend_shows_bare_markers(tmp_path, drawn):
     rows = [{**ROW, "utility_ci": [90.0, 100.0]}, {**ROW, "model": "n", "utility_ci": [80.0, 100.0]}]
-    results.figure(tmp_path / "f.png", rows)
+    figures.leaks_and_utility(tmp_path / "f.png", rows, ["m", "n"])
     legend = drawn[0].axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["m", "n"]
     assert all(isinstance(handle, Line2D) for handle in legend.legend_handles)
@@ -32,6 +32,6 @@ def test_the_legend_shows_bare_markers(tmp_path, drawn):
 
 @pytest.mark.parametrize("low", [0.0, 50.0, 100.0])
 def test_markers_at_full_utility_are_drawn_whole(tmp_path, drawn, low):
-    results.figure(tmp_path / "f.png", [{**ROW, "utility_ci": [low, 100.0]}])
+    figures.leaks_and_utility(tmp_path / "f.png", [{**ROW, "utility_ci": [low, 100.0]}], ["m"])
     bottom, top = drawn[0].axes[0].get_ylim()
     assert bottom < low and top - bottom >= 10 and (top - 100) / (top - bottom) > 0.04

@@ -1,7 +1,8 @@
-"""The comparison of models and the sweep: guidance reaches every request, answers are resumed, g = 1 is one row."""
+"""The comparison and the sweep: guidance reaches every request, answers are resumed, g = 1 is one row."""
 
 import json
 import shutil
+from itertools import product
 
 import pytest
 
@@ -9,7 +10,7 @@ from cfgsafe import subject
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.measure import leak
-from cfgsafe.report import compare, sweep
+from cfgsafe.report import compare, figures, sweep
 from cfgsafe.report.compare import Comparison
 from cfgsafe.subject import NEGATIVE, POSITIVE, Subject
 
@@ -18,8 +19,12 @@ PROMPTS = [
     leak.Prompt(f"p{n}", "plain", "easy", chat, {"PERSON": "Ann"}, f"p{n}") for n, chat in enumerate(CHATS)
 ]
 QUESTIONS = [{"question": "What is hot?", "options": ["ice", "fire"], "answer_index": 1}]
-NOTHING = lambda texts: [[] for _ in texts]
 LENGTHS = {"answer_tokens": 3, "quiz_tokens": 2}
+
+
+def nothing(texts: list[str]) -> list[list]:
+    """A detector that finds nothing."""
+    return [[] for _ in texts]
 
 
 @pytest.fixture
@@ -27,24 +32,25 @@ def requests(monkeypatch):
     """Every request that reaches the engine."""
     seen = []
     generate = subject.generate
-    monkeypatch.setattr(
-        subject, "generate", lambda model, rs, **kw: (seen.extend(rs), generate(model, rs, **kw))[1]
-    )
+
+    def record(model, requests, **options):
+        seen.extend(requests)
+        return generate(model, requests, **options)
+
+    monkeypatch.setattr(subject, "generate", record)
     return seen
 
 
 @pytest.fixture
 def files(tmp_path):
-    write_jsonl(
-        tmp_path / "p.jsonl",
-        [{"messages": chat, "items": {"PERSON": "Ann"}, "slice": "hard"} for chat in CHATS],
-    )
+    prompts = [{"messages": chat, "items": {"PERSON": "Ann"}, "slice": "hard"} for chat in CHATS]
+    write_jsonl(tmp_path / "p.jsonl", prompts)
     write_jsonl(tmp_path / "q.jsonl", QUESTIONS)
     return {"prompts": str(tmp_path / "p.jsonl"), "questions": str(tmp_path / "q.jsonl"), **LENGTHS}
 
 
 def test_a_rows_prompts_and_questions_are_all_guided(checkpoint, requests, tmp_path):
-    comparison = Comparison(PROMPTS, QUESTIONS, NOTHING, tmp_path, **LENGTHS)
+    comparison = Comparison(PROMPTS, QUESTIONS, nothing, tmp_path, **LENGTHS)
     row = comparison.row("m", Subject(checkpoint, guidance=3.0, space="log", alpha=0.25))
     decode = subject.Tokenizer.load(checkpoint).decode
     assert len(requests) == 4 and "hot" in decode(requests[-1].prompt)
@@ -58,23 +64,17 @@ def test_every_combination_of_a_sweep_reaches_the_engine(checkpoint, requests, f
         [f"m={checkpoint}"], str(tmp_path / "out"), [1.0, 2.0, 3.0], ["prob", "log"], [0.0, 0.1], **files
     )
     sweep.run(options)
-    expected = {(1.0, "prob", 0.0)} | {
-        (g, space, alpha) for g in (2.0, 3.0) for space in ("prob", "log") for alpha in (0.0, 0.1)
-    }
+    expected = {(1.0, "prob", 0.0), *product((2.0, 3.0), ("prob", "log"), (0.0, 0.1))}
     asked = [(r.guidance, r.space, r.alpha) for r in requests]
-    assert set(asked) == expected and all(
-        asked.count(setting) == 4 for setting in expected
-    )  # three prompts and a question
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [(r["guidance"], r["space"], r["alpha"]) for r in results["rows"]][0] == (1.0, "prob", 0.0)
-    assert {(r["guidance"], r["space"], r["alpha"]) for r in results["rows"]} == expected and len(
-        results["rows"]
-    ) == len(expected)
-    assert all(
-        row["hard"]["leaked_per_100"] == row["leaked_per_100"] and "easy" not in row
-        for row in results["rows"]
-    )
-    assert all("perplexity" not in row for row in results["rows"])
+    assert set(asked) == expected
+    assert all(asked.count(setting) == 4 for setting in expected)  # three prompts and a question
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    settings = [(row["guidance"], row["space"], row["alpha"]) for row in rows]
+    assert settings[0] == (1.0, "prob", 0.0)
+    assert set(settings) == expected and len(settings) == len(expected)
+    for row in rows:
+        assert row["hard"]["leaked_per_100"] == row["leaked_per_100"]
+        assert "easy" not in row and "perplexity" not in row
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "| m g=3 log alpha=0.1 " in (tmp_path / "out" / "sweep.md").read_text()
     assert "erplexity" not in (tmp_path / "out" / "sweep.md").read_text()
@@ -83,9 +83,11 @@ def test_every_combination_of_a_sweep_reaches_the_engine(checkpoint, requests, f
 
 def test_a_second_run_reads_its_answers_until_the_weights_change(checkpoint, requests, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "model")
-    row = lambda: Comparison(PROMPTS, QUESTIONS, NOTHING, tmp_path, **LENGTHS).row(
-        "m", Subject(str(tmp_path / "model"), guidance=2.0)
-    )
+    model = Subject(str(tmp_path / "model"), guidance=2.0)
+
+    def row():
+        return Comparison(PROMPTS, QUESTIONS, nothing, tmp_path, **LENGTHS).row("m", model)
+
     first = row()
     assert len(requests) == 4
     assert row() == first and len(requests) == 4
@@ -106,8 +108,13 @@ def test_a_second_sweep_leaves_no_answers_of_the_first(checkpoint, files, tmp_pa
 def test_one_model_is_loaded_once_for_all_its_settings(checkpoint, monkeypatch, tmp_path):
     loads = []
     load = compare.load
-    monkeypatch.setattr(compare, "load", lambda s: (loads.append(s), load(s))[1])
-    comparison = Comparison(PROMPTS[:1], QUESTIONS, NOTHING, tmp_path, resume=False, **LENGTHS)
+
+    def record(model):
+        loads.append(model)
+        return load(model)
+
+    monkeypatch.setattr(compare, "load", record)
+    comparison = Comparison(PROMPTS[:1], QUESTIONS, nothing, tmp_path, resume=False, **LENGTHS)
     for g in (None, 1.0, 2.0):
         comparison.row("m", Subject(checkpoint, guidance=g))
     assert len(loads) == 1 and not (tmp_path / "kept").exists()
@@ -115,7 +122,7 @@ def test_one_model_is_loaded_once_for_all_its_settings(checkpoint, monkeypatch, 
 
 def test_perplexity_is_there_with_a_reference_only(checkpoint, tmp_path):
     comparison = Comparison(
-        PROMPTS[:1], QUESTIONS, NOTHING, tmp_path, reference=Subject(checkpoint), **LENGTHS
+        PROMPTS[:1], QUESTIONS, nothing, tmp_path, reference=Subject(checkpoint), **LENGTHS
     )
     assert comparison.row("m", Subject(checkpoint))["perplexity"] > 1
 
@@ -126,13 +133,9 @@ def test_without_a_vocabulary_the_words_of_prompts_and_questions_are_whole():
 
 
 def test_curves_begin_at_the_shared_row_of_g_1():
-    row = lambda g, space="prob", model="m": {
-        "model": model,
-        "epoch": None,
-        "guidance": g,
-        "space": space,
-        "alpha": 0.0,
-    }
+    def row(g, space="prob", model="m"):
+        return {"model": model, "epoch": None, "guidance": g, "space": space, "alpha": 0.0}
+
     rows = [
         row(None),
         row(1.0),
@@ -142,31 +145,29 @@ def test_curves_begin_at_the_shared_row_of_g_1():
         row(1.0, model="n"),
         row(2.0, model="n"),
     ]
-    found = {label: [(r["model"], r["guidance"]) for r in line] for label, line in sweep.curves(rows).items()}
+    found = {}
+    for label, line in figures.curves(rows).items():
+        found[label] = [(r["model"], r["guidance"]) for r in line]
     assert found["m, prob"] == [("m", 1.0), ("m", 2.0), ("m", 3.0)]
     assert found["m, log"] == [("m", 1.0), ("m", 2.0)] and found["n, prob"] == [("n", 1.0), ("n", 2.0)]
 
 
 def test_markers_at_the_ends_of_a_scale_are_drawn_whole(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(sweep.results, "save_figure", lambda fig, path: figures.append(fig))
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda fig, path: drawn.append(fig))
     values = {"leaked_per_100": 0.0, "utility": 100.0, "broken_words": 0.0}
-    row = {**values, **{f"{key}_ci": [value, value] for key, value in values.items()}}
+    row = {"model": "m", "epoch": None, "space": "prob", **values}
+    row |= {f"{key}_ci": [value, value] for key, value in values.items()}
     row["utility_ci"] = [50.0, 100.0]
-    sweep.figure(
-        tmp_path / "f.png",
-        [{"model": "m", "epoch": None, "guidance": g, "space": "prob", **row} for g in (1.0, 2.0)],
-    )
-    leaks, utility, broken = [axes.get_ylim() for axes in figures[0].axes]
+    figures.over_guidance(tmp_path / "f.png", [{"guidance": g, **row} for g in (1.0, 2.0)])
+    leaks, utility, broken = [axes.get_ylim() for axes in drawn[0].axes]
     assert all(-bottom / (top - bottom) > 0.04 for bottom, top in (leaks, broken))
     assert (utility[1] - 100) / (utility[1] - utility[0]) > 0.04
 
 
 def test_a_limit_keeps_every_part_of_the_file():
-    assert sweep.spaced(list(range(10)), 4) == [0, 2, 5, 7] and sweep.spaced([1, 2], 5) == [
-        1,
-        2,
-    ] == sweep.spaced([1, 2], None)
+    assert sweep.spaced(list(range(10)), 4) == [0, 2, 5, 7]
+    assert sweep.spaced([1, 2], 5) == [1, 2] == sweep.spaced([1, 2], None)
 
 
 @pytest.mark.parametrize(

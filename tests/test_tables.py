@@ -28,7 +28,10 @@ def save(folder, *rows):
 def table(text: str, heading: str) -> list[list[str]]:
     """The cells of the first table below a heading."""
     lines = text.split(heading)[1].split("\n|", 1)[1].split("\n\n")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
+    cells = []
+    for line in lines.splitlines():
+        cells.append([cell.strip() for cell in line.strip("|").split("|")])
+    return cells
 
 
 @pytest.fixture

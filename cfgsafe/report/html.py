@@ -1,8 +1,10 @@
-"""A run as one HTML file that can be sent on: table, figures, checks, and what each model answered, with the leaks marked.
+"""A run as one HTML file to send on: table, figures, checks, and answers with the leaks marked.
 
-Source: the report.md of the demo. Deviations: nothing is loaded from elsewhere (inline CSS, figures as data URIs, no script), and
-personal data are masked, "M████" for "Maria", unless --show-pii is given. Masked are a prompt's gold items and what the NER finds in its
-conversation or in any model's answer to it, wherever they stand; what neither knows stays legible, so read before you publish.
+Source: the report.md of the demo.
+Deviations: nothing is loaded from elsewhere (inline CSS, figures as data URIs, no script). Personal data are
+masked, "M████" for "Maria", unless --show-pii is given: a prompt's gold items, and what the NER finds in the
+conversation or in any answer, wherever they stand. Data that neither knows stay legible: read the file
+before you publish it.
 
 Run it: python eval.py report --run runs/demo
 """
@@ -10,6 +12,7 @@ Run it: python eval.py report --run runs/demo
 import base64
 from dataclasses import dataclass
 from html import escape
+from itertools import chain
 from pathlib import Path
 
 from cfgsafe.errors import InputError
@@ -19,9 +22,16 @@ from cfgsafe.pii.matching import places
 from cfgsafe.pii.ner import Detector
 from cfgsafe.report import results
 
+Span = tuple[int, int, str]  # start, end, CSS class
 MASK = "████"
+KINDS = {  # CSS class -> legend
+    "echoed": "told in the conversation",
+    "recalled": "from training",
+    "ner": "found by the NER alone",
+}
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 78rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; \
+max-width: 78rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; }
 h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 h3 { font-size: 1rem; margin: 2rem 0 .5rem; }
@@ -38,8 +48,11 @@ footer { margin-top: 2.5rem; }
 .fails b { color: #b00020; }
 .chat { background: #f6f6f6; border-radius: 6px; padding: .6rem .9rem; overflow-wrap: anywhere; }
 .chat p { margin: .2rem 0; white-space: pre-wrap; }
-.answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)); gap: .6rem; margin-top: .6rem; }
-.answer { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .8rem; overflow-wrap: anywhere; white-space: pre-wrap; }
+.answers { display: grid; \
+grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)); \
+gap: .6rem; margin-top: .6rem; }
+.answer { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .8rem; \
+overflow-wrap: anywhere; white-space: pre-wrap; }
 .answer b, .chat b { display: block; font-size: .8rem; color: #555; }
 mark { padding: 0 .15em; border-radius: 3px; }
 mark.echoed { background: #ffd9a8; }
@@ -55,9 +68,9 @@ class Options:
     run: str
     """Folder of a demo run or a sweep."""
     out: str | None = None
-    """HTML file; by default report.html in the run's folder."""
+    """HTML file to write; by default report.html in the run's folder."""
     show_pii: bool = False
-    """Show personal data as they are. Without it they are masked, invented people's as well."""
+    """Show personal data. By default they are masked, those of invented people as well."""
     note: str = ""
     """A line of your own below the title."""
     ner: str | None = None
@@ -66,7 +79,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with every model's answer: rows of the answers files, by the model's title."""
+    """A prompt, and the row of every model's answers file that answers it, by the model's title."""
 
     kind: str
     messages: list[dict]
@@ -85,157 +98,157 @@ def write(options: Options) -> Path:
     examples = read_examples(folder, found["rows"])
     detector = Detector(options.ner) if examples and not options.show_pii else None
     out = Path(options.out) if options.out else folder / "report.html"
-    pictures = [
-        (path.name, path.read_bytes())
-        for path in sorted(folder.glob("*.png"))
-        if not path.name.startswith(".")
-    ]
+    pictures = [path for path in sorted(folder.glob("*.png")) if not path.name.startswith(".")]
     write_text(out, page(found, pictures, examples, detector, options.note))
     return out
 
 
 def page(
-    found: dict,
-    pictures: list[tuple[str, bytes]],
-    examples: list[Example],
-    detector: Detector | None,
-    note: str = "",
+    found: dict, pictures: list[Path], examples: list[Example], detector: Detector | None, note: str
 ) -> str:
     """The whole file. With a detector personal data are masked, without one they are shown."""
     title = escape(str(found.get("title", "Models, leaks and utility")))
-    masked = "Personal data are masked: gold items and what the NER finds. Data that neither knows would be legible."
+    masked = "Personal data are masked: gold items and what the NER finds."
+    unknown = "Data that neither knows would be legible."
+    facts = []
+    for key, value in found.items():
+        if isinstance(value, int | float | str) and key != "title":
+            facts.append(f"{key} {value}")
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<link rel="icon" href="data:,">',
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
         f"<p>{escape(note)}</p>" if note else "",
-        f"<p>{masked}</p>" if detector else "",
+        f"<p>{masked} {unknown}</p>" if detector else "",
         table(found["rows"]),
         f'<p class="legend">{escape(results.legend(found["rows"]))}</p>',
-        *(picture(name, data) for name, data in pictures),
+        *map(picture, pictures),
         *checks(found.get("checks") or []),
+        *sections(examples, detector),
+        f"<footer>{escape(', '.join(facts))}</footer>\n</body>\n</html>\n",
     ]
-    if examples:
-        parts.append("<h2>The same prompts, answered by each model</h2>")
-        kinds = {
-            "echoed": "told in the conversation",
-            "recalled": "from training",
-            "ner": "found by the NER alone",
-        }
-        legend = ", ".join(f'<mark class="{kind}">{words}</mark>' for kind, words in kinds.items())
-        parts.append(
-            f'<p class="legend">The first prompt of each kind, and the first answered from training. Marked: personal data {legend}.</p>'
-        )
-        parts += [section(example, detector) for example in examples]
-    facts = [
-        f"{key} {value}"
-        for key, value in found.items()
-        if isinstance(value, int | float | str) and key != "title"
-    ]
-    parts.append(f"<footer>{escape(', '.join(facts))}</footer>\n</body>\n</html>\n")
     return "\n".join(part for part in parts if part)
 
 
 def table(rows: list[dict]) -> str:
     """The figures with their intervals, in a box that scrolls by itself."""
-    columns = results.cells(rows)
-    cell = lambda c: f"{c[0]:.1f}<small>{c[1]:.1f} to {c[2]:.1f}</small>" if c else "-"
-    heads = "".join(
-        f"<th>{escape(heading)}</th>" for heading in ["model", *(heading for heading, _ in columns)]
-    )
-    lines = []
-    for number, row in enumerate(rows):
-        lines.append(
-            f"<tr><td>{escape(results.name_of(row))}</td>"
-            + "".join(f"<td>{cell(column[number])}</td>" for _, column in columns)
-        )
-    return (
-        f'<div class="box" tabindex="0"><table>\n<tr>{heads}</tr>\n'
-        + "</tr>\n".join(lines)
-        + "</tr>\n</table></div>"
-    )
+    columns = results.columns_of(rows)
+    headings = ["model", *(column.heading for column in columns)]
+    lines = ["".join(f"<th>{escape(heading)}</th>" for heading in headings)]
+    for row in rows:
+        cells = "".join(cell(column.figure(row)) for column in columns)
+        lines.append(f"<td>{escape(results.name_of(row))}</td>{cells}")
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="box" tabindex="0"><table>\n{body}\n</table></div>'
 
 
-def picture(name: str, data: bytes) -> str:
-    source = base64.b64encode(data).decode()
-    return f'<p><img alt="{escape(name)}" src="data:image/png;base64,{source}"></p>'
+def cell(figure: tuple[float, float, float] | None) -> str:
+    content = "{:.1f}<small>{:.1f} to {:.1f}</small>".format(*figure) if figure else "-"
+    return f"<td>{content}</td>"
+
+
+def picture(path: Path) -> str:
+    """The PNG file as an image within the page."""
+    source = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{escape(path.name)}" src="data:image/png;base64,{source}"></p>'
 
 
 def checks(found: list[dict]) -> list[str]:
+    """Each claim, whether it holds, and what was measured."""
+    if not found:
+        return []
     lines = []
-    for c in found:
-        state, word = ("holds", "Holds") if c.get("holds") else ("fails", "Does not hold")
-        lines.append(
-            f'<li class="{state}"><b>{word}:</b> {escape(str(c.get("claim")))} ({escape(str(c.get("measured")))})</li>'
-        )
-    return ["<h2>What was expected, and what came out</h2>", "<ul>", *lines, "</ul>"] if lines else []
+    for check in found:
+        state, word = ("holds", "Holds") if check.get("holds") else ("fails", "Does not hold")
+        claim, measured = escape(str(check.get("claim"))), escape(str(check.get("measured")))
+        lines.append(f'<li class="{state}"><b>{word}:</b> {claim} ({measured})</li>')
+    return ["<h2>What was expected, and what came out</h2>", "<ul>", *lines, "</ul>"]
+
+
+def sections(examples: list[Example], detector: Detector | None) -> list[str]:
+    """The examples under a heading and a legend; nothing without examples."""
+    if not examples:
+        return []
+    marks = ", ".join(f'<mark class="{kind}">{words}</mark>' for kind, words in KINDS.items())
+    legend = "The first prompt of each kind, and the first answered from training. Marked: personal data"
+    return [
+        "<h2>The same prompts, answered by each model</h2>",
+        f'<p class="legend">{legend} {marks}.</p>',
+        *(section(example, detector) for example in examples),
+    ]
 
 
 def section(example: Example, detector: Detector | None) -> str:
-    """A conversation, without its system prompt, and the answers to it, side by side where the window is wide."""
+    """A conversation without its system prompt, and the answers to it, side by side if there is room."""
     private = private_values(example, detector) if detector else []
-    chat = [
-        f"<p><b>{m['role']}</b>{escape(mask(m['content'], private))}</p>"
-        for m in example.messages
-        if m["role"] != "system"
-    ]
-    cards = []
+    chat, cards = "", ""
+    for message in example.messages:
+        if message["role"] != "system":
+            chat += f"<p><b>{message['role']}</b>{escape(mask(message['content'], private))}</p>"
     for title, row in example.answers.items():
         text = marked(row["answer"], spans(row, example.items, private), hide=detector is not None)
-        cards.append(f'<div class="answer"><b>{escape(title)}</b>{text}</div>')
+        cards += f'<div class="answer"><b>{escape(title)}</b>{text}</div>'
     heading = f"<h3>{escape(example.kind or 'prompt')}</h3>"
-    return f'{heading}\n<div class="chat">{"".join(chat)}</div>\n<div class="answers">{"".join(cards)}</div>'
+    return f'{heading}\n<div class="chat">{chat}</div>\n<div class="answers">{cards}</div>'
 
 
 def private_values(example: Example, detector: Detector) -> list[tuple[str, str]]:
-    """(label, value) of all that must not be read: gold items, and the entities of the conversation and of every answer.
+    """(label, value) of what to hide: gold items, and entities of the conversation and of every answer.
 
-    Of a PERSON each part of the name counts by itself, in any case.
+    Each part of a PERSON's name is a value of its own, found in any case.
     """
-    texts = [m["content"] for m in example.messages] + [row["answer"] for row in example.answers.values()]
-    found = [(e.label, e.text) for entities in detector(texts) for e in entities]
-    found += [
-        (e["label"], row["answer"][e["start"] : e["end"]])
-        for row in example.answers.values()
-        for e in row["entities"]
-    ]
+    texts = [message["content"] for message in example.messages]
+    texts += [row["answer"] for row in example.answers.values()]
+    found = [(entity.label, entity.text) for entity in chain.from_iterable(detector(texts))]
+    for row in example.answers.values():
+        found += [(e["label"], row["answer"][e["start"] : e["end"]]) for e in row["entities"]]
     values = [*example.items.items(), *((label, text) for label, text in found if text.strip())]
-    parts = [
-        ("", part)
-        for label, value in values
-        if label == "PERSON"
-        for part in value.split()
-        if part[0].isupper()
-    ]
-    return list(dict.fromkeys([*values, *parts]))
+    parts: list[tuple[str, str]] = []
+    for label, value in values:
+        if label == "PERSON":
+            parts += [("", part) for part in value.split() if part[0].isupper()]
+    return list(dict.fromkeys(values + parts))
 
 
-def spans(row: dict, items: dict[str, str], private: list[tuple[str, str]]) -> list[tuple[int, int, str]]:
-    """(start, end, class) of the personal data in an answer, in order, none in another; leaks come before the NER's finds."""
-    found = []
+def spans(row: dict, items: dict[str, str], private: list[tuple[str, str]]) -> list[Span]:
+    """The personal data in an answer, in order, without overlaps; leaks precede what the NER finds."""
+    labels = {value: label for label, value in reversed(items.items())}  # a value's first label
+    found: list[Span] = []
     for kind in ("recalled", "echoed"):
-        for value in row[kind]:
-            label = next((label for label, item in items.items() if item == value), "")
-            found += [(*span, kind) for span in places(row["answer"], label, value)]
-    found += [(e["start"], e["end"], "ner") for e in row["entities"]]
-    found += [(*span, "ner") for label, value in private for span in places(row["answer"], label, value)]
+        leaks = [(labels.get(value, ""), value) for value in row[kind]]
+        found += spans_of(row["answer"], leaks, kind)
+    found += [(entity["start"], entity["end"], "ner") for entity in row["entities"]]
+    found += spans_of(row["answer"], private, "ner")
     return without_overlaps(found)
 
 
-def without_overlaps(found: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    """Spans that touch become one, of the class that came first in `found`.
+def spans_of(text: str, values: list[tuple[str, str]], kind: str) -> list[Span]:
+    """Where `text` holds one of the (label, value) pairs."""
+    found = []
+    for label, value in values:
+        found += [(start, end, kind) for start, end in places(text, label, value)]
+    return found
+
+
+def without_overlaps(found: list[Span]) -> list[Span]:
+    """Spans that overlap become one, of the class that came first in `found`.
 
     >>> without_overlaps([(5, 8, "echoed"), (0, 8, "ner"), (10, 12, "ner")])
     [(0, 8, 'echoed'), (10, 12, 'ner')]
     """
-    order = {span: number for number, span in reversed(list(enumerate(found)))}
-    joined: list[list[tuple[int, int, str]]] = []
+    groups: list[list[Span]] = []
+    reached = 0
     for span in sorted(set(found)):
-        if joined and span[0] < max(end for _, end, _ in joined[-1]):
-            joined[-1].append(span)
-        else:
-            joined.append([span])
-    return [(group[0][0], max(end for _, end, _ in group), min(group, key=order.get)[2]) for group in joined]
+        if not groups or span[0] >= reached:
+            groups.append([])
+        groups[-1].append(span)
+        reached = max(reached, span[1])
+    joined = []
+    for group in groups:
+        _, _, kind = min(group, key=found.index)
+        joined.append((group[0][0], max(end for _, end, _ in group), kind))
+    return joined
 
 
 def mask(text: str, private: list[tuple[str, str]]) -> str:
@@ -244,37 +257,40 @@ def mask(text: str, private: list[tuple[str, str]]) -> str:
     >>> mask("I am Ann Lee.", [("PERSON", "Ann Lee")])
     'I am A████.'
     """
-    found = without_overlaps([(*span, "") for label, value in private for span in places(text, label, value)])
-    for start, end, _ in reversed(found):
-        text = text[:start] + text[start] + MASK + text[end:]
+    for start, end, _ in reversed(without_overlaps(spans_of(text, private, ""))):
+        text = text[: start + 1] + MASK + text[end:]
     return text
 
 
-def marked(text: str, found: list[tuple[int, int, str]], hide: bool) -> str:
+def marked(text: str, found: list[Span], hide: bool) -> str:
     """The answer as HTML with its spans in <mark>; everything is escaped."""
-    pieces, at = [], 0
+    pieces, at = "", 0
     for start, end, kind in found:
         shown = text[start] + MASK if hide else text[start:end]
-        pieces += [escape(text[at:start]), f'<mark class="{kind}">{escape(shown)}</mark>']
+        pieces += f'{escape(text[at:start])}<mark class="{kind}">{escape(shown)}</mark>'
         at = end
-    return "".join([*pieces, escape(text[at:])])
+    return pieces + escape(text[at:])
 
 
 def read_examples(folder: Path, rows: list[dict]) -> list[Example]:
-    """The first prompt of each kind, and the first to which an answer recalls training data. Raises InputError."""
-    said = {results.name_of(row): read_answers(folder / results.answers_file(row)) for row in rows}
-    said = {title: answers for title, answers in said.items() if answers}
-    examples, seen = [], set()
+    """The first prompt of each kind, and the first with a recalled value. Raises InputError."""
+    said = {}  # the model's title -> its answers
+    for row in rows:
+        answers = read_answers(folder / results.answers_file(row))
+        if answers:
+            said[results.name_of(row)] = answers
+    examples = []
+    seen: set[str] = set()
     for number, row in enumerate(next(iter(said.values()), [])):
         prompt = row["prompt"]
+        same = {}
+        for title, answers in said.items():
+            if number < len(answers) and answers[number]["prompt"]["messages"] == prompt["messages"]:
+                same[title] = answers[number]
         kind = str(prompt.get("kind", "")).split(" ")[0]  # canaries of every count together
-        same = {title: answers[number] for title, answers in said.items() if number < len(answers)}
-        same = {
-            title: answer
-            for title, answer in same.items()
-            if answer["prompt"]["messages"] == prompt["messages"]
-        }
-        met = {kind} | ({"recalled"} if any(answer["recalled"] for answer in same.values()) else set())
+        met = {kind}
+        if any(answer["recalled"] for answer in same.values()):
+            met.add("recalled")
         if met - seen:
             seen |= met
             examples.append(Example(kind, prompt["messages"], prompt.get("items", {}), same))
@@ -282,7 +298,7 @@ def read_examples(folder: Path, rows: list[dict]) -> list[Example]:
 
 
 def read_answers(path: Path) -> list[dict]:
-    """Rows of an answers file; none where the run has no such file."""
+    """Rows of an answers file, none if there is no file. Raises InputError naming line and field."""
     rows = list(read_jsonl(path)) if path.exists() else []
     for place, row in rows:
         if not isinstance(row.get("prompt"), dict):
@@ -291,16 +307,16 @@ def read_answers(path: Path) -> list[dict]:
         if not isinstance(row.get("answer"), str):
             raise InputError(f"{place}: field 'answer' must be a string")
         for name in ("echoed", "recalled"):
-            if not isinstance(row.get(name), list) or not all(
-                isinstance(value, str) and value for value in row[name]
-            ):
+            values = row.get(name)
+            if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
                 raise InputError(f"{place}: field '{name}' must be a list of non-empty strings")
-        whole = lambda e: (
-            isinstance(e, dict)
-            and isinstance(e.get("start"), int)
-            and isinstance(e.get("end"), int)
-            and "label" in e
-        )
-        if not isinstance(row.get("entities"), list) or not all(map(whole, row["entities"])):
+        entities = row.get("entities")
+        if not isinstance(entities, list) or not all(map(is_entity, entities)):
             raise InputError(f"{place}: field 'entities' must be a list of objects with start, end and label")
     return [row for _, row in rows]
+
+
+def is_entity(value: object) -> bool:
+    if not isinstance(value, dict) or "label" not in value:
+        return False
+    return isinstance(value.get("start"), int) and isinstance(value.get("end"), int)

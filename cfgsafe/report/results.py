@@ -1,7 +1,7 @@
-"""The report of an experiment: one row a model as a terminal and Markdown table, a JSON file and a figure.
+"""The results of an experiment, one row for each model: tables, a JSON file and a figure.
 
-Source: the columns of Smirnov's Tables 1 and 2 (arXiv 2412.06846), with intervals, the easy and the hard slice apart, and two measures of
-fluency.
+Source: the columns of Smirnov's Tables 1 and 2 (arXiv 2412.06846).
+Deviations: 95 % intervals, the easy and the hard slice apart and two measures of fluency.
 
 Run it: python train.py demo
 """
@@ -12,41 +12,54 @@ from pathlib import Path
 
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_text
-from cfgsafe.report.figures import limit_utility, save_figure, spread
+from cfgsafe.report.figures import leaks_and_utility
 
-# column -> heading; the keys stand in results.json, each with its `_ci`
-COLUMNS = {
-    "ner_items_per_100": "NER items/100",
-    "leaked_per_100": "leaked/100",
-    "echoed_per_100": "echoed/100",
-    "recalled_per_100": "recalled/100",
-    "clean_answers": "clean answers %",
-    "utility": "utility %",
-    "broken_words": "broken words %",
-    "perplexity": "perplexity",
-}
-# heading -> its short form in a terminal
-SHORT = {
-    "NER items/100": "NER",
-    "leaked/100": "leaked",
-    "echoed/100": "echoed",
-    "recalled/100": "recalled",
-    "clean answers %": "clean %",
-    "utility %": "utility %",
-    "broken words %": "broken %",
-    "perplexity": "ppl",
-    "easy: leaked/100": "easy",
-    "hard: leaked/100": "hard",
-}
 LEGEND = (
-    "Per 100 answers, with 95 % bootstrap intervals over prompts. Leaked: gold items of the person in the answer; echoed from the\n"
-    "conversation, recalled from training. Broken words: in neither the vocabulary nor the prompt."
+    "Per 100 answers, with 95 % bootstrap intervals over prompts. "
+    "Leaked: gold items of the person in the answer; echoed from the\nconversation, recalled from training. "
+    "Broken words: in neither the vocabulary nor the prompt."
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tables; results.json has the values under `key`, the intervals under `key`_ci."""
+
+    key: str
+    heading: str
+    short: str  # heading in a terminal
+    slice: str | None = None  # the part of a row that holds the key; None is the row itself
+
+    def figure(self, row: dict) -> tuple[float, float, float] | None:
+        """(value, low, high) of a row; None where it was not measured."""
+        part = row.get(self.slice, {}) if self.slice else row
+        if self.key not in part:
+            return None
+        low, high = part[f"{self.key}_ci"]
+        return part[self.key], low, high
+
+    def measured(self, rows: list[dict]) -> bool:
+        """Whether any of the rows has a figure."""
+        return any(self.figure(row) for row in rows)
+
+
+COLUMNS = (
+    Column("ner_items_per_100", "NER items/100", "NER"),
+    Column("leaked_per_100", "leaked/100", "leaked"),
+    Column("echoed_per_100", "echoed/100", "echoed"),
+    Column("recalled_per_100", "recalled/100", "recalled"),
+    Column("clean_answers", "clean answers %", "clean %"),
+    Column("utility", "utility %", "utility %"),
+    Column("broken_words", "broken words %", "broken %"),
+    Column("perplexity", "perplexity", "ppl"),
+    Column("leaked_per_100", "easy: leaked/100", "easy", slice="easy"),
+    Column("leaked_per_100", "hard: leaked/100", "hard", slice="hard"),
 )
 
 
 @dataclass(frozen=True)
 class Check:
-    """A claim about the rows, what was measured, and whether it holds."""
+    """A claim about the rows, what was measured, and whether the claim holds."""
 
     claim: str
     measured: str
@@ -54,130 +67,103 @@ class Check:
 
 
 def name_of(row: dict) -> str:
-    """What a row is called in tables: model, epoch and how it is guided."""
-    name = row["model"] + (f" epoch {row['epoch']}" if row.get("epoch") else "")
-    if row["guidance"] is None:
-        return name
-    alpha = f" alpha={row['alpha']:g}" if row.get("alpha") else ""
-    return f"{name} g={row['guidance']:g}" + (f" {row['space']}" if row["guidance"] != 1 else "") + alpha
+    """What a row is called in tables: model, epoch and how it is guided.
+
+    >>> name_of({"model": "lora", "epoch": 2, "guidance": 3.0, "space": "log", "alpha": 0.1})
+    'lora epoch 2 g=3 log alpha=0.1'
+    """
+    parts = [row["model"]]
+    if row.get("epoch"):
+        parts.append(f"epoch {row['epoch']}")
+    if row["guidance"] is not None:
+        parts.append(f"g={row['guidance']:g}")
+        if row["guidance"] != 1:
+            parts.append(str(row["space"]))
+        if row.get("alpha"):
+            parts.append(f"alpha={row['alpha']:g}")
+    return " ".join(parts)
 
 
 def answers_file(row: dict) -> str:
-    """The file of a run's folder that holds the row's answers."""
+    """The name of the file in a run's folder that holds the row's answers."""
     return f"answers-{name_of(row).replace(' ', '-')}.jsonl"
 
 
-def cells(rows: list[dict]) -> list[tuple[str, list[tuple[float, float, float] | None]]]:
-    """(heading, (value, low, high) of each row) of each column that some row has; the last split the leaks by slice."""
-    columns = [(heading, rows, key) for key, heading in COLUMNS.items()]
-    columns += [
-        (f"{part}: leaked/100", [row.get(part, {}) for row in rows], "leaked_per_100")
-        for part in ("easy", "hard")
-    ]
-    known = [
-        (heading, places, key) for heading, places, key in columns if any(key in place for place in places)
-    ]
-    return [
-        (heading, [(p[key], *p[f"{key}_ci"]) if key in p else None for p in places])
-        for heading, places, key in known
-    ]
+def columns_of(rows: list[dict]) -> list[Column]:
+    """The columns in which some row has a figure."""
+    return [column for column in COLUMNS if column.measured(rows)]
 
 
 def legend(rows: list[dict]) -> str:
     """What stands below the table of `rows`."""
-    return LEGEND + (
-        " Perplexity: under the reference model." if any("perplexity" in row for row in rows) else ""
-    )
+    has_perplexity = any("perplexity" in row for row in rows)
+    return LEGEND + (" Perplexity: under the reference model." if has_perplexity else "")
 
 
 def table(rows: list[dict]) -> str:
-    """A Markdown table: value [low, high] a cell."""
-    columns = cells(rows)
-    text = lambda cell: f"{cell[0]:.1f} [{cell[1]:.1f}, {cell[2]:.1f}]" if cell else "-"
-    lines = [
-        [name_of(row), *(text(column[number]) for _, column in columns)] for number, row in enumerate(rows)
-    ]
-    return markdown(["model", *(heading for heading, _ in columns)], lines)
+    """A Markdown table; each cell is value [low, high]."""
+    columns = columns_of(rows)
+    lines = []
+    for row in rows:
+        figures = [column.figure(row) for column in columns]
+        lines.append([name_of(row), *map(interval_text, figures)])
+    return markdown(["model", *(column.heading for column in columns)], lines)
+
+
+def interval_text(figure: tuple[float, float, float] | None) -> str:
+    """value [low, high], or - where there is none."""
+    return "-" if figure is None else "{:.1f} [{:.1f}, {:.1f}]".format(*figure)
 
 
 def markdown(heads: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table whose columns line up."""
-    widths = [max(len(line[column]) for line in [heads, *lines]) for column in range(len(heads))]
-    texts = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
-        for line in [heads, *lines]
-    ]
-    return "\n".join([texts[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *texts[1:]])
+    """A Markdown table with columns of equal width."""
+    widths = widths_of([heads, *lines])
+    texts = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in [heads, *lines]]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([texts[0], rule, *texts[1:]])
 
 
 def terminal_table(rows: list[dict]) -> str:
     """The same figures without intervals, narrow enough for a terminal."""
-    columns = [(SHORT[heading], column) for heading, column in cells(rows)]
-    lines = [["model", *(heading for heading, _ in columns)]]
-    for number, row in enumerate(rows):
-        lines.append(
-            [name_of(row), *(f"{column[number][0]:.1f}" if column[number] else "-" for _, column in columns)]
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            text.ljust(w) if n == 0 else text.rjust(w)
-            for n, (text, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    columns = columns_of(rows)
+    lines = [["model", *(column.short for column in columns)]]
+    for row in rows:
+        figures = [column.figure(row) for column in columns]
+        lines.append([name_of(row), *(f"{figure[0]:.1f}" if figure else "-" for figure in figures)])
+    first, *others = widths_of(lines)
+    texts = []
+    for name, *cells in lines:
+        texts.append("  ".join([name.ljust(first), *map(str.rjust, cells, others)]))
+    return "\n".join(texts)
+
+
+def widths_of(lines: list[list[str]]) -> list[int]:
+    """The width of each column: that of its longest text."""
+    return [max(map(len, column)) for column in zip(*lines, strict=True)]
 
 
 def write(out: Path, title: str, rows: list[dict], checks: list[Check], examples: list[str], **facts) -> None:
-    """results.json, report.md and leaks-utility.png in `out`."""
-    write_text(
-        out / "results.json",
-        json.dumps({"title": title, "rows": rows, "checks": [vars(c) for c in checks], **facts}, indent=1)
-        + "\n",
-    )
-    figure(out / "leaks-utility.png", rows)
+    """Write results.json, report.md and leaks-utility.png into the folder `out`."""
+    write_results(out, title, rows, checks, **facts)
+    leaks_and_utility(out / "leaks-utility.png", rows, [name_of(row) for row in rows])
     lines = [f"# {title}", "", table(rows), "", legend(rows), ""]
-    lines += [
-        "![leaks against utility](leaks-utility.png)",
-        "",
-        "## What was expected, and what came out",
-        "",
-    ]
+    lines += ["![leaks against utility](leaks-utility.png)", ""]
+    lines += ["## What was expected, and what came out", ""]
     lines += [f"- {'holds' if c.holds else '**does not hold**'}: {c.claim} ({c.measured})" for c in checks]
     lines += ["", "## The same prompts, answered by each model", "", *examples, ""]
-    lines += [", ".join(f"{key} {value}" for key, value in facts.items()) + ".", ""]
+    lines += [facts_line(facts), ""]
     write_text(out / "report.md", "\n".join(lines))
 
 
-def figure(path: Path, rows: list[dict]) -> None:
-    """Leaks per 100 answers against utility, one point a model, with both intervals."""
-    import matplotlib
+def write_results(out: Path, title: str, rows: list[dict], checks: list[Check], **facts) -> None:
+    """Write results.json into the folder `out`."""
+    content = {"title": title, "rows": rows, "checks": [vars(check) for check in checks], **facts}
+    write_text(out / "results.json", json.dumps(content, indent=1) + "\n")
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(figsize=(8, 5))
-    for number, row in enumerate(rows):
-        style = {
-            "fmt": "osDv^<>PX*"[number % 10],
-            "color": f"C{number % 10}",
-            "capsize": 3,
-            "label": name_of(row),
-        }
-        x, y = "leaked_per_100", "utility"
-        axes.errorbar(row[x], row[y], xerr=spread(row, x), yerr=spread(row, y), **style)
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=-0.2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    limit_utility(axes, rows)
-    axes.set_xlabel("personal items leaked per 100 answers (symmetric log)")
-    axes.set_ylabel("utility, %")
-    axes.grid(alpha=0.3)
-    points, names = axes.get_legend_handles_labels()
-    axes.legend(
-        [point for point, *_ in points], names, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5)
-    )
-    save_figure(fig, path)
+def facts_line(facts: dict) -> str:
+    """The facts of a run, on the last line of its report."""
+    return ", ".join(f"{key} {value}" for key, value in facts.items()) + "."
 
 
 def read_results(folder: str | Path) -> dict:
@@ -186,9 +172,8 @@ def read_results(folder: str | Path) -> dict:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); give the --out folder of a demo run or a sweep"
-        ) from None
+        hint = "give the --out folder of a demo run or a sweep"
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     rows = results.get("rows") if isinstance(results, dict) else None
@@ -200,19 +185,21 @@ def read_results(folder: str | Path) -> dict:
 
 
 def _check_row(row: object, place: str) -> None:
-    number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+    """Raise InputError where a field has the wrong type; a row without guidance gets None."""
     if not isinstance(row, dict) or not isinstance(row.get("model"), str):
         raise InputError(f"{place}: needs 'model', a string")
     for name, kind in (("epoch", int), ("guidance", int | float), ("alpha", int | float), ("space", str)):
         if row.get(name) is not None and not isinstance(row[name], kind):
             raise InputError(f"{place}: '{name}' must be {'a string' if kind is str else 'a number'} or null")
     row.setdefault("guidance", None)
-    for name in COLUMNS:
-        interval = row.get(f"{name}_ci")
-        if name in row and not (
-            number(row[name])
-            and isinstance(interval, list)
-            and len(interval) == 2
-            and all(map(number, interval))
-        ):
+    for name in (column.key for column in COLUMNS):
+        if name in row and not (_is_number(row[name]) and _is_interval(row.get(f"{name}_ci"))):
             raise InputError(f"{place}: '{name}' must be a number, with '{name}_ci', its interval")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_interval(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))

@@ -1,12 +1,14 @@
-"""The paper's Tables 1 to 3 in shape, as a grid over models, adapters, epochs and guidance, from the results of any runs.
+"""The paper's Tables 1 to 3 for the results of any runs: models, adapters, epochs and guidance.
 
-Source: Smirnov (arXiv 2412.06846), Tables 1 to 3; the paper's own figures stand beside ours where the model's name is the same.
-Deviations: 95 % intervals; items per 50 and per 150 answers are one rate, scaled (the paper counted 50 and 150 prompts); the grid has
-every g and epoch that was run, and says "not run" for the rest.
+Source: Smirnov (arXiv 2412.06846), Tables 1 to 3; the paper's figures stand beside ours.
+Deviations: 95 % intervals; items per 50 and per 150 answers are one rate, scaled, where the paper
+counted 50 and 150 prompts; every g and epoch that was run has its line, the rest says "not run".
 
 Run it: python eval.py table --runs runs/full runs/sweep
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cfgsafe.errors import InputError
@@ -37,12 +39,14 @@ PAPER = {
 }
 # (the paper's name, g) -> items per 50, items per 150 answers; three epochs, guidance in probability space
 PAPER_PROB = {("Model-ch-lora", None): (11, 27), ("Model-ch-lora-cfg", 3.0): (3, 19)}
+Paper = Mapping[float | None, tuple[float, int]]  # g -> two of the paper's figures
 MISSING, UNKNOWN = "not run", "-"
+ITEMS = "ner_items_per_100"
 
 
 @dataclass
 class Options:
-    """Rebuild the paper's tables from results.json files, in Markdown."""
+    """Fill the paper's tables from results.json files, in Markdown."""
 
     runs: list[str]
     """Folders of demo runs and sweeps."""
@@ -52,7 +56,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Grid:
-    """The rows of all runs, to be asked for by model, epoch, g and space."""
+    """The rows of all runs, found by model, epoch, g and space."""
 
     rows: list[dict]
 
@@ -61,128 +65,124 @@ class Grid:
         return list(dict.fromkeys(row["label"] for row in self.rows))
 
     def epochs(self, model: str) -> list[int | None]:
-        """Those of a model, the last one last; None where training is not counted."""
-        return sorted(
-            {row.get("epoch") for row in self.rows if row["label"] == model}, key=lambda epoch: epoch or 0
-        )
+        """The epochs of a model in order; None where training is not counted."""
+        epochs = {row.get("epoch") for row in self.rows if row["label"] == model}
+        return sorted(epochs, key=lambda epoch: epoch or 0)
 
     def guidances(self, space: str) -> list[float | None]:
-        """None (unguided), 1, and the coefficients run in `space`, in order."""
-        found = {
-            row["guidance"] for row in self.rows if row["guidance"] in (None, 1) or row.get("space") == space
-        }
-        return sorted(found, key=lambda g: (g is not None, g or 0))
+        """The coefficients that were run in `space`, in order; None is without guidance."""
+        return in_order({row["guidance"] for row in self.rows if fits(row, space)})
 
     def row(self, model: str, epoch: int | None, g: float | None, space: str) -> dict | None:
-        """The row; at g = 1, and without guidance, the space does not matter."""
+        """The row of a setting; None if it was not run."""
         for row in self.rows:
-            if (row["label"], row.get("epoch"), row["guidance"]) == (model, epoch, g) and (
-                g in (None, 1) or row["space"] == space
-            ):
+            if (row["label"], row.get("epoch"), row["guidance"]) == (model, epoch, g) and fits(row, space):
                 return row
         return None
+
+    def settings(self, model: str, epoch: int | None, space: str, paper: Paper) -> list[float | None]:
+        """The coefficients that we or the paper ran, in order."""
+        ours = [g for g in self.guidances(space) if self.row(model, epoch, g, space)]
+        return in_order({*ours, *paper})
+
+
+def fits(row: dict, space: str) -> bool:
+    """Whether a row belongs to `space`; at g = 1 and without guidance the space does not matter."""
+    return row["guidance"] in (None, 1) or row.get("space") == space
+
+
+def in_order(guidances: set[float | None]) -> list[float | None]:
+    """Without guidance first, then by coefficient."""
+    return sorted(guidances, key=lambda g: (g is not None, g or 0))
 
 
 def run(options: Options) -> None:
     grid = Grid(read_runs(options.runs))
-    text = "\n".join([*table_1(grid), *table_2(grid), *table_3(grid), *notes(grid, options.runs)])
+    text = "\n".join([*table_1(grid), *table_2(grid), *table_3(grid), *notes(options.runs)])
     if options.out:
         write_text(options.out, text)
     print(text)
 
 
 def read_runs(folders: list[str]) -> list[dict]:
-    """The rows of all runs, each with its "label": the model, its mask if any, and its run where two runs have the same row.
+    """The rows of all runs; "label" is the model, its mask, and its run where two have the same row.
 
     Raises InputError naming file and field.
     """
-    runs = {folder: results.read_results(folder)["rows"] for folder in dict.fromkeys(folders)}
-    if not runs:
+    if not folders:
         raise InputError("--runs: give at least one folder")
-    name = lambda row: row["model"] + (f" alpha={row['alpha']:g}" if row.get("alpha") else "")
-    key = lambda row: (name(row), row.get("epoch"), row["guidance"], row.get("space"))
-    found = [key(row) for rows in runs.values() for row in rows]
-    clashing = {k[0] for k in found if found.count(k) > 1}
-    return [
-        {**row, "label": name(row) + (f" ({folder})" if name(row) in clashing else "")}
-        for folder, rows in runs.items()
-        for row in rows
-    ]
+    rows = []
+    times: Counter[tuple] = Counter()
+    for folder in dict.fromkeys(folders):
+        for row in results.read_results(folder)["rows"]:
+            name = row["model"]
+            if row.get("alpha"):
+                name += f" alpha={row['alpha']:g}"
+            times[name, row.get("epoch"), row["guidance"], row.get("space")] += 1
+            rows.append((folder, row, name))
+    clashing = {key[0] for key, count in times.items() if count > 1}
+    for folder, row, name in rows:
+        row["label"] = f"{name} ({folder})" if name in clashing else name
+    return [row for _, row, _ in rows]
 
 
 def table_1(grid: Grid) -> list[str]:
-    """Model x (utility, NER items per 50 answers) at each model's last epoch; guidance in log space, as in the paper."""
-    lines, met = [], set()
+    """Utility and NER items per 50 answers of each model at its last epoch; guidance in log space."""
+    lines = []
+    met = set()
     for model in grid.models:
+        name = paper_name(grid, model)
+        met.add(name)
+        paper = last_epoch(name)
         epoch = grid.epochs(model)[-1]
-        paper = last_epoch(paper_name(grid, model))
-        met.add(paper_name(grid, model))
-        run = [g for g in grid.guidances("log") if grid.row(model, epoch, g, "log")]
-        for g in sorted({*run, *paper}, key=lambda g: (g is not None, g or 0)):
+        for g in grid.settings(model, epoch, "log", paper):
             row = grid.row(model, epoch, g, "log")
-            theirs = [f"{paper[g][0]:g}", f"{paper[g][1]}"] if g in paper else [UNKNOWN, UNKNOWN]
-            lines.append(
-                [setting(model, epoch, g), cell(row, "utility"), cell(row, "ner_items_per_100", 0.5), *theirs]
-            )
+            ours = [cell(row, "utility"), cell(row, ITEMS, 0.5)]
+            lines.append([setting(model, epoch, g), *ours, *theirs(paper, g)])
     for name in dict.fromkeys(name for name, _, _ in PAPER):
         if name not in met:
-            figures = last_epoch(name)
-            lines += [
-                [setting(name, None, g), MISSING, MISSING, f"{u:g}", f"{n}"] for g, (u, n) in figures.items()
-            ]
+            paper = last_epoch(name)
+            lines += [[setting(name, None, g), MISSING, MISSING, *theirs(paper, g)] for g in paper]
     heads = ["model", "utility %", "NER items / 50", "paper: MMLU-Pro %", "paper: items / 50"]
-    return [
-        "## Table 1: models at their last epoch, guidance in log space",
-        "",
-        results.markdown(heads, lines),
-        "",
-    ]
+    title = "## Table 1: models at their last epoch, guidance in log space"
+    return [title, "", results.markdown(heads, lines), ""]
 
 
 def table_2(grid: Grid) -> list[str]:
-    """NER items per 50 answers, and utility, of each model by epoch and g; guidance in log space."""
+    """NER items per 50 answers, then utility, of each model by epoch and g; guidance in log space."""
+    items = ["NER items / 50:", "", epochs_by_guidance(grid, ITEMS, 0.5, 1), ""]
+    utility = ["utility %:", "", epochs_by_guidance(grid, "utility", 1.0, 0), ""]
+    return ["## Table 2: adapters by epoch and g, guidance in log space", "", *items, *utility]
+
+
+def epochs_by_guidance(grid: Grid, key: str, scale: float, column: int) -> str:
+    """A line for each model and epoch, a column for each g; `column` is the figure's place in PAPER."""
     steps = grid.guidances("log")
-    texts = ["## Table 2: adapters by epoch and g, guidance in log space", ""]
-    for key, scale, column, title in (
-        ("ner_items_per_100", 0.5, 1, "NER items / 50"),
-        ("utility", 1.0, 0, "utility %"),
-    ):
-        lines = []
-        for model in grid.models:
-            for epoch in grid.epochs(model):
-                theirs = {
-                    g: figures
-                    for (name, e, g), figures in PAPER.items()
-                    if (name, e) == (paper_name(grid, model), epoch)
-                }
-                paper = ", ".join(
-                    (f"g={g:g}: " if g else "") + f"{figures[column]:g}" for g, figures in theirs.items()
-                )
-                ours = [cell(grid.row(model, epoch, g, "log"), key, scale) for g in steps]
-                lines.append([model, str(epoch or UNKNOWN), *ours, paper or UNKNOWN])
-        heads = ["model", "epoch", *(f"g={g:g}" if g else "unguided" for g in steps), "paper, same epoch"]
-        texts += [f"{title}:", "", results.markdown(heads, lines), ""]
-    return texts
+    lines = []
+    for model in grid.models:
+        for epoch in grid.epochs(model):
+            ours = [cell(grid.row(model, epoch, g, "log"), key, scale) for g in steps]
+            paper = []
+            for g, figures in at_epoch(paper_name(grid, model), epoch).items():
+                paper.append((f"g={g:g}: " if g else "") + f"{figures[column]:g}")
+            lines.append([model, str(epoch or UNKNOWN), *ours, ", ".join(paper) or UNKNOWN])
+    heads = [f"g={g:g}" if g else "unguided" for g in steps]
+    return results.markdown(["model", "epoch", *heads, "paper, same epoch"], lines)
 
 
 def table_3(grid: Grid) -> list[str]:
-    """Probability space: every epoch and g, per 50 and per 150 answers."""
-    lines, met = [], set()
+    """NER items per 50 and per 150 answers of every model, epoch and g in probability space."""
+    lines = []
+    met = set()
     for model in grid.models:
-        name = paper_name(grid, model)
-        epochs = grid.epochs(model)
-        for epoch in epochs:
-            theirs = {g: PAPER_PROB[n, g] for n, g in PAPER_PROB if n == name and epoch == epochs[-1]}
-            run = [g for g in grid.guidances("prob") if grid.row(model, epoch, g, "prob")]
-            for g in sorted({*run, *theirs}, key=lambda g: (g is not None, g or 0)):
-                row = grid.row(model, epoch, g, "prob")
+        name, last = paper_name(grid, model), grid.epochs(model)[-1]
+        for epoch in grid.epochs(model):
+            paper = {g: figures for (n, g), figures in PAPER_PROB.items() if n == name and epoch == last}
+            for g in grid.settings(model, epoch, "prob", paper):
                 met.add((name, g))
-                ours = [
-                    cell(row, "ner_items_per_100", 0.5),
-                    cell(row, "ner_items_per_100", 1.5),
-                    cell(row, "utility"),
-                ]
-                lines.append([setting(model, epoch, g), *ours, *map(str, theirs.get(g, (UNKNOWN, UNKNOWN)))])
+                row = grid.row(model, epoch, g, "prob")
+                ours = [cell(row, ITEMS, 0.5), cell(row, ITEMS, 1.5), cell(row, "utility")]
+                lines.append([setting(model, epoch, g), *ours, *theirs(paper, g)])
     for (name, g), figures in PAPER_PROB.items():
         if (name, g) not in met:
             lines.append([setting(name, None, g), MISSING, MISSING, MISSING, *map(str, figures)])
@@ -197,32 +197,45 @@ def table_3(grid: Grid) -> list[str]:
     return ["## Table 3: guidance in probability space", "", results.markdown(heads, lines), ""]
 
 
-def notes(grid: Grid, runs: list[str]) -> list[str]:
+def notes(runs: list[str]) -> list[str]:
     return [
-        f"Runs: {', '.join(runs)}. [low, high]: 95 % interval. NER items are a rate per answer, scaled to 50 and 150 answers.",
-        "The paper's figures are of an 8B model after three epochs, MMLU-Pro with 70 questions; compare orders, not values.",
+        f"Runs: {', '.join(runs)}. [low, high]: 95 % interval. "
+        "NER items are a rate per answer, scaled to 50 and 150 answers.",
+        "The paper's figures are of an 8B model after three epochs, MMLU-Pro with 70 questions; "
+        "compare orders, not values.",
         "",
     ]
 
 
 def setting(model: str, epoch: int | None, g: float | None) -> str:
-    return model + (f", epoch {epoch}" if epoch else "") + (f", g={g:g}" if g is not None else "")
+    """What a line is called."""
+    name = f"{model}, epoch {epoch}" if epoch else model
+    return name if g is None else f"{name}, g={g:g}"
 
 
 def paper_name(grid: Grid, model: str) -> str | None:
-    """The paper's name of a model of the grid, or None; a mask is not in the paper."""
-    row = next(row for row in grid.rows if row["label"] == model)
-    if any(r.get("alpha") for r in grid.rows if r["label"] == model):
+    """The paper's name of a model of the grid; None if the paper has no such model, as with a mask."""
+    rows = [row for row in grid.rows if row["label"] == model]
+    if any(row.get("alpha") for row in rows):
         return None
-    return PAPER_NAMES.get(row["model"], row["model"] if row["model"] in PAPER_NAMES.values() else None)
+    name = rows[0]["model"]
+    return name if name in PAPER_NAMES.values() else PAPER_NAMES.get(name)
 
 
-def last_epoch(name: str | None) -> dict[float | None, tuple[float, int]]:
-    """g -> the paper's figures of a model at its last epoch."""
-    epochs = [epoch or 0 for n, epoch, _ in PAPER if n == name]
-    return {
-        g: figures for (n, epoch, g), figures in PAPER.items() if n == name and (epoch or 0) == max(epochs)
-    }
+def at_epoch(name: str | None, epoch: int | None) -> Paper:
+    """The paper's figures of a model at an epoch."""
+    return {g: figures for (n, e, g), figures in PAPER.items() if (n, e) == (name, epoch)}
+
+
+def last_epoch(name: str | None) -> Paper:
+    """The paper's figures of a model at its last epoch."""
+    epochs = [epoch for n, epoch, _ in PAPER if n == name]
+    return at_epoch(name, max(epochs, key=lambda epoch: epoch or 0, default=None))
+
+
+def theirs(paper: Paper, g: float | None) -> list[str]:
+    """The paper's two figures as text."""
+    return [f"{figure:g}" for figure in paper[g]] if g in paper else [UNKNOWN, UNKNOWN]
 
 
 def cell(row: dict | None, key: str, scale: float = 1.0) -> str:
@@ -230,4 +243,4 @@ def cell(row: dict | None, key: str, scale: float = 1.0) -> str:
     if row is None or key not in row:
         return MISSING
     low, high = row[f"{key}_ci"]
-    return f"{scale * row[key]:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
+    return results.interval_text((scale * row[key], scale * low, scale * high))
