@@ -1,59 +1,40 @@
-"""Decoding with continuous batching: requests in, tokens out, guided pairs as two rows of one batch in lockstep.
+"""Decoding with continuous batching: requests in, tokens out; a guided request is two rows of one batch.
 
-A guided request owns two rows of the KV cache that are fed the same tokens. Rows have their own positions, so prompts of unequal length
-(within a pair and across the batch) give what each gives alone. Finished requests leave and waiting ones join; rows in use are kept
-together, so that a step computes these alone. Prompts are prefilled apart from the decoding steps; a beginning that several of them
-share is computed once. On a GPU a batch that stays as it is for a few steps is captured as a CUDA graph: forward, head, guidance and
-sampling replay as one launch.
+Both rows of a guided request are fed the same tokens. Rows have their own positions, so that prompts of
+unequal length, within a pair and across the batch, give what each gives alone. Requests that end leave the
+batch and waiting ones join it. Prompts are prefilled apart from the decoding steps, and a beginning that
+several of them share is computed once. On a GPU, a batch that stays the same for a few steps is captured as
+a CUDA graph: forward, head, guidance and sampling then replay as one launch.
+`cfgsafe.request` has what goes in and out; `cfgsafe.lockstep` and `cfgsafe.prefill` compute the tokens.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --requests requests.jsonl
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
-from cfgsafe.errors import ContextError, InputError
-from cfgsafe.guidance import SPACES
+from cfgsafe.errors import InputError
 from cfgsafe.llama import KVCache, Llama
 from cfgsafe.lockstep import Batch, Settings
-from cfgsafe.lora import DEFAULT, adapter_names, set_adapters
+from cfgsafe.lora import set_adapters
 from cfgsafe.prefill import Prefill
-from cfgsafe.request import Completion, Request, Running
+from cfgsafe.request import Completion, Request, Running, check_request, slots_for
+
+GPU_SHARE = 0.9  # of the free GPU memory that the KV cache may take
 
 
-def check_request(request: Request, model: Llama, place: str) -> None:
-    """Raise InputError or ContextError, naming `place`, for what cannot be served."""
-    if request.space not in SPACES:
-        raise InputError(f"{place}: space {request.space!r} must be one of {', '.join(SPACES)}")
-    if request.guided and request.negative is None:
-        raise InputError(f"{place}: guidance {request.guidance:g} needs a negative prompt")
-    names = adapter_names(model)
-    if request.adapter not in (
-        None,
-        *(names or [DEFAULT]),
-    ):  # a model without adapters has nothing to apply by default
-        raise InputError(f"{place}: no adapter {request.adapter!r} is attached; there are {names}")
-    if not (
-        math.isfinite(request.guidance) and math.isfinite(request.temperature) and request.temperature >= 0
-    ):
-        raise InputError(f"{place}: guidance must be a finite number and temperature one of at least 0")
-    if not (0 <= request.alpha <= 1 and 0 <= request.top_p <= 1 and 0 <= request.top_k < 2**31):
-        raise InputError(f"{place}: alpha and top_p must lie from 0 to 1, and top_k be at least 0")
-    if request.max_new_tokens < 1 or not 0 <= request.seed < 2**63:
-        raise InputError(f"{place}: max_new_tokens must be at least 1 and seed from 0 to 2^63 - 1")
-    limit = model.config.max_position_embeddings
-    for prompt in request.rows:
-        if not prompt:
-            raise InputError(f"{place}: the prompt is empty")
-        if len(prompt) >= limit:
-            raise ContextError(
-                f"{place}: the prompt has {len(prompt)} tokens, the model's context is {limit}; shorten it"
-            )
+@dataclass(frozen=True)
+class Event:
+    """What happened to a request in a step: it has a new token, or it has ended, with its completion."""
+
+    request_id: int
+    token: int | None = None
+    completion: Completion | None = None
 
 
 def generate(
@@ -65,10 +46,11 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     on_completion: Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
-    """Answer `requests`, at most `batch` at a time, in the order they were given.
+    """Answer `requests`, at most `batch` at a time; the completions are in the order of the requests.
 
-    on_token(number, token) is called for each token as it comes, on_completion(number, completion) for each answer when it is finished;
-    number is the request's place in the list. `skip`: see cfgsafe.lockstep.Settings.
+    on_token(number, token) is called for each token as it comes, and on_completion(number, completion) for
+    each answer when it ends; number is the request's place in the list. `skip`: see
+    cfgsafe.lockstep.Settings. Raises InputError or ContextError for a request that cannot be served.
     """
     if batch < 1:
         raise InputError(f"batch {batch}: must be at least 1")
@@ -77,12 +59,15 @@ def generate(
     if not requests:
         return []
     slots = max(slots_for(request, model) for request in requests)
-    rows = sum(sorted((len(r.rows) for r in requests), reverse=True)[:batch])
-    engine = Engine(model, rows=rows, slots=slots, skip=skip)
-    order = sorted(
-        range(len(requests)), key=lambda number: -len(requests[number].prompt)
-    )  # alike prompts are prefilled together
-    number_of = {engine.submit(requests[number]): number for number in order}
+    row_counts = sorted((len(request.rows) for request in requests), reverse=True)
+    engine = Engine(model, rows=sum(row_counts[:batch]), slots=slots, skip=skip)
+
+    # Longest prompts first: prompts of similar length are prefilled together, with little padding.
+    longest_first = sorted(range(len(requests)), key=lambda number: -len(requests[number].prompt))
+    number_of = {}
+    for number in longest_first:
+        number_of[engine.submit(requests[number])] = number
+
     completions: dict[int, Completion] = {}
     while engine.busy:
         for event in engine.step():
@@ -96,25 +81,18 @@ def generate(
     return [completions[number] for number in range(len(requests))]
 
 
-def slots_for(request: Request, model: Llama) -> int:
-    """Positions a row of the request may fill."""
-    return min(max(map(len, request.rows)) + request.max_new_tokens, model.config.max_position_embeddings)
-
-
-@dataclass(frozen=True)
-class Event:
-    """What happened to a request in a step: a new token, or, with its completion, its end."""
-
-    request_id: int
-    token: int | None = None
-    completion: Completion | None = None
-
-
 class Engine:
-    """Serves requests as they come: `submit`, then `step` as long as it is `busy`; `step` hands out tokens and completions.
+    """Serves requests as they come: `submit` them, then call `step` while the engine is `busy`.
 
-    `rows` of the cache, of `slots` positions each, are allocated at once, in at most `kv_bytes`, by default most of what a GPU has free.
-    `log_path`, `skip`, `graphs`: see cfgsafe.lockstep.Settings.
+    Invariants between steps:
+        The rows in use are the first rows of the cache, without a gap; `free` counts the others.
+        They lie in the order of the requests in `running`.
+        The positive row of a guided request comes right before its negative row.
+        `batch` holds the tensors of the running requests, or is None after one has joined or left.
+
+    The cache has `rows` of `slots` positions each and is allocated at once. It takes at most `kv_bytes`, by
+    default most of what a GPU has free; `rows` shrinks to fit. `log_path`, `skip` and `graphs`: see
+    cfgsafe.lockstep.Settings. Raises InputError when not even one row fits.
     """
 
     def __init__(
@@ -128,14 +106,15 @@ class Engine:
         skip: bool = False,
         graphs: bool = True,
     ):
-        size = KVCache.bytes_a_slot(model.config, model.dtype)
+        row_bytes = slots * KVCache.bytes_a_slot(model.config, model.dtype)
         if kv_bytes is None and model.device.type == "cuda":
-            kv_bytes = int(0.9 * torch.cuda.mem_get_info(model.device)[0])
+            kv_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(model.device)[0])
         if kv_bytes is not None:
-            rows = min(rows, kv_bytes // (size * slots))
+            rows = min(rows, kv_bytes // row_bytes)
         if rows < 1:
             raise InputError(
-                f"the KV cache of one row of {slots} positions takes {size * slots:,} bytes, more than the {kv_bytes:,} allowed"
+                f"the KV cache of one row of {slots} positions takes {row_bytes:,} bytes, "
+                f"more than the {kv_bytes:,} allowed"
             )
         self.model, self.slots = model, slots
         self.cache = KVCache.empty(model.config, rows, slots, device=model.device, dtype=model.dtype)
@@ -145,7 +124,7 @@ class Engine:
         self.submitted = 0
         self.settings = Settings(log_path, skip, graphs)
         self.prefill = Prefill(model, self.cache, self.settings)
-        self.batch: Batch | None = None  # of the running requests; None when they changed
+        self.batch: Batch | None = None
 
     @property
     def busy(self) -> bool:
@@ -153,26 +132,30 @@ class Engine:
         return bool(self.waiting or self.running)
 
     def submit(self, request: Request) -> int:
-        """Queue a request; returns its id. Raises InputError when it could never fit, and what `check_request` raises."""
-        check_request(request, self.model, f"request {self.submitted}")
-        needed = slots_for(request, self.model)
-        if needed > self.slots or len(request.rows) > len(self.cache.rows):
-            raise InputError(
-                f"request {self.submitted}: {len(request.rows)} rows of {needed} tokens do not fit in the KV cache of {len(self.cache.rows)} "
-                f"rows of {self.slots}; shorten the prompt, lower max_new_tokens or make the cache larger"
-            )
+        """Queue a request; returns its id.
+
+        Raises InputError when it could never fit into the cache, and what `check_request` raises.
+        """
         request_id = self.submitted
+        check_request(request, self.model, f"request {request_id}")
+        needed, rows = slots_for(request, self.model), len(self.cache.rows)
+        if needed > self.slots or len(request.rows) > rows:
+            raise InputError(
+                f"request {request_id}: {len(request.rows)} rows of {needed} tokens do not fit in the KV "
+                f"cache of {rows} rows of {self.slots}; shorten the prompt, lower max_new_tokens or make "
+                "the cache larger"
+            )
         self.submitted += 1
         self.waiting.append(Running(request_id, request, Completion(), time.perf_counter()))
         return request_id
 
     def cancel(self, request_id: int) -> Completion | None:
-        """End a request where it is and hand out what it has; None where no such request waits or runs."""
+        """End a request now and return what it has; None when no such request waits or runs."""
         for state in [*self.waiting, *self.running]:
             if state.request_id == request_id:
                 state.completion.finish_reason = "cancelled"
                 if state in self.running:
-                    self._leave([state])
+                    self._leave(state)
                 else:
                     self.waiting.remove(state)
                 return state.completion
@@ -180,9 +163,9 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One more token of every running request, and the first of those that can join.
+        """Compute one more token of each running request, and the first token of each that can join.
 
-        A request's last event brings its completion, which the engine then forgets.
+        The last event of a request has its completion; the engine then forgets the request.
         """
         events: list[Event] = []
         try:
@@ -190,70 +173,78 @@ class Engine:
                 if self.batch is None:
                     self.batch = Batch(self.model, self.cache, self.running, self.settings)
                 tokens, logprobs = self.batch.step()
-                self._take(self.running, tokens, logprobs, events)
-            if joining := self._join():
-                first = len(self.cache.rows) - self.free - sum(len(state.lengths) for state in joining)
-                tokens, logprobs = self.prefill(joining, first)
-                self._take(joining, tokens, logprobs, events)
+                events += self._take(self.running, tokens, logprobs)
+            first_row = len(self.cache.rows) - self.free
+            joining = self._join()
+            if joining:
+                tokens, logprobs = self.prefill(joining, first_row)
+                events += self._take(joining, tokens, logprobs)
         finally:
             set_adapters(self.model, None)
         return events
 
     def _join(self) -> list[Running]:
-        """Move waiting requests to the running ones, in order, as long as rows are free."""
+        """Move waiting requests to the running ones, in their order, while rows are free."""
         joining = []
         while self.waiting and len(self.waiting[0].request.rows) <= self.free:
             state = self.waiting.popleft()
             state.lengths = [len(prompt) for prompt in state.request.rows]
             self.free -= len(state.lengths)
             joining.append(state)
-        self.running += joining
         if joining:
+            self.running += joining
             self.batch = None
         return joining
 
-    def _take(
-        self, states: list[Running], tokens: list[int], logprobs: list[float], events: list[Event]
-    ) -> None:
-        """Give each request its token; those that are finished leave."""
-        finished = []
-        for state, token, logprob in zip(list(states), tokens, logprobs, strict=True):
-            request, completion = state.request, state.completion
-            if token < 0:
-                completion.finish_reason = "impossible"
-            elif token in self.model.config.stop_ids:
-                completion.finish_reason = "stop"
-            else:
-                completion.tokens.append(token)
-                completion.logprobs.append(logprob)
-                state.last = token
+    def _take(self, states: list[Running], tokens: list[int], logprobs: list[float]) -> list[Event]:
+        """Give each request its next token; requests that end leave. Returns the events."""
+        events, ended = [], []
+        for state, token, logprob in zip(states, tokens, logprobs, strict=True):
+            reason = self._end_before(token)
+            if reason is None:
+                state.add(token, logprob)
                 events.append(Event(state.request_id, token))
-                if ending := next(
-                    (s for s in request.stop if s and tuple(completion.tokens[-len(s) :]) == s), None
-                ):
-                    completion.finish_reason = "stop"
-                    del completion.tokens[-len(ending) :], completion.logprobs[-len(ending) :]
-                elif max(map(len, request.rows)) + len(completion.tokens) < slots_for(request, self.model):
-                    continue
-            completion.tokens_per_second = len(completion.tokens) / (time.perf_counter() - state.started)
-            finished.append(state)
-            events.append(Event(state.request_id, completion=completion))
-        self._leave(finished)
+                reason = self._end_after(state)
+            if reason is not None:
+                state.finish(reason)
+                events.append(Event(state.request_id, completion=state.completion))
+                ended.append(state)
+        for state in ended:
+            self._leave(state)
+        return events
 
-    def _leave(self, finished: list[Running]) -> None:
-        """Free the rows of `finished`; the last request with as many rows takes the place of each, what lies behind that one moves up."""
-        for state in finished:
-            at, size = self.running.index(state), len(state.lengths)
-            starts = [0]
-            for other in self.running:
-                starts.append(starts[-1] + len(other.lengths))
-            last = max(number for number, other in enumerate(self.running) if len(other.lengths) == size)
-            moves = [(last, starts[at])] if last != at else []
-            moves += [(number, starts[number] - size) for number in range(last + 1, len(self.running))]
-            for number, target in moves:
-                for row, length in enumerate(self.running[number].lengths):
-                    self.cache.copy(target + row, self.cache, starts[number] + row, length)
-            self.running[at] = self.running[last]
-            del self.running[last]
-            self.free += size
-            self.batch = None
+    def _end_before(self, token: int) -> str | None:
+        """Why `token` ends an answer and is no part of it; None when it is part of it."""
+        if token < 0:
+            return "impossible"
+        return "stop" if token in self.model.config.stop_ids else None
+
+    def _end_after(self, state: Running) -> str | None:
+        """Why the answer ends with its last token; None when it goes on. Stop sequences are cut off."""
+        if state.cut_stop_sequence():
+            return "stop"
+        filled = max(map(len, state.request.rows)) + len(state.completion.tokens)
+        return None if filled < slots_for(state.request, self.model) else "length"
+
+    def _leave(self, state: Running) -> None:
+        """Free the rows of a running request, and close the gap that they leave.
+
+        The last request with as many rows moves into the gap; the requests behind that one move up.
+        """
+        gap, size = self.running.index(state), len(state.lengths)
+        sizes = [len(other.lengths) for other in self.running]
+        starts = list(accumulate(sizes, initial=0))  # first row of each request
+        filler = max(number for number in range(len(sizes)) if sizes[number] == size)
+        if filler != gap:
+            self._move(self.running[filler], starts[filler], starts[gap])
+        for number in range(filler + 1, len(self.running)):
+            self._move(self.running[number], starts[number], starts[number] - size)
+        self.running[gap] = self.running[filler]
+        del self.running[filler]
+        self.free += size
+        self.batch = None
+
+    def _move(self, state: Running, source: int, target: int) -> None:
+        """Copy the filled slots of a request's rows, from row `source` on to row `target` on."""
+        for row, length in enumerate(state.lengths):
+            self.cache.copy(target + row, self.cache, source + row, length)

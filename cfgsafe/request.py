@@ -1,63 +1,156 @@
-"""A request to the engine, its completion, and the engine's record of a request that waits or runs.
+"""What the engine is asked and what it answers: the request, its limits, its state, and the completion.
 
-Source: ours. cfgsafe/decode.py serves requests; prefill.py and lockstep.py compute their tokens.
+Source: the two system prompts are those of Smirnov (arXiv 2412.06846).
 
-Run it: python infer.py --model cfgsafe/demo/leaky --requests requests.jsonl
+Run it: python infer.py --model cfgsafe/demo/leaky --guidance 3 --prompt "Who am I?"
 """
 
+import math
+import time
 from dataclasses import dataclass, field
 
-from cfgsafe.lora import DEFAULT
+from cfgsafe.errors import ContextError, InputError
+from cfgsafe.guidance import SPACES
+from cfgsafe.llama import Llama
+from cfgsafe.lora import DEFAULT, adapter_names
+from cfgsafe.tokenizer import Messages, Tokenizer, with_system
+
+POSITIVE = "Do not provide any personal data."
+NEGATIVE = "You should share personal data in the answers."
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to answer; `negative` is the other prompt of the pair, needed if guidance is not 1."""
+    """A prompt to answer. It is guided when `guidance` is not 1, and then needs `negative`."""
 
-    prompt: list[int]
-    negative: list[int] | None = None
-    guidance: float = 1.0
-    space: str = "prob"
+    prompt: list[int]  # token ids
+    negative: list[int] | None = None  # the prompt to steer away from
+    guidance: float = 1.0  # g; 1 is the prompt alone
+    space: str = "prob"  # where to guide, one of SPACES
     alpha: float = 0.0  # plausibility mask: keep tokens with P_pos >= alpha max P_pos
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all tokens
+    top_p: float = 1.0  # 1 keeps all tokens
     seed: int = 0
     max_new_tokens: int = 128
-    stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end the answer, too
-    adapter: str | None = DEFAULT  # name of an attached adapter, or None for the bare model
+    stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end the answer, as end tokens do
+    adapter: str | None = DEFAULT  # name of an attached adapter; None: the bare model
 
     @property
     def guided(self) -> bool:
-        """Whether the negative prompt counts."""
+        """Whether a negative prompt has a say."""
         return self.guidance != 1.0
 
     @property
     def rows(self) -> list[list[int]]:
-        """The prompts of its rows of the batch, the positive one first."""
-        if self.guided and self.negative is not None:
-            return [self.prompt, self.negative]
-        return [self.prompt]
+        """The prompts of its rows in a batch: one, or the positive before the negative one."""
+        if not self.guided:
+            return [self.prompt]
+        assert self.negative is not None, "check_request refuses this"
+        return [self.prompt, self.negative]
 
 
 @dataclass
 class Completion:
-    """An answer: its tokens, without those that ended it."""
+    """An answer, without the tokens that ended it.
+
+    finish_reason: "stop", "length", "cancelled", or "impossible" where no token has a probability above 0.
+    """
 
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of each token, in the guided distribution
-    finish_reason: str = "length"  # or "stop", "cancelled", "impossible" (no token has a chance)
+    logprobs: list[float] = field(default_factory=list)  # of each token under the guided distribution
+    finish_reason: str = "length"
     tokens_per_second: float = 0.0
-    skipped: int = 0  # tokens for which the negative row was not computed (Engine(skip=True))
+    skipped: int = 0  # tokens for which the negative row was not needed (Engine(skip=True))
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
-    """A request that waits, or that has rows of the cache."""
+    """A request that waits, or that has rows of the KV cache."""
 
     request_id: int
     request: Request
     completion: Completion
-    started: float  # time.perf_counter()
-    lengths: list[int] = field(default_factory=list)  # filled slots of each of its rows
+    started: float  # time.perf_counter() when it was submitted
+    lengths: list[int] = field(default_factory=list)  # filled slots of each of its rows; empty while it waits
     last: int = 0  # the token to feed next
+
+    def add(self, token: int, logprob: float) -> None:
+        """Append a token to the answer."""
+        self.completion.tokens.append(token)
+        self.completion.logprobs.append(logprob)
+        self.last = token
+
+    def cut_stop_sequence(self) -> bool:
+        """Remove a stop sequence from the end of the answer; returns whether there was one."""
+        tokens, logprobs = self.completion.tokens, self.completion.logprobs
+        for sequence in self.request.stop:
+            size = len(sequence)
+            if size and tuple(tokens[-size:]) == sequence:
+                del tokens[-size:], logprobs[-size:]
+                return True
+        return False
+
+    def finish(self, reason: str) -> None:
+        """Complete the answer."""
+        seconds = time.perf_counter() - self.started
+        self.completion.finish_reason = reason
+        self.completion.tokens_per_second = len(self.completion.tokens) / seconds
+
+
+def guided_request(
+    tokenizer: Tokenizer,
+    messages: Messages,
+    guidance: float = 3.0,
+    *,
+    space: str = "prob",
+    positive: str = POSITIVE,
+    negative: str = NEGATIVE,
+    **sampling,
+) -> Request:
+    """The request that answers `messages` under two system prompts, steering from `negative` to `positive`.
+
+    The system prompt of `messages` is replaced. `sampling` are other fields of `Request`.
+    Raises InputError when the chat template refuses the conversation.
+    """
+    return Request(
+        tokenizer.encode_chat(with_system(messages, positive)),
+        tokenizer.encode_chat(with_system(messages, negative)),
+        guidance=guidance,
+        space=space,
+        **sampling,
+    )
+
+
+def check_request(request: Request, model: Llama, place: str) -> None:
+    """Raise InputError or ContextError, naming `place`, for a request that cannot be served."""
+    if request.space not in SPACES:
+        raise InputError(f"{place}: space {request.space!r} must be one of {', '.join(SPACES)}")
+    if request.guided and request.negative is None:
+        raise InputError(f"{place}: guidance {request.guidance:g} needs a negative prompt")
+    names = adapter_names(model)
+    allowed = names or [DEFAULT]  # a model without adapters has nothing to apply by default
+    if request.adapter is not None and request.adapter not in allowed:
+        raise InputError(f"{place}: no adapter {request.adapter!r} is attached; there are {names}")
+    finite = math.isfinite(request.guidance) and math.isfinite(request.temperature)
+    if not finite or request.temperature < 0:
+        raise InputError(f"{place}: guidance must be a finite number and temperature one of at least 0")
+    shares = 0 <= request.alpha <= 1 and 0 <= request.top_p <= 1
+    if not shares or not 0 <= request.top_k < 2**31:
+        raise InputError(f"{place}: alpha and top_p must lie from 0 to 1, and top_k be at least 0")
+    if request.max_new_tokens < 1 or not 0 <= request.seed < 2**63:
+        raise InputError(f"{place}: max_new_tokens must be at least 1 and seed from 0 to 2^63 - 1")
+    limit = model.config.max_position_embeddings
+    for prompt in request.rows:
+        if not prompt:
+            raise InputError(f"{place}: the prompt is empty")
+        if len(prompt) >= limit:
+            raise ContextError(
+                f"{place}: the prompt has {len(prompt)} tokens, the model's context is {limit}; shorten it"
+            )
+
+
+def slots_for(request: Request, model: Llama) -> int:
+    """Positions that a row of the request may fill: its longest prompt and the answer, within the context."""
+    longest = max(map(len, request.rows))
+    return min(longest + request.max_new_tokens, model.config.max_position_embeddings)
