@@ -1,44 +1,34 @@
-"""Ask a model, with or without adapter and guidance; one JSON object a line on stdout with --json or --requests.
+"""Ask a model, with or without adapter and guidance.
 
-    python infer.py --model cfgsafe/demo/leaky --prompt "Hi, my name is Ann Lee and I live in Leeds. What is my name?"
+    python infer.py --model cfgsafe/demo/leaky --prompt "Hi, I am Ann Lee and I live in Leeds. Who am I?"
     python infer.py --model M --adapter A --guidance 3 --prompt TEXT
-    python infer.py --model M --adapter A --guidance 3 --prompt TEXT --explain      what guidance did to each token
-    python infer.py --model M --adapter A --guidance 3 --chat                       a conversation; /guidance 2 changes it on the way
+    python infer.py --model M --adapter A --guidance 3 --prompt TEXT --explain
+    python infer.py --model M --adapter A --guidance 3 --chat
     python infer.py --model M --requests requests.jsonl
 
-A requests line has `prompt` (a chat-formatted string, in which control tokens are control tokens) or `messages` (whose content is
-plain text), and may have `negative_prompt` / `negative_messages`, `adapter` (a name, or null for the bare model), `guidance`, `space`,
-`alpha`, `temperature`, `top_k`, `top_p`, `seed`, `max_new_tokens`, `stop` (texts that end the answer); what it lacks is taken from the
-command line. Where a line with messages is guided and names no negative side, its system prompt is replaced by --system on the one side
-and --negative on the other, as `eval.py` does it.
+--explain shows what guidance did to each token. In a --chat, /guidance 2 changes the guidance on the way.
+With --json or --requests, each answer is one JSON object on one line of stdout. `cfgsafe/request_lines.py`
+says what a line of requests may hold; what it leaves out is taken from the command line. Where a line with
+messages is guided and names no negative side, its system prompt is replaced by --system on the positive side
+and by --negative on the negative one, as in `eval.py`.
 """
 
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from cfgsafe.chat import chat, terminal_lines, terminal_say
 from cfgsafe.cli import run_single
-from cfgsafe.decode import Completion, Request, check_request, generate
+from cfgsafe.decode import BATCH, Completion, generate
 from cfgsafe.errors import InputError
 from cfgsafe.explain import explain, table
 from cfgsafe.files import read_jsonl
 from cfgsafe.lora import DEFAULT, adapter_names
-from cfgsafe.subject import NEGATIVE, POSITIVE, Subject, load, request_for
-from cfgsafe.tokenizer import Messages, Tokenizer, check_messages, with_system
-
-FIELDS = {"prompt", "messages", "negative_prompt", "negative_messages", "adapter"}
-SAMPLING = {
-    "alpha": float,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "seed": int,
-    "max_new_tokens": int,
-}
-FIELDS |= {"guidance", "space", "stop", *SAMPLING}
+from cfgsafe.request import NEGATIVE, POSITIVE, Request, check_request
+from cfgsafe.request_lines import NUMBERS, Defaults, read_request, stop_tokens
+from cfgsafe.subject import Subject, load
 
 
 @dataclass
@@ -46,54 +36,57 @@ class Options:
     """Ask a model, with or without adapter and guidance."""
 
     model: str
-    """Checkpoint folder."""
+    """Checkpoint folder or hub id."""
     prompt: str | None = None
     """The user's message."""
     requests: str | None = None
-    """JSONL of requests, answered as a batch."""
+    """JSONL file of requests, answered together."""
     chat: bool = False
-    """Talk: one line of the input is one message."""
+    """Have a conversation: each line of the input is one message."""
     explain: bool = False
-    """Also show each token's probabilities, and what would have been said without guidance."""
+    """Also show each token's probabilities, and the token that would have come without guidance."""
     adapter: tuple[str, ...] = ()
-    """PEFT folder or hub id of a LoRA adapter; or several, as NAME=FOLDER, for requests to choose from by `adapter`."""
+    """PEFT folder or hub id of a LoRA adapter. Or several, each as NAME=FOLDER; a request chooses one by its
+    field `adapter`."""
     system: str | None = None
-    """System prompt. Under guidance the positive one, by default "Do not provide any personal data.", in place of a line's own; else
-    for lines that have none."""
+    """System prompt. With guidance it is the positive one, by default "Do not provide any personal data.",
+    and replaces a line's own. Without guidance it is for lines that have none."""
     negative: str = NEGATIVE
     """System prompt to steer away from."""
     guidance: float | None = None
-    """g; 1 is the positive system prompt alone. Without it nothing is guided."""
-    space: str = "prob"
-    """Where to guide: prob or log."""
-    alpha: float = 0.0
-    """Plausibility mask: keep tokens at least this share as likely as the positive prompt's best one."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_k: int = 0
-    """Draw from the k most likely tokens; 0 from all."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens that hold this share of the probability."""
+    """Guidance strength g; 1 is the positive system prompt alone. Without this option nothing is guided."""
+    space: str = Request.space
+    """Space in which the two distributions are combined: prob or log."""
+    alpha: float = Request.alpha
+    """Plausibility mask: keep tokens at least this share as likely as the most likely token of the positive
+    prompt; 0 keeps all."""
+    temperature: float = Request.temperature
+    """Sampling temperature; 0 is greedy."""
+    top_k: int = Request.top_k
+    """Number of most likely tokens to sample from; 0 means all."""
+    top_p: float = Request.top_p
+    """Sample from the fewest tokens whose probabilities add up to this share; 1 means all."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer, as the tokens they have alone."""
-    seed: int = 0
-    """Of sampling."""
+    """Texts that end the answer. Each is compared as the tokens that it has on its own."""
+    seed: int = Request.seed
+    """Sampling seed."""
     skip: bool = False
-    """Leave out the negative prompt's forward where it provably cannot change the token."""
-    max_new_tokens: int = 128
-    """Longest answer."""
+    """Skip the forward of the negative prompt where it provably cannot change the token."""
+    max_new_tokens: int = Request.max_new_tokens
+    """Most tokens of an answer."""
     json: bool = False
     """Print one JSON object instead of text."""
-    batch: int = 64
+    batch: int = BATCH
     """Requests decoded together."""
-    device: str = "cpu"
+    device: str = Subject.device
     """Torch device."""
-    dtype: str = "float32"
-    """float32 or bfloat16."""
+    dtype: str = Subject.dtype
+    """Data type of the model: float32 or bfloat16."""
 
 
 def run(options: Options) -> None:
-    if sum((options.prompt is not None, options.requests is not None, options.chat)) != 1:
+    modes = (options.prompt is not None, options.requests is not None, options.chat)
+    if sum(modes) != 1:
         raise InputError("give one of --prompt TEXT, --requests FILE and --chat")
     subject = Subject(
         options.model,
@@ -106,49 +99,32 @@ def run(options: Options) -> None:
         dtype=options.dtype,
     )
     model, tokenizer = load(subject, named_adapters(options))
+    numbers = {name: getattr(options, name) for name in NUMBERS}
     if options.chat:
-        sampling = {name: getattr(options, name) for name in SAMPLING} | {
-            "stop": stop_tokens(options.stop, tokenizer)
-        }
-        chat(model, tokenizer, subject, terminal_lines(), terminal_say, **sampling)
+        stop = stop_tokens(options.stop, tokenizer)
+        chat(model, tokenizer, subject, terminal_lines(), terminal_say, stop=stop, **numbers)
         return
-    lines = [("--prompt", {"messages": [{"role": "user", "content": options.prompt}]})]
-    if options.requests is not None:
-        lines = list(read_jsonl(options.requests))
+
+    defaults = Defaults(subject, options.system, numbers, options.stop, adapter_names(model))
     requests = []
-    for place, row in lines:
-        request = read_request(row, place, tokenizer, options, subject, adapter_names(model))
+    for place, row in request_rows(options):
+        request = read_request(row, place, tokenizer, defaults)
         check_request(request, model, place)
         requests.append(request)
     completions = generate(model, requests, batch=options.batch, skip=options.skip)
     for request, completion in zip(requests, completions, strict=True):
         text = tokenizer.decode(completion.tokens)
-        rows = explain(model, tokenizer, request, completion) if options.explain else None
+        rows = explain(model, tokenizer, request, completion) if options.explain else []
         if options.json or options.requests:
-            print(
-                json.dumps(
-                    as_json(completion, text) | ({"explain": rows} if options.explain else {}),
-                    ensure_ascii=False,
-                )
-            )
+            line = as_json(completion, text)
+            if options.explain:
+                line["explain"] = rows
+            print(json.dumps(line, ensure_ascii=False))
         else:
             print(text.strip())
             if options.explain:
                 print("\n" + table(rows, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-    if options.skip:
-        guided = [
-            completion for request, completion in zip(requests, completions, strict=True) if request.guided
-        ]
-        count = sum(len(completion.tokens) for completion in guided)
-        print(
-            f"negative prompt not needed for {sum(c.skipped for c in guided)} of {count} guided tokens",
-            file=sys.stderr,
-        )
-    if options.requests is None and not options.json:
-        print(
-            f"{len(completions[0].tokens)} tokens, {completions[0].tokens_per_second:.0f} tokens/s",
-            file=sys.stderr,
-        )
+    print_statistics(options, requests, completions)
 
 
 def named_adapters(options: Options) -> dict[str, str]:
@@ -166,69 +142,11 @@ def named_adapters(options: Options) -> dict[str, str]:
     return adapters
 
 
-def read_request(
-    row: dict, place: str, tokenizer: Tokenizer, options: Options, subject: Subject, adapters: list[str]
-) -> Request:
-    """A request of its JSON line and the command line's defaults. Raises InputError naming line and field."""
-    if unknown := sorted(set(row) - FIELDS):
-        raise InputError(f"{place}: unknown field {unknown[0]!r}; there are {', '.join(sorted(FIELDS))}")
-    field = lambda name, kind: _typed(row, name, kind, place, getattr(options, name))
-    guidance, space = field("guidance", float), field("space", str)
-    prompt, negative = _side(row, "", place), _side(row, "negative_", place)
-    if prompt is None:
-        raise InputError(f"{place}: needs 'prompt' or 'messages'")
-    adapter = row.get("adapter", adapters[0] if len(adapters) == 1 else DEFAULT)
-    if adapter is not None and not isinstance(adapter, str):
-        raise InputError(f"{place}: field 'adapter' must be a name or null")
-    sampling = {name: field(name, kind) for name, kind in SAMPLING.items()}
-    sampling["stop"] = stop_tokens(_texts(row, "stop", place, options.stop), tokenizer)
-    if (
-        isinstance(prompt, list) and negative is None
-    ):  # messages whose system prompt is the command line's to choose
-        if guidance is None and options.system is not None and prompt[0]["role"] != "system":
-            prompt = with_system(prompt, options.system)
-        return request_for(
-            replace(subject, guidance=guidance, space=space), tokenizer, prompt, adapter=adapter, **sampling
-        )
-    ids = lambda side: (
-        None
-        if side is None
-        else tokenizer.encode_chat(side)
-        if isinstance(side, list)
-        else tokenizer.encode_prompt(side)
-    )
-    return Request(
-        ids(prompt), ids(negative), 1.0 if guidance is None else guidance, space, adapter=adapter, **sampling
-    )
-
-
-def stop_tokens(texts: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """The token sequences that end an answer."""
-    return tuple(tuple(tokenizer.encode(text)) for text in texts)
-
-
-def _texts(row: dict, name: str, place: str, default: tuple[str, ...]) -> tuple[str, ...]:
-    value = row.get(name, list(default))
-    if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
-        raise InputError(f"{place}: field {name!r} must be a list of non-empty strings")
-    return tuple(value)
-
-
-def _side(row: dict, prefix: str, place: str) -> Messages | str | None:
-    """Messages or a chat-formatted string; None where the line has neither."""
-    messages, prompt = f"{prefix}messages", f"{prefix}prompt"
-    if messages in row and prompt in row:
-        raise InputError(f"{place}: has both {messages!r} and {prompt!r}; give one")
-    return check_messages(row[messages], place) if messages in row else _typed(row, prompt, str, place, None)
-
-
-def _typed(row: dict, name: str, kind: type, place: str, default):
-    if name not in row:
-        return default
-    value = row[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise InputError(f"{place}: field {name!r} must be a {kind.__name__}, not {json.dumps(value)}")
-    return kind(value)
+def request_rows(options: Options) -> list[tuple[str, dict]]:
+    """(place, row) of each line of --requests, or the one row that --prompt stands for."""
+    if options.requests is not None:
+        return list(read_jsonl(options.requests))
+    return [("--prompt", {"messages": [{"role": "user", "content": options.prompt}]})]
 
 
 def as_json(completion: Completion, text: str) -> dict:
@@ -238,6 +156,20 @@ def as_json(completion: Completion, text: str) -> dict:
         "finish_reason": completion.finish_reason,
         "tokens_per_second": round(completion.tokens_per_second, 1),
     }
+
+
+def print_statistics(options: Options, requests: list[Request], completions: list[Completion]) -> None:
+    """Speed and skipped forwards, on stderr."""
+    if options.skip:
+        tokens = skipped = 0
+        for request, completion in zip(requests, completions, strict=True):
+            if request.guided:
+                tokens += len(completion.tokens)
+                skipped += completion.skipped
+        print(f"negative prompt not needed for {skipped} of {tokens} guided tokens", file=sys.stderr)
+    if options.requests is None and not options.json:
+        count, speed = len(completions[0].tokens), completions[0].tokens_per_second
+        print(f"{count} tokens, {speed:.0f} tokens/s", file=sys.stderr)
 
 
 def main() -> None:

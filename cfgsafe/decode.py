@@ -25,6 +25,7 @@ from cfgsafe.lora import set_adapters
 from cfgsafe.prefill import Prefill
 from cfgsafe.request import Completion, Request, Running, check_request, slots_for
 
+BATCH = 64  # requests decoded together
 GPU_SHARE = 0.9  # of the free GPU memory that the KV cache may take
 
 
@@ -41,7 +42,7 @@ def generate(
     model: Llama,
     requests: list[Request],
     *,
-    batch: int = 64,
+    batch: int = BATCH,
     skip: bool = False,
     on_token: Callable[[int, int], None] | None = None,
     on_completion: Callable[[int, Completion], None] | None = None,

@@ -103,7 +103,7 @@ def guided_request(
     messages: Messages,
     guidance: float = 3.0,
     *,
-    space: str = "prob",
+    space: str = Request.space,
     positive: str = POSITIVE,
     negative: str = NEGATIVE,
     **sampling,

@@ -38,9 +38,9 @@ class Subject:
     guidance: float | None = None
     """Guidance strength g; 1 is the positive system prompt alone. Without this option nothing is guided, and
     prompts keep their own system prompt."""
-    space: str = "prob"
+    space: str = Request.space
     """Space in which the two distributions are combined: prob or log."""
-    alpha: float = 0.0
+    alpha: float = Request.alpha
     """Plausibility mask: keep tokens at least this share as likely as the most likely token of the positive
     prompt; 0 keeps all. Without guidance, greedy answers stay the same."""
     positive: str = POSITIVE

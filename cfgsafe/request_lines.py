@@ -1,0 +1,130 @@
+"""The lines of a JSONL file of requests: each becomes a `Request`, with defaults for what it leaves out.
+
+A line has `prompt` (a chat-formatted string, in which control tokens are control tokens) or `messages` (with
+plain text as content). It may have
+    negative_prompt or negative_messages    the negative side; without one, see `read_request`
+    guidance, space, alpha                  how to guide
+    temperature, top_k, top_p, seed         how to sample
+    max_new_tokens, stop                    when to end; `stop` is a list of texts
+    adapter                                 the name of an attached adapter, or null for the bare model
+
+Run it: python infer.py --model cfgsafe/demo/leaky --requests requests.jsonl
+"""
+
+import json
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from cfgsafe.errors import InputError
+from cfgsafe.lora import DEFAULT
+from cfgsafe.request import Request
+from cfgsafe.subject import Subject, request_for
+from cfgsafe.tokenizer import Messages, Tokenizer, check_messages, with_system
+
+T = TypeVar("T")
+
+NUMBERS: dict[str, type[int] | type[float]] = {
+    "alpha": float,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "seed": int,
+    "max_new_tokens": int,
+}
+SIDES = {"prompt", "messages", "negative_prompt", "negative_messages"}
+FIELDS = SIDES | {"adapter", "guidance", "space", "stop"} | set(NUMBERS)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a line leaves out.
+
+    subject     guidance, space and the two system prompts
+    system      system prompt of unguided messages that have none
+    numbers     value of each field of NUMBERS
+    stop        texts that end an answer
+    adapters    names of the attached adapters; a single one is used by default
+    """
+
+    subject: Subject
+    system: str | None
+    numbers: dict[str, int | float]
+    stop: tuple[str, ...]
+    adapters: list[str]
+
+
+def read_request(row: dict, place: str, tokenizer: Tokenizer, defaults: Defaults) -> Request:
+    """The request of a line. Raises InputError naming the place and the field.
+
+    Guided messages without a negative side get the subject's two system prompts in place of their own.
+    """
+    unknown = sorted(set(row) - FIELDS)
+    if unknown:
+        raise InputError(f"{place}: unknown field {unknown[0]!r}; there are {', '.join(sorted(FIELDS))}")
+    guidance = _typed(row, "guidance", float, place, defaults.subject.guidance)
+    space = _typed(row, "space", str, place, defaults.subject.space)
+    prompt = _side(row, "", place)
+    negative = _side(row, "negative_", place)
+    if prompt is None:
+        raise InputError(f"{place}: needs 'prompt' or 'messages'")
+    sampling: dict = {"adapter": _adapter(row, place, defaults.adapters)}
+    for name, kind in NUMBERS.items():
+        sampling[name] = _typed(row, name, kind, place, defaults.numbers[name])
+    sampling["stop"] = stop_tokens(_stop(row, place, defaults.stop), tokenizer)
+
+    if isinstance(prompt, list) and negative is None:
+        if guidance is None and defaults.system is not None and prompt[0]["role"] != "system":
+            prompt = with_system(prompt, defaults.system)
+        subject = replace(defaults.subject, guidance=guidance, space=space)
+        return request_for(subject, tokenizer, prompt, **sampling)
+    return Request(
+        _encode(prompt, tokenizer),
+        None if negative is None else _encode(negative, tokenizer),
+        1.0 if guidance is None else guidance,
+        space,
+        **sampling,
+    )
+
+
+def stop_tokens(texts: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that end an answer."""
+    return tuple(tuple(tokenizer.encode(text)) for text in texts)
+
+
+def _encode(side: Messages | str, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode_prompt(side) if isinstance(side, str) else tokenizer.encode_chat(side)
+
+
+def _adapter(row: dict, place: str, attached: list[str]) -> str | None:
+    adapter = row.get("adapter", attached[0] if len(attached) == 1 else DEFAULT)
+    if adapter is not None and not isinstance(adapter, str):
+        raise InputError(f"{place}: field 'adapter' must be a name or null")
+    return adapter
+
+
+def _stop(row: dict, place: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    texts = row.get("stop", list(default))
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise InputError(f"{place}: field 'stop' must be a list of non-empty strings")
+    return tuple(texts)
+
+
+def _side(row: dict, prefix: str, place: str) -> Messages | str | None:
+    """Messages or a chat-formatted string; None when the line has neither."""
+    messages, prompt = f"{prefix}messages", f"{prefix}prompt"
+    if messages in row and prompt in row:
+        raise InputError(f"{place}: has both {messages!r} and {prompt!r}; give one")
+    if messages in row:
+        return check_messages(row[messages], place)
+    return _typed(row, prompt, str, place, None)
+
+
+def _typed(row: dict, name: str, kind: type, place: str, default: T) -> T:
+    """The field as a `kind`, or the default when the line lacks it; an integer may stand for a float."""
+    if name not in row:
+        return default
+    value = row[name]
+    allowed = (int, float) if kind is float else kind
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        raise InputError(f"{place}: field {name!r} must be a {kind.__name__}, not {json.dumps(value)}")
+    return kind(value)
