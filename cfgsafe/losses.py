@@ -46,7 +46,7 @@ class Needs:
     beta: float  # the default of --beta
     reference: bool = False  # log-probabilities of the completions under the model before training
     rejected: bool = True  # False: the rejected side is not read, and may be missing
-    answers: tuple[str, ...] = ()  # one of them, drawn at random, takes the place of the chosen side
+    answers: tuple[str, ...] = ()  # one of them, drawn at random, replaces the chosen side
 
 
 NEEDS: dict[Objective, Needs] = {
@@ -125,7 +125,7 @@ def pooled_nll(logprobs: Tensor, pairs: int, tokens: int) -> Tensor:
 
 
 def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """log(odds(chosen) / odds(rejected)), odds = p / (1 - p); Hong et al. (arXiv 2403.07691), section 4."""
+    """log(odds(chosen) / odds(rejected)), odds = p / (1 - p); Hong et al. (arXiv 2403.07691), sec. 4."""
     return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
 
 

@@ -1,9 +1,10 @@
 """Preference pairs from a file to the tensors of a training step.
 
-Source: tokenising and truncation as in TRL 0.11.4; prefix sharing (arXiv 2410.20305): one row holds a whole
-pair. The chosen side comes first, then the tokens of the rejected side that differ from it. These see the
-shared beginning and themselves, at their own positions, so each side gives what it gives alone.
-Deviation: where more than one token merges across the boundary of prompt and answer, all of them go to the
+Source: tokenising and truncation as in TRL 0.11.4; prefix sharing (arXiv 2410.20305): one row holds
+a whole pair. The chosen side comes first, then the tokens that the rejected side does not share with
+it. These see the shared beginning and themselves, at their own positions, so that each side gives
+what it gives alone.
+Deviation: where several tokens merge across the boundary of prompt and answer, all of them go to the
 answer (TRL moves the boundary by one).
 
 Run it: python train.py orpo --help
@@ -59,9 +60,9 @@ class Pair:
 def read_pairs(path: str, tokenizer: Tokenizer, context: int, options: Options) -> list[Pair]:
     """The pairs of a JSONL file of prompt, chosen, rejected, as the objective needs them.
 
-    For an objective with its own answers, the chosen side is one of them, drawn from the seed. For one that
-    reads no rejected side, a missing one becomes the chosen side again, and with all tokens shared it costs
-    nothing. Raises InputError naming the line and field.
+    For an objective with its own answers, the chosen side is one of them, drawn from the seed. Where
+    the objective reads no rejected side, the chosen side stands in for a missing one: all of its
+    tokens are shared, so it costs nothing. Raises InputError naming the line and field.
     """
     needs, rng = NEEDS[options.objective], random.Random(options.seed)
     pairs = []
@@ -91,7 +92,7 @@ def read_pairs(path: str, tokenizer: Tokenizer, context: int, options: Options) 
 def tokenise(
     prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, max_length: int, max_prompt_length: int
 ) -> list[Row]:
-    """Both sides as TRL 0.11.4 builds them: prompt and answer tokenised as one string, then truncated.
+    """Both sides as TRL 0.11.4 builds them: prompt and answer tokenised together, then truncated.
 
     BOS and the end token are added where they are absent.
     """
@@ -100,7 +101,7 @@ def tokenise(
     sides = []
     for answer in (chosen, rejected):
         ids = tokenizer.encode_prompt(prompt + answer)
-        start = len(commonprefix([prompt_ids, ids]))  # before the prompt's end where tokens merge across it
+        start = len(commonprefix([prompt_ids, ids]))  # less than the prompt where tokens merge
         if ids[-1] != end:
             ids = [*ids, end]
         sides.append((ids[:start], ids[start:]))
@@ -119,7 +120,7 @@ def tokenise(
 class Batch:
     """B pairs in R rows of T tokens, and the N tokens whose log-probability the objectives read.
 
-    The N tokens are those of one side after another: first the B chosen sides, then the B rejected ones.
+    The N tokens go side by side: first the B chosen sides, then the B rejected ones.
     """
 
     ids: Tensor  # (R, T)
@@ -127,12 +128,12 @@ class Batch:
     mask: Tensor | None  # (R, 1, Q, T): what the last Q tokens of a row see
     reads: Tensor  # (N,) the hidden state that each token is predicted from, as an index into R * T
     targets: Tensor  # (N,)
-    lengths: list[int]  # (2B,) tokens read of a side: prompt and answer if chosen, the answer if rejected
-    answers: list[int]  # (2B,) how many of these belong to the answer; they come last
+    lengths: list[int]  # (2B,) tokens read of a side; of a rejected one, the answer's alone
+    answers: list[int]  # (2B,) how many of these are the answer's; they come last
 
 
 def collate(pairs: list[Pair], *, share: bool, device: torch.device | str = "cpu") -> Batch:
-    """Pad on the right. With `share` each pair has one row (R = B), else each side has one (R = 2B)."""
+    """Pad on the right. With `share` a pair has one row (R = B), else a side has one (R = 2B)."""
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     rows, positions, slots, mask = _row_a_pair(pairs, device) if share else _row_a_side(sides)
     reads: list[int] = []
@@ -157,7 +158,7 @@ def collate(pairs: list[Pair], *, share: bool, device: torch.device | str = "cpu
 
 
 def _row_a_side(sides: list[Row]) -> tuple[Table, Table, Table, Tensor | None]:
-    """Ids and positions of the rows, and the slots of each side's tokens; a slot is an index into R * T."""
+    """Ids and positions of the rows; of each side, the slots of its tokens, indices into R * T."""
     T = max(len(side.ids) for side in sides)
     rows = [_pad(side.ids, T) for side in sides]
     positions = [list(range(T))] * len(sides)
@@ -166,7 +167,7 @@ def _row_a_side(sides: list[Row]) -> tuple[Table, Table, Table, Tensor | None]:
 
 
 def _row_a_pair(pairs: list[Pair], device: torch.device | str) -> tuple[Table, Table, Table, Tensor | None]:
-    """The same with a pair in a row: W tokens of its chosen side, Q of its rejected side; and the mask."""
+    """The same for a pair in a row, W tokens of its chosen and Q of its rejected side; and the mask."""
     shared = [len(commonprefix([pair.chosen.ids, pair.rejected.ids])) for pair in pairs]
     rests = [pair.rejected.ids[start:] for pair, start in zip(pairs, shared, strict=True)]
     W = max(len(pair.chosen.ids) for pair in pairs)
@@ -193,7 +194,7 @@ def _pad(ids: list[int], width: int) -> list[int]:
 
 
 class Step(NamedTuple):
-    """One step of the optimiser: its epoch, counted from 1, and the numbers of the pairs of each batch."""
+    """One step of the optimiser: its epoch, from 1, and the numbers of the pairs in each batch."""
 
     epoch: int
     batches: list[list[int]]
@@ -202,8 +203,8 @@ class Step(NamedTuple):
 def plan(lengths: list[int], options: Options) -> list[Step]:
     """All steps of a run over pairs of these `lengths` in tokens; every pair comes once an epoch.
 
-    With --group-by-length, windows of WINDOW batches are cut from the epoch's order and each is sorted by
-    length; then the batches are shuffled.
+    With --group-by-length, windows of WINDOW batches are cut from the epoch's order, each is sorted
+    by length, and then the batches are shuffled.
     """
     rng = random.Random(options.seed)
     steps = []

@@ -1,7 +1,8 @@
-"""The memory of a training step, by formula, and how many blocks must be recomputed so that it fits.
+"""The memory of a training step, by formula, and how many blocks to recompute so that it fits.
 
-Source: counted from cfgsafe.llama and cfgsafe.lora: what autograd keeps of a block with frozen weights.
-For each token of a row, in bytes; e bytes an activation, C hidden, F MLP, H D heads, K D kv heads, R rank:
+Source: counted from cfgsafe.llama and cfgsafe.lora: what autograd keeps of a block with frozen
+weights. In bytes a token, with e bytes an activation, C hidden, F MLP, H heads and K kv heads of
+dimension D, R rank:
 
     8 C             input of both norms, float32
     3 C e           input of q, k, v; of gate, up; of o
@@ -10,8 +11,8 @@ For each token of a row, in bytes; e bytes an activation, C hidden, F MLP, H D h
     28 R            inner products of the adapters
     4 H             normaliser of the softmax
 
-A recomputed block keeps only its input, C e. The backward restores one of them at a time. While a block is
-differentiated, two float32 tensors of the MLP's width exist, or one chunk of logits.
+A recomputed block keeps only its input, C e; the backward restores one such block at a time. While a
+block is differentiated, two float32 tensors of the MLP's width exist, or one chunk of logits.
 tests/test_memory.py holds the formula against measured peaks, within 10 %.
 
 Run it: python -m cfgsafe.bench memory
@@ -69,8 +70,8 @@ def step_bytes(
     block_bytes = slots * token_bytes
     input_bytes = slots * C * e
     whole = config.num_hidden_layers - recomputed
-    # When the backward restores the last recomputed block, the whole blocks behind it are freed already:
-    # it adds to the peak only where there are none.
+    # Whole blocks come last, so the backward has freed them before it restores a recomputed one:
+    # that one adds to the peak only where no block is whole.
     restored = 1 if recomputed and not whole else 0
     blocks_bytes = (whole + restored) * block_bytes + recomputed * input_bytes
     norm_bytes = slots * 8 * C  # the last norm
@@ -84,10 +85,7 @@ def step_bytes(
 
 
 def recomputed(model: Llama, pairs: list[Pair], options: Options, world: World) -> int:
-    """How many blocks to recompute.
-
-    As many as asked for, else as few as the free memory of the GPU allows for the longest pairs; 0 on a CPU.
-    """
+    """How many blocks to recompute: --recompute, or as few as the GPU's free memory allows; 0 on a CPU."""
     layers = model.config.num_hidden_layers
     if options.recompute is not None:
         return min(options.recompute, layers)
@@ -97,9 +95,11 @@ def recomputed(model: Llama, pairs: list[Pair], options: Options, world: World) 
     limit = torch.cuda.get_per_process_memory_fraction(world.device) * everything
     unused = limit - torch.cuda.memory_allocated(world.device)
     room = min(free, unused) - SPARE * everything
-    pair_tokens = [pair.tokens - (pair.rejected.start if options.share_prefix else 0) for pair in pairs]
-    rows = -(-options.batch_size // world.size)  # pairs of one process, rounded up
-    slots = rows * max(pair_tokens)
+    longest = 0  # tokens of a pair
+    for pair in pairs:
+        shared = pair.rejected.start if options.share_prefix else 0
+        longest = max(longest, pair.tokens - shared)
+    slots = longest * -(-options.batch_size // world.size)  # pairs of one process, rounded up
     parameters = adapter_parameters(model).values()
     for blocks in range(layers):
         step = step_bytes(

@@ -1,6 +1,7 @@
-"""Write a checkpoint with an adapter merged into it, tensor by tensor, for engines that know no adapters.
+"""Write a checkpoint with an adapter merged into it, for engines that know no adapters.
 
-Source: Hu et al. (arXiv 2106.09685), W + scale B A; computed in float32, rounded once to the base's dtype.
+Source: Hu et al. (arXiv 2106.09685), W + scale B A; computed in float32, tensor by tensor, and rounded
+once to the base's dtype.
 
 Run it: python train.py merge --model cfgsafe/demo/leaky --adapter runs/orpo/epoch-3 --out runs/merged
 """

@@ -1,6 +1,6 @@
-"""The options of the training stage, which the step, the memory formula and the loop all read.
+"""The options of the training stage; its batches, steps, memory formula and loop all read them.
 
-Source of the defaults: Smirnov (arXiv 2412.06846) for learning rate and lengths, TRL 0.11.4 for the rest.
+Source of the defaults: Smirnov (arXiv 2412.06846) for learning rate and lengths, else TRL 0.11.4.
 
 Run it: python train.py orpo --help
 """
@@ -28,8 +28,8 @@ class Options:
     eval_pairs: str | None = None
     """JSONL file of held-out pairs to evaluate on after each epoch."""
     objective: Objective = "orpo"
-    """Loss to minimise, each explained in cfgsafe/losses.py. dpo-idk prefers its own refusals to the
-    rejected side; sft learns the chosen answers alone."""
+    """Loss to minimise; see cfgsafe/losses.py. dpo-idk prefers its own refusals to the rejected side;
+    sft learns the chosen answers alone."""
     init_adapter: str | None = None
     """PEFT folder or hub id of an adapter to start from; its rank, alpha and layers are used."""
     rank: int = 16
@@ -47,7 +47,7 @@ class Options:
     lr_min_ratio: float = 0.1
     """Learning rate at the end, as a fraction of the peak."""
     beta: float | None = None
-    """Weight of the odds ratio in orpo, or the beta of another objective; by default the objective's own."""
+    """Weight of the odds ratio in orpo, or the beta of another objective; each has its own default."""
     gamma: float = 0.5
     """Target margin between the two sides, in simpo."""
     retain: float = 1.0
@@ -69,7 +69,7 @@ class Options:
     share_prefix: bool = True
     """Compute the tokens that both sides of a pair begin with only once; the result is exact."""
     recompute: int | None = None
-    """Number of blocks to recompute in the backward pass; by default as few as the GPU's memory allows."""
+    """Blocks to recompute in the backward pass; by default as few as the GPU's memory allows."""
     compile: bool = False
     """Run each block through torch.compile."""
     max_grad_norm: float = 1.0
@@ -83,7 +83,7 @@ class Options:
     tensorboard: bool = False
     """Write TensorBoard event files to OUT/tensorboard too."""
     fsdp: bool = False
-    """Under torchrun, split the base model over the processes (FSDP2) instead of copying it (DDP)."""
+    """Under torchrun, split the base model over the processes (FSDP2), not copy it (DDP)."""
     device: str = "cpu"
     """Torch device; under torchrun, cuda means one GPU for each process."""
     dtype: str = "float32"

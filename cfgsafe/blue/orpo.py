@@ -1,12 +1,13 @@
-"""The training stage: a LoRA adapter on preference pairs, by ORPO or another objective of `cfgsafe.losses`.
+"""The training stage: a LoRA adapter on preference pairs, by ORPO or another of `cfgsafe.losses`.
 
-Source: Hong et al. (arXiv 2403.07691) with the conventions of TRL 0.11.4 (pooled NLL, schedule, clipping,
-logged values); learning rate and lengths of Smirnov (arXiv 2412.06846).
-Deviations: an empty completion is an error, not a NaN. No reference model is kept; its log-probabilities are
-computed before the first step. The last, smaller step of an epoch averages over its own batches.
+Source: Hong et al. (arXiv 2403.07691) with the conventions of TRL 0.11.4 (pooled NLL, schedule,
+clipping, logged values); learning rate and lengths of Smirnov (arXiv 2412.06846).
+Deviations: an empty completion is an error, not a NaN. No reference model is kept; its
+log-probabilities are computed before the first step. The last, smaller step of an epoch averages
+over its own batches.
 
-Writes OUT/epoch-N (PEFT adapter), OUT/metrics.jsonl (a line a step: TRL's values, `_` for `/` in the names),
-OUT/eval.jsonl (a line an epoch, with --eval-pairs), OUT/config.json, and OUT/state-N until the run ends.
+Writes to --out: epoch-N (PEFT adapter), metrics.jsonl (a line a step: TRL's values, `_` for `/` in
+their names), eval.jsonl (a line an epoch, with --eval-pairs), config.json, and state-N until the end.
 
 Run it: python train.py orpo --model cfgsafe/demo/leaky --pairs pairs.jsonl --out runs/orpo
         torchrun --nproc-per-node 2 train.py orpo --device cuda --model M --pairs pairs.jsonl --out runs/orpo
@@ -21,6 +22,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +76,9 @@ def run(options: Options) -> None:
 def train(
     model: Llama, pairs: list[Pair], options: Options, out: Path, held_out: list[Pair], world: World
 ) -> None:
-    """Attach an adapter to `model`, a fresh one or --init-adapter, and train it; the seed must be set before.
+    """Attach an adapter to `model`, fresh or --init-adapter, and train it; the seed must be set before.
 
-    Raises InputError when the loss or the gradient is not finite, and resume.Stopped after SIGINT or SIGTERM.
+    Raises InputError when loss or gradient is not finite, resume.Stopped after SIGINT or SIGTERM.
     """
     config = add_adapter(model, options)
     model.recomputed = memory.recomputed(model, pairs, options, world)
@@ -98,16 +100,10 @@ def train(
     with bar, resume.signals() as arrived, open(out / "metrics.jsonl", "a") as log:
         for number, step in enumerate(steps[done:], start=done + 1):
             lr = learning_rate(number - 1, len(steps), options)
-            line = {"step": number, "epoch": step.epoch, **take_step(this, step, lr, f"step {number}")}
+            values = take_step(this, step, lr, f"step {number}")
+            line = {"step": number, "epoch": step.epoch, **values}
             if world.main:
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                shown = {"loss": f"{line['loss']:.3f}", "margin": f"{line['rewards_margin']:.3f}"}
-                bar.set_postfix(shown, refresh=False)
-                bar.update()
-            if writer:
-                for name, value in line.items():
-                    writer.add_scalar(name, value, number)
+                record(line, log, bar, writer)
 
             run_ends = number == len(steps)
             epoch_ends = run_ends or steps[number].epoch > step.epoch
@@ -116,9 +112,9 @@ def train(
                 if world.main:
                     write_adapter(out / f"epoch-{step.epoch}", weights, config, base=options.model)
             if epoch_ends and held_out:
-                values = evaluate(net, model, held_out, options, held_out_reference, world)
+                found = evaluate(net, model, held_out, options, held_out_reference, world)
                 if world.main:
-                    report(out, step.epoch, values)
+                    report(out, step.epoch, found)
 
             stop = any_process(bool(arrived), world)
             if not run_ends and (stop or number % options.save_every == 0):
@@ -138,7 +134,7 @@ def train(
 
 
 def take_step(run: Run, step: Step, lr: float, what: str) -> dict[str, float]:
-    """One step of the optimiser at rate `lr`, on the mean of the step's batches; returns its metrics.
+    """One step of the optimiser at rate `lr`, on the mean of its batches; returns its metrics.
 
     Raises InputError, before any weight has changed, when the loss or the gradient is not finite.
     """
@@ -172,6 +168,18 @@ def take_step(run: Run, step: Step, lr: float, what: str) -> dict[str, float]:
     }
 
 
+def record(line: dict[str, float], log: TextIO, bar: tqdm, writer) -> None:
+    """Show what a step gave: in metrics.jsonl, beside the progress bar and, with a writer, in TensorBoard."""
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+    shown = {"loss": f"{line['loss']:.3f}", "margin": f"{line['rewards_margin']:.3f}"}
+    bar.set_postfix(shown, refresh=False)
+    bar.update()
+    if writer:
+        for name, value in line.items():
+            writer.add_scalar(name, value, line["step"])
+
+
 def any_process(flag: bool, world: World) -> bool:
     """Whether `flag` holds in any process, so that all of them stop at the same step."""
     return world.total(torch.tensor(float(flag), device=world.device)).item() > 0
@@ -193,7 +201,7 @@ def add_adapter(model: Llama, options: Options) -> LoRAConfig:
 
 
 def begin(run: Run, out: Path, data: str, steps: list[Step]) -> int:
-    """Clear `out`, or with --resume restore its last state; returns the number of steps already done."""
+    """Clear `out`, or with --resume restore its last state; returns the number of steps done."""
     options, world, done = run.options, run.world, 0
     settings = asdict(options) | {"beta": beta_of(options), "targets": list(options.targets)}
     if options.resume:

@@ -1,4 +1,4 @@
-"""Preference pairs: a clean continuation (chosen) and the original one (rejected) at each personal item.
+"""Preference pairs: for each personal item, a clean continuation (chosen) and the original (rejected).
 
 Source: Smirnov (arXiv 2412.06846). The prompt is the chat up to the item, so it may end inside an
 answer. The chosen side is written at temperature 0.7 under "Avoid using any personal data in the
@@ -69,15 +69,15 @@ class Options:
     dialogues: str
     """JSONL file of dialogues: "messages" and, where known, "spans"."""
     model: str
-    """Checkpoint folder or hub id of the base model, which writes the chosen side; remote recipes use
-    only its tokenizer."""
+    """Checkpoint folder or hub id of the model that writes the chosen side; remote recipes use only its
+    tokenizer."""
     out: str
     """JSONL file to write."""
     cfg_aware: bool = True
     """Write each pair under the positive system prompt and, swapped, under the negative one."""
     ner: str | None = None
-    """spaCy pipelines or presidio, separated by commas; by default en_core_web_trf if installed, else
-    the demo's."""
+    """spaCy pipelines or presidio, separated by commas; by default en_core_web_trf if it is installed,
+    else the demo's."""
     temperature: float = 0.7
     """Sampling temperature of the chosen side."""
     max_new_tokens: int = 96
@@ -91,12 +91,12 @@ class Options:
     dtype: str = "float32"
     """Data type of the model: float32 or bfloat16."""
     items: str | None = None
-    """LLM-PC's file of placeholders and values, a line for each line of --dialogues, which then holds
-    LLM-PC's scrubbed dialogues."""
+    """LLM-PC's file of placeholders and their values, a line for each line of --dialogues, which is then
+    LLM-PC's file of scrubbed dialogues."""
     recipes: tuple[Recipe, ...] = LOCAL
     """How the chosen side is written; of several recipes, one that gives a clean side is drawn."""
     test_share: float = 0.0
-    """Largest share of the dialogues that goes to OUT-test.jsonl; those that share a name stay together."""
+    """Largest share of dialogues for OUT-test.jsonl; dialogues that share a name stay together."""
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
     """Endpoint of the remote recipes."""
 
@@ -203,7 +203,7 @@ def build(
     rng = random.Random(options.seed)
     report = Report(samples=len(samples))
     remote = from_endpoint(samples, tokenizer, options)  # first, because here a run can be refused
-    local = from_model(samples, model, tokenizer, options, rng) if model else [[] for _ in samples]
+    local = from_model(samples, model, tokenizer, options, rng)
     candidates = [ours + theirs for ours, theirs in zip(local, remote, strict=True)]
     texts = []
     for several in candidates:
@@ -229,7 +229,7 @@ def build(
 def fault_of(
     candidate: Candidate, entities: list[Entity], sample: Sample, tokenizer: Tokenizer
 ) -> str | None:
-    """Why the candidate cannot be the chosen side, or None; `entities` are those the NER found in it."""
+    """Why the candidate cannot be the chosen side, or None; `entities` are what the NER found in it."""
     if not candidate.ended:
         return "too long"
     if not candidate.text.strip():
@@ -243,12 +243,15 @@ def fault_of(
 
 
 def from_model(
-    samples: list[Sample], model: Llama, tokenizer: Tokenizer, options: Options, rng: random.Random
+    samples: list[Sample], model: Llama | None, tokenizer: Tokenizer, options: Options, rng: random.Random
 ) -> list[list[Candidate]]:
     """For each sample the continuations of the local recipes."""
     recipes = [recipe for recipe in dict.fromkeys(options.recipes) if recipe in LOCAL]
-    requests = []
-    for sample in samples:
+    candidates: list[list[Candidate]] = [[] for _ in samples]
+    if model is None:
+        return candidates
+    asked, requests = [], []
+    for sample, several in zip(samples, candidates, strict=True):
         for recipe in recipes:
             request = Request(
                 tokenizer.encode_chat(avoiding(sample.messages, recipe == "avoid+nudge")),
@@ -257,20 +260,16 @@ def from_model(
                 max_new_tokens=options.max_new_tokens,
             )
             check_request(request, model, sample.place)
+            asked.append((recipe, several))
             requests.append(request)
     if not requests:
-        return [[] for _ in samples]
+        return candidates
     with tqdm(total=len(requests), desc="chosen side", leave=False) as bar:
         advance = lambda *_: bar.update()
-        completions = iter(generate(model, requests, batch=options.batch, on_completion=advance))
-    candidates = []
-    for _ in samples:
-        several = []
-        for recipe in recipes:
-            done = next(completions)
-            text = tokenizer.decode(done.tokens)
-            several.append(Candidate(recipe, text, done.finish_reason == "stop"))
-        candidates.append(several)
+        completions = generate(model, requests, batch=options.batch, on_completion=advance)
+    for (recipe, several), done in zip(asked, completions, strict=True):
+        text = tokenizer.decode(done.tokens)
+        several.append(Candidate(recipe, text, done.finish_reason == "stop"))
     return candidates
 
 
@@ -284,7 +283,7 @@ def from_endpoint(samples: list[Sample], tokenizer: Tokenizer, options: Options)
             if recipe == "remote+begin" and not sample.begun:
                 continue
             messages = beginning(sample) if recipe == "remote+begin" else avoiding(sample.messages, True)
-            # Twice as many, for the endpoint counts other tokens; what is too long is dropped below.
+            # Twice as many, for the endpoint counts other tokens; longer ones are dropped below.
             longest = 2 * options.max_new_tokens + len(tokenizer.encode(sample.begun))
             asked.append((recipe, sample, several))
             questions.append(Question(messages, None, longest, options.temperature, options.seed))
@@ -313,10 +312,8 @@ def beginning(sample: Sample) -> Messages:
 def continuation(answer: str, begun: str) -> str:
     """How a remote answer goes on after `begun`, whether it repeats these words or not.
 
-    >>> continuation("Hello there, friend!", "Hello there,"), continuation("Good day!", "Hello there,")
-    (' friend!', ' Good day!')
-    >>> continuation("Hi!", "")
-    'Hi!'
+    >>> continuation("Hello there!", "Hello"), continuation("Good day!", "Hello"), continuation("Hi!", "")
+    (' there!', ' Good day!', 'Hi!')
     """
     answer = answer.strip()
     if not begun:
@@ -325,7 +322,7 @@ def continuation(answer: str, begun: str) -> str:
 
 
 def avoiding(messages: Messages, nudge: bool) -> Messages:
-    """A copy of the chat under the avoid prompt, perhaps with the nudge before the last user message."""
+    """A copy of the chat under the avoid prompt, with the nudge before the last user message."""
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
     messages = [dict(message) for message in with_system(messages, f"{system} {AVOID}".strip())]
     if nudge:

@@ -1,8 +1,8 @@
 """The state of a training run on disk: a killed run goes on from it to the identical result.
 
-OUT/state-STEP holds the adapter, the moments of the optimiser, the random number generators, and the
-fingerprint of the data. The order of the pairs and the learning rate follow from the step. A state is first
-written whole under another name, and only then is the one before it deleted: a crash costs nothing.
+OUT/state-STEP holds the adapter, the moments of the optimiser, the random number generators, and a
+fingerprint of the data. The order of the pairs and the learning rate follow from the step. A state is
+written whole under another name before the one before it is deleted: a crash costs nothing.
 
 Run it: python train.py orpo --resume ...
 """
@@ -44,7 +44,7 @@ def save(
     world: World,
     more: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the state after `step` steps, and delete those before it; `more` adds files to its folder.
+    """Write the state after `step` steps and delete those before; `more` adds files to its folder.
 
     All processes must call it; the main one writes.
     """
@@ -75,7 +75,7 @@ def states(out: Path) -> list[Path]:
 
 
 def load(out: Path, parameters: Mapping[str, Tensor], optimiser: Optimizer, data: str, world: World) -> int:
-    """Restore parameters, optimiser and generators from the latest state; returns its step, 0 without one.
+    """Restore parameters, optimiser and generators; returns the step of the state, 0 without one.
 
     Raises InputError when the data are not those of the run.
     """
@@ -105,7 +105,7 @@ def load(out: Path, parameters: Mapping[str, Tensor], optimiser: Optimizer, data
 
 
 def check_same_run(out: Path, settings: dict, free: tuple[str, ...]) -> None:
-    """Raise InputError for the first of `settings`, but for those in `free`, that OUT/config.json denies."""
+    """Raise InputError for the first of `settings`, not in `free`, that differs from OUT/config.json."""
     if not (out / "config.json").exists():
         return
     before = read_json(out / "config.json")
@@ -119,7 +119,7 @@ def check_same_run(out: Path, settings: dict, free: tuple[str, ...]) -> None:
 
 
 def keep_steps(path: Path, key: str, last: int) -> None:
-    """Drop the lines of a JSONL log with a `key` above `last`, and a line that a crash cut short."""
+    """Drop the lines of a JSONL log with `key` above `last`, and a line that a crash cut short."""
     if not path.exists():
         return
     whole_lines = path.read_bytes().rpartition(b"\n")[0]

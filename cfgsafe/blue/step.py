@@ -1,8 +1,8 @@
 """The loss of one batch of preference pairs, and the values that TRL logs with it.
 
 Source: the losses of `cfgsafe.losses`, the logged values of TRL 0.11.4.
-Several processes each compute a share of the batch. Token and pair counts are those of the whole batch, so
-the shares add up to its loss.
+Several processes each compute a share of the batch. Token and pair counts are those of the whole
+batch, so the shares add up to its loss.
 
 Run it: python train.py orpo --help
 """
@@ -32,7 +32,7 @@ LOGGED = (
 
 
 def score(net: nn.Module, model: Llama, pairs: list[Pair], share: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of B pairs: sums and means over the tokens of the completions, (2, B) each, chosen
+    """Log-probabilities of B pairs: sums and means over the completions' tokens, (2, B) each, chosen
     sides first; and sums over prompt and completion of the chosen sides, (B,).
     """
     batch = collate(pairs, share=share, device=model.device)
@@ -52,12 +52,12 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch, and its LOGGED values, (8,).
 
-    Averaged over the processes, the gradients of the loss are those of the batch. `net` is `model` or its
-    wrapper for several processes; `reference` (2, B) are the completions' sums before training, or None.
+    Averaged over the processes, the gradients of the loss are those of the batch. `net` is `model` or
+    its wrapper; `reference` (2, B) are the completions' sums before training, where needed.
     """
     own = list(range(world.rank, len(pairs), world.size))
     weight = 1 / len(pairs) if own else 0.0
-    own = own or [0]  # a process without a pair computes one for nothing, for the others wait for it
+    own = own or [0]  # without a pair, compute one at weight 0: the other processes wait for it
     sums, means, chosen_sums = score(net, model, [pairs[number] for number in own], options.share_prefix)
 
     chosen_tokens = sum(len(pair.chosen.ids) - 1 for pair in pairs)
@@ -107,7 +107,7 @@ def reference_logprobs(
 def evaluate(
     net: nn.Module, model: Llama, pairs: list[Pair], options: Options, reference: Tensor | None, world: World
 ) -> dict[str, float]:
-    """The LOGGED values over held-out `pairs`: the mean of their batches, weighted by the pairs in them."""
+    """The LOGGED values over held-out `pairs`: the mean of the batches, weighted by their pairs."""
     model.eval()
     totals = torch.zeros(len(LOGGED))
     for start in range(0, len(pairs), options.batch_size):

@@ -1,9 +1,9 @@
 """Task-vector subtraction: base - scale * (tuned - base), tensor by tensor.
 
-Source: Ilharco et al. (arXiv 2212.04089); Smirnov (arXiv 2412.06846) with scale 0.5; optionally Eldan and
-Russinovich's ReLU on the difference (arXiv 2310.02238).
-Deviation: arithmetic is in float32 for files of any dtype; the result is rounded once, to the base's dtype.
-One tensor is read at a time, so memory is bounded by the largest one.
+Source: Ilharco et al. (arXiv 2212.04089); Smirnov (arXiv 2412.06846) with scale 0.5; optionally Eldan
+and Russinovich's ReLU on the difference (arXiv 2310.02238).
+Deviation: arithmetic is in float32 for files of any dtype, and the result is rounded once to the
+base's dtype. One tensor is read at a time, so memory is bounded by the largest one.
 
 Run it: python train.py subtract --base cfgsafe/demo/base --tuned cfgsafe/demo/leaky --out runs/sub
 """
@@ -55,7 +55,7 @@ def run(options: Options) -> None:
 
 
 def subtract(name: str, base: Tensor, tuned: Tensor, scale: float, relu: bool) -> Tensor:
-    """base - scale * (tuned - base), or base - scale * max(0, tuned - base) with `relu`; in base's dtype."""
+    """base - scale * (tuned - base) in base's dtype; with `relu`, of the positive differences alone."""
     if base.shape != tuned.shape:
         raise CheckpointError(
             f"tensor {name!r} has shape {tuple(base.shape)} in the base "
