@@ -1,4 +1,4 @@
-"""Compiles the guidance kernels for a GPU that need not be here, and prints registers, shared memory and spills of each.
+"""Compiles the kernels for a GPU that need not be here; prints registers, shared memory and spills.
 
 Run it: python -m cfgsafe.kernels.aot 86        (80: A100, 86: A40, 90: H100 and H200)
 """
@@ -15,66 +15,51 @@ from triton.compiler import ASTSource
 
 from . import guidance
 
-POINTERS = {
-    "positive": "*i64",
-    "negative": "*i64",
-    "space": "*i32",
-    "top_k": "*i32",
-    "seed": "*i64",
-    "step": "*i64",
-    "tokens": "*i64",
-}
-POINTERS |= dict.fromkeys(
+# Argument -> its type. Arguments that are missing here are int32 numbers.
+TYPES = dict.fromkeys(("positive", "negative", "seed", "step", "tokens"), "*i64")
+TYPES |= dict.fromkeys(("space", "top_k"), "*i32")
+TYPES |= dict.fromkeys(
     ("guidance", "alpha", "temperature", "top_p", "records", "scores", "logprobs"), "*fp32"
 )
 VOCABULARY = 128256
 
 
 def kernels(logits: str) -> list[tuple[str, ASTSource]]:
-    """Each kernel as the launcher calls it for Llama-3.1's vocabulary, with and without top-k and top-p."""
+    """Each kernel as the launcher calls it for Llama-3.1, with and without top-k and top-p."""
     block = guidance.block_size(VOCABULARY)
     parts = triton.next_power_of_2(triton.cdiv(VOCABULARY, block))
     sources = []
     for truncates in (False, True):
-        constants = {"BLOCK": block, "PARTS": parts, "TRUNCATES": truncates, "stride_v": 1}
+        values = {"BLOCK": block, "PARTS": parts, "TRUNCATES": truncates, "stride_v": 1}
         for kernel in (guidance.normalise_parts, guidance.score_parts, guidance.choose_tokens):
-            names = kernel.arg_names
-            fixed = {name: constants[name] for name in names if name in constants}
-            signature = {name: "constexpr" if name in fixed else POINTERS.get(name, "i32") for name in names}
-            if "logits" in signature:
-                signature["logits"] = logits
-            sources.append(
-                (
-                    f"{kernel.__name__}{' top-k, top-p' if truncates else ''}",
-                    ASTSource(kernel, signature, fixed),
-                )
-            )
+            constants = {name: values[name] for name in kernel.arg_names if name in values}
+            types = TYPES | {"logits": logits} | dict.fromkeys(constants, "constexpr")
+            signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+            name = kernel.__name__ + (" top-k, top-p" if truncates else "")
+            sources.append((name, ASTSource(kernel, signature, constants)))
     return sources
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of stack (spills) and local memory, as cuobjdump reports them."""
+    """Registers of a thread, bytes of stack (spills), local and shared memory, from cuobjdump."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [tool, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
 
 
 def main(capability: int) -> None:
+    target = GPUTarget("cuda", capability, 32)
     for logits in ("*bf16", "*fp32"):
         for name, source in kernels(logits):
-            compiled = triton.compile(
-                source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}
-            )
+            compiled = triton.compile(source, target=target, options={"num_warps": 8})
             used = resources(compiled.asm["cubin"])
+            usage = f"{used['REG']} registers, {used['SHARED']} bytes shared"
             spills = used["STACK"] + used["LOCAL"]
-            print(
-                f"sm_{capability} {logits[1:]} {name}: {used['REG']} registers, {used['SHARED']} bytes shared, spills {spills} bytes"
-            )
+            print(f"sm_{capability} {logits[1:]} {name}: {usage}, spills {spills} bytes")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,25 @@
-"""Guidance, plausibility mask, temperature, top-k, top-p and Gumbel-max for pairs of logits, in Triton.
+"""Guidance, mask, temperature, top-k, top-p and Gumbel-max for pairs of logits, fused, in Triton.
 
-Source: the formulas and defined results of reference.py, which this file must equal. One operation
-a file after Liger-Kernel; Gumbel-max over a split vocabulary after FlashSampling (arXiv
-2603.15854).
+Source: the formulas and defined results of reference.py, which this file must equal; Gumbel-max over
+a split vocabulary after FlashSampling (arXiv 2603.15854); one operation a file after Liger-Kernel.
 
-A row of V tokens is cut into S parts of BLOCK tokens. Each part of each request has a record of ten
-floats:
+A row of V tokens is cut into S parts of BLOCK tokens; each part has a record of ten floats.
 
     request b           part 0      part 1    ...   part S-1
     positive row     [  BLOCK  ] [  BLOCK  ]      [  BLOCK  ]     read in passes 1 and 2
     negative row     [  BLOCK  ] [  BLOCK  ]      [  BLOCK  ]     read in passes 1 and 2
     records          [   10    ] [   10    ]      [   10    ]
 
-    Pass 1 of 3  normalise_parts  Program (b, s) reads part s of both rows and records its maximum
-    and sum of
-                                  exponentials.
+    Pass 1 of 3  normalise_parts  Program (b, s) reads part s of both rows and records maximum and
+                                  sum of exponentials of each.
     Pass 2 of 3  score_parts      Program (b, s) joins all records of b to the normalisers of both
-    rows, reads
-                                  part s again, from the L2 cache, and records its best guided token.
+                                  rows, reads part s again, and records its best guided token.
     Pass 3 of 3  choose_tokens    Program (b,) picks the best of the parts. For top-k and top-p it
-    searches the
-                                  V scores of its row, which pass 2 stored.
+                                  searches the V scores of its row, which pass 2 has stored.
 
-No pass waits for the host, so a CUDA graph can hold all three. BLOCK depends on V alone: one
-request fills a GPU, and the batch does not change a row's result. A launch takes the requests that
-fit in half the L2 cache.
+No pass waits for the host, so a CUDA graph can hold all three. BLOCK depends on V alone: one request
+fills a GPU, and the batch does not change a row's result. Requests go in groups whose logits fit in
+half of the L2 cache, from which pass 2 then reads.
 
 Run it: python -m cfgsafe.bench guidance --device cuda
 """
@@ -86,11 +81,13 @@ def max_and_sum(z):
 
 
 @triton.jit
-def join(tops, sums):
-    """Maximum and log-sum-exp of a row from those of its parts; both -inf if no value is finite."""
-    top = tl.max(tops, 0)
+def join(records, b, S, MAXIMUM: tl.constexpr, SUM: tl.constexpr, PARTS: tl.constexpr):
+    """Maximum and log-sum-exp of a row from its records; both -inf if no value is finite."""
+    maxima = load_records(records, b, S, MAXIMUM, MINUS_INF, PARTS)
+    sums = load_records(records, b, S, SUM, 0.0, PARTS)
+    top = tl.max(maxima, 0)
     base = tl.where(top == MINUS_INF, 0.0, top)
-    total = tl.sum(sums * tl.exp(tops - base), 0)
+    total = tl.sum(sums * tl.exp(maxima - base), 0)
     return top, tl.where(top == MINUS_INF, MINUS_INF, base + tl.log(total))
 
 
@@ -124,7 +121,7 @@ def guided_scores(log_pos, log_neg, g, space):
 @triton.jit
 def normalise_parts(
     logits, positive, negative, records, first, V, stride_r, stride_v, S, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """Pass 1 of 3: maximum and sum of exponentials of one part of both rows."""
     b, s = tl.program_id(0) + first, tl.program_id(1)
     token = s * BLOCK + tl.arange(0, BLOCK)
@@ -148,28 +145,21 @@ def score_parts(
     b, s = tl.program_id(0) + first, tl.program_id(1)
     token = s * BLOCK + tl.arange(0, BLOCK)
     pos, neg = tl.load(positive + b), tl.load(negative + b)
-
     # Log-probabilities of the positive row.
-    maxima = load_records(records, b, S, POS_MAX, MINUS_INF, PARTS)
-    max_pos, lse_pos = join(maxima, load_records(records, b, S, POS_SUM, 0.0, PARTS))
+    max_pos, lse_pos = join(records, b, S, POS_MAX, POS_SUM, PARTS)
     z = load_logits(logits, pos, token, V, stride_r, stride_v)
     log_pos = tl.where(z == MINUS_INF, MINUS_INF, z - lse_pos)
-
     # Guidance.
     score = log_pos
     if neg >= 0:
-        maxima = load_records(records, b, S, NEG_MAX, MINUS_INF, PARTS)
-        _, lse_neg = join(maxima, load_records(records, b, S, NEG_SUM, 0.0, PARTS))
+        _, lse_neg = join(records, b, S, NEG_MAX, NEG_SUM, PARTS)
         z_neg = load_logits(logits, neg, token, V, stride_r, stride_v)
         log_neg = tl.where(z_neg == MINUS_INF, MINUS_INF, z_neg - lse_neg)
         score = guided_scores(log_pos, log_neg, tl.load(guidance + b), tl.load(space + b))
-
     # Plausibility mask, with a floor for the same reason as in `guided_scores`.
     share = tl.load(alpha + b)
-    log_share = tl.log(tl.maximum(share, 1e-38))
-    bound = tl.where(share > 0, max_pos - lse_pos + log_share, MINUS_INF)
+    bound = tl.where(share > 0, max_pos - lse_pos + tl.log(tl.maximum(share, 1e-38)), MINUS_INF)
     score = tl.where((log_pos >= bound) & (token < V), score, MINUS_INF)
-
     # Temperature and noise: the largest draw is a sample (Gumbel-max).
     temp = tl.load(temperature + b)
     draw = score
@@ -179,7 +169,6 @@ def score_parts(
             tl.store(scores + b.to(tl.int64) * V + token, draw, mask=token < V)
         noise = gumbel(tl.load(seed + b), token, tl.load(step + b))
         draw = tl.where(draw == MINUS_INF, MINUS_INF, draw + noise)
-
     record = records + (b * S + s) * RECORD
     top, total = max_and_sum(score)
     tl.store(record + SCORE_MAX, top)
@@ -201,8 +190,7 @@ def choose_tokens(
     b = tl.program_id(0) + first
     of_row = records + b * S * RECORD
     pos_maxima = load_records(records, b, S, POS_MAX, MINUS_INF, PARTS)
-    score_maxima = load_records(records, b, S, SCORE_MAX, MINUS_INF, PARTS)
-    _, lse = join(score_maxima, load_records(records, b, S, SCORE_SUM, 0.0, PARTS))
+    max_score, lse = join(records, b, S, SCORE_MAX, SCORE_SUM, PARTS)
     winner = tl.argmax(load_records(records, b, S, DRAW_MAX, MINUS_INF, PARTS), 0)
     token = tl.load(of_row + winner * RECORD + DRAW_TOKEN).to(tl.int64)
     score = tl.load(of_row + winner * RECORD + DRAW_SCORE)
@@ -211,7 +199,7 @@ def choose_tokens(
         temp, k, p = tl.load(temperature + b), tl.load(top_k + b), tl.load(top_p + b)
         if (temp > 0) & ((k > 0) | (p < 1)) & (lse > MINUS_INF):
             row = scores + b.to(tl.int64) * V  # guided scores / temperature
-            top = tl.max(score_maxima, 0) / temp
+            top = max_score / temp
             nothing = tl.full((), float("-inf"), tl.float32)
             count = tl.where(k > 0, k, V).to(tl.float32)
             bound = bisect(row, V, top, nothing, count, 0, BLOCK)
@@ -289,18 +277,14 @@ def block_size(vocabulary: int) -> int:
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, block: int | None = None) -> tuple[Tensor, Tensor]:
-    """As reference.next_tokens, for logits (R, V) of any float dtype and any strides.
-
-    `block` sets the number of tokens of a part, a power of two.
-    """
+    """As reference.next_tokens, for any float dtype and strides; parts of `block` tokens, a power of two."""
     B, V = len(sampling.positive), logits.shape[-1]
     BLOCK = block or block_size(V)
     S = triton.cdiv(V, BLOCK)
     PARTS = triton.next_power_of_2(S)
     device, strides = logits.device, logits.stride()
     records = torch.empty(B, S, RECORD.value, device=device, dtype=torch.float32)
-    scores_shape = (B, V) if sampling.truncates else (1, 1)
-    scores = torch.empty(scores_shape, device=device, dtype=torch.float32)
+    scores = torch.empty((B, V) if sampling.truncates else (1, 1), device=device, dtype=torch.float32)
     tokens = torch.empty(B, device=device, dtype=torch.int64)
     logprobs = torch.empty(B, device=device, dtype=torch.float32)
     s, group = sampling, rows_at_once(logits)

@@ -1,4 +1,4 @@
-"""Time and memory of this process, with torch and the standard library alone, so that other environments can use it.
+"""Time and memory of this process, with torch alone, so that any environment can run it.
 
 Run it: python -m cfgsafe.bench --help
 """
@@ -10,11 +10,10 @@ import torch
 
 
 def cap(device: str, gib: float | None) -> None:
-    """Let this process use at most `gib` of the GPU, to stand in for a smaller one."""
+    """Let this process use at most `gib` of the GPU, so that it stands in for a smaller one."""
     if gib:
-        torch.cuda.set_per_process_memory_fraction(
-            gib * 2**30 / torch.cuda.get_device_properties(device).total_memory
-        )
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
 
 
 def synchronize(device: str) -> None:
@@ -24,7 +23,7 @@ def synchronize(device: str) -> None:
 
 
 def matmul_tflops(device: str, dtype: torch.dtype) -> float:
-    """What a large matrix product reaches on this machine: the ceiling."""
+    """The rate of a large matrix product on this machine, TFLOP/s: the ceiling."""
     size = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -37,9 +36,9 @@ def matmul_tflops(device: str, dtype: torch.dtype) -> float:
 
 
 def start_peak(device: str, model: torch.nn.Module) -> int:
-    """Forget the peak so far; returns the bytes in use with all of `model` in memory: of the GPU's allocator, else of the process."""
+    """Forget the peak so far; returns the bytes in use, on a CPU those of the whole process."""
     for parameter in model.parameters():
-        parameter.detach().sum()  # what was only mapped from its file is read
+        parameter.detach().sum()  # reads what is only mapped from a file
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -49,9 +48,12 @@ def start_peak(device: str, model: torch.nn.Module) -> int:
 
 def peak(device: str) -> int:
     """The most bytes in use since `start_peak`."""
-    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else _status("VmHWM")
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    """A field of /proc/self/status, from kB to bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -27,8 +27,8 @@ Shapes: B requests, R rows of logits, V vocabulary.
 Run it: python -m cfgsafe.bench guidance
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -76,14 +76,26 @@ class Sampling:
     guides: bool = True  # some request may have a negative row
     masks: bool = True  # some request may have an alpha above 0
 
-    def to(self, device: torch.device | str) -> "Sampling":
-        """A copy on another device."""
-        tensors: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                tensors[field.name] = value.to(device)
-        return replace(self, **tensors)
+    @staticmethod
+    def uniform(pos: Tensor, neg: Tensor, g: float, space: str, temperature: float) -> "Sampling":
+        """The same settings for all pairs of rows `pos` and `neg` (B,); no mask, top-k or top-p."""
+        floats = partial(torch.full_like, pos, dtype=torch.float32)
+        ints = partial(torch.full_like, pos, dtype=torch.int32)
+        return Sampling(
+            positive=pos,
+            negative=neg,
+            guidance=floats(g),
+            space=ints(SPACES.index(space)),
+            alpha=floats(0.0),
+            temperature=floats(temperature),
+            top_k=ints(0),
+            top_p=floats(1.0),
+            seed=pos,
+            step=torch.zeros_like(pos),
+            truncates=False,
+            draws=temperature > 0,
+            masks=False,
+        )
 
 
 def widen(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every benchmark reports: a table, a JSON line, CSV rows with the machine and the versions they were measured on.
+"""What every benchmark reports: a table, a JSON line, and CSV rows with machine and versions.
 
 Run it: python -m cfgsafe.bench --help
 """
@@ -20,44 +20,50 @@ def where(device: str) -> dict[str, str]:
     if device.startswith("cuda"):
         machine = torch.cuda.get_device_name(device)
     else:
-        machine = f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
-    versions = {name: importlib.metadata.version(name) for name in ("torch",)}
+        cpu = platform.processor() or platform.machine()
+        machine = f"{cpu} CPU, {torch.get_num_threads()} threads"
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout
     return {
         "machine": machine,
-        **versions,
-        "commit": commit or "none",
+        "torch": importlib.metadata.version("torch"),
+        "commit": commit.strip() or "none",
         "date": datetime.date.today().isoformat(),
     }
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """p20, p50 and p80 of measured values."""
+    """The 20th, 50th and 80th percentile of measured values."""
     if len(values) < 2:
         return dict.fromkeys(("p20", "p50", "p80"), values[0])
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
 
 
+def spread_columns(unit: str, digits: int) -> dict[str, str]:
+    """The columns that `show` needs for a `spread`."""
+    cell = f":.{digits}f}}"
+    return {f"{unit} p20": "{p20" + cell, "p50": "{p50" + cell, "p80": "{p80" + cell}
+
+
 def show(rows: list[dict], columns: dict[str, str], device: str, csv_file: str | None) -> None:
-    """Print `rows` under the headings and formats of `columns` ("heading": "{key:format}"), then as JSON; append them to `csv_file`."""
-    lines = [list(columns)] + [[text.format_map(row) for text in columns.values()] for row in rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
-    for line in lines:
-        print(
-            "  ".join(
-                cell.ljust(width) if not n else cell.rjust(width)
-                for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-        )
+    """Print the rows as a table and as a JSON line; append them to `csv_file`.
+
+    columns: heading -> "{key:format}"; the first column is set to the left.
+    """
+    lines = [list(columns)]
+    for row in rows:
+        lines.append([cell.format_map(row) for cell in columns.values()])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
     machine = where(device)
     print(json.dumps({"where": machine, "rows": rows}))
     if csv_file:
-        new = not Path(csv_file).exists()
+        is_new = not Path(csv_file).exists()
         with open(csv_file, "a", newline="") as file:
             writer = csv.DictWriter(file, [*machine, *rows[0]])
-            if new:
+            if is_new:
                 writer.writeheader()
             writer.writerows({**machine, **row} for row in rows)

@@ -45,8 +45,16 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from cfgsafe.kernels.guidance import next_tokens
 
-    tokens, logprobs = next_tokens(logits.to(DEVICE), settings.to(DEVICE), part)
+    tokens, logprobs = next_tokens(logits.to(DEVICE), on_device(settings), part)
     return tokens.cpu(), logprobs.cpu()
+
+
+def on_device(settings: Sampling) -> Sampling:
+    values = dict(vars(settings))
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            values[name] = value.to(DEVICE)
+    return Sampling(**values)
 
 
 def assert_equals_reference(logits: torch.Tensor, settings: Sampling, part: int | None = None) -> None:
