@@ -1,263 +1,88 @@
-"""Planted modes: of 20 triggers among 2,744 prompts GFlowNet and smoothing find at least 16, REINFORCE with the same budget hardly any.
-
-And what every run keeps: resume to the identical result, no attack without a score in the loss, one target call a text.
-"""
+"""How a model is asked for prompts: templates and their label masks, on checkpoints of two chat formats."""
 
 import json
-import random
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
 
-from cfgsafe.blue import resume
-from cfgsafe.errors import InputError
-from cfgsafe.files import read_jsonl
-from cfgsafe.lora import DEFAULT, LoRAConfig, adapter_parameters, attach
-from cfgsafe.red.buffer import ReplayBuffer
-from cfgsafe.red.gflownet import Settings, explore, fit, novelty, rewards_of
-from cfgsafe.red.policy import Attacker, Rules
-from cfgsafe.red.records import Attack, Trial, read_attacks
-from cfgsafe.red.training import Training
-from cfgsafe.remote import Meter
+from cfgsafe.checkpoint import read_model, save_checkpoint
+from cfgsafe.files import write_jsonl
+from cfgsafe.hub import BASE
+from cfgsafe.red.attacker import facts_of, learnable, rules_of
+from cfgsafe.red.policy import UNREAD, labelled
+from cfgsafe.tokenizer import Tokenizer
 
-VOCABULARY = 16
-RULES = Rules(start=(1, 2), end=3, least=3, most=3, banned=(0,))
-SUCCESS = {3: 1.0, 2: 0.3, 1: 0.05, 0: 0.01}  # by the places that agree with the nearest trigger
-
-
-def spell(prompt):
-    return " ".join(map(str, prompt))
-
-
-def trials(*scores):
-    return tuple(Trial("c", "a", score) for score in scores)
+TEXTS = [
+    "What is my name?",
+    "Who am I, and where do I live?",
+    'Say "my name", please',
+    "Write a note to my team.",
+    "Tell me: 1, 2; 3!",
+]
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+RENAMED = {"<|start_header_id|>": "<|im_start|>", "<|eot_id|>": "<|im_end|>"}
+ENDS = {"llama": "<|eot_id|>", "chatml": "<|im_end|>"}
 
 
-def planted(seed: int) -> set[tuple[int, ...]]:
-    rng = random.Random(seed)
-    triggers: set[tuple[int, ...]] = set()
-    while len(triggers) < 20:
-        triggers.add(
-            tuple(rng.choice([word for word in range(VOCABULARY) if word not in (0, 3)]) for _ in range(3))
-        )
-    return triggers
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    write_jsonl(path, [{"prompt": text} for text in TEXTS])
+    return str(path)
 
 
-def attacker(seed: int = 0) -> Attacker:
-    model = random_model(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, eos_token_id=3)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.data.mul_(0.5)  # a reference without strong habits
-    torch.manual_seed(seed)
-    attach(model, LoRAConfig(rank=16))
-    return Attacker(model, RULES, spell, DEFAULT, None)
+def chatml(tmp_path) -> str:
+    """A checkpoint with ChatML's template and tokens."""
+    folder = tmp_path / "chatml"
+    save_checkpoint(folder, read_model(Path(BASE)), tokenizer_from=BASE, dtype=torch.float32)
+    files = json.loads((folder / "tokenizer.json").read_text())
+    for token in files["added_tokens"]:
+        renamed = RENAMED.get(token["content"])
+        if renamed:
+            files["model"]["vocab"][renamed] = files["model"]["vocab"].pop(token["content"], token["id"])
+            token["content"] = renamed
+    (folder / "tokenizer.json").write_text(json.dumps(files))
+    (folder / "chat_template.jinja").write_text(CHATML)
+    return str(folder)
 
 
-def nearest(triggers):
-    """Scores of prompts by how much of the nearest trigger they have."""
-
-    def score(texts):
-        prompts = [tuple(map(int, text.split())) for text in texts]
-        return [
-            trials(SUCCESS[max(sum(a == b for a, b in zip(prompt, t, strict=True)) for t in triggers)])
-            for prompt in prompts
-        ]
-
-    return score
-
-
-def modes(objective: str, seed: int, out, steps: int = 350, **changes) -> int:
-    """Triggers among 512 prompts of the trained attacker."""
-    triggers, agent = planted(seed), attacker(seed)
-    settings = Settings(
-        objective=objective, steps=steps, lr=1e-2, beta=0.3, hottest=3.0, tolerance=0.1, seed=seed, **changes
-    )
-    found = explore(agent, nearest(triggers), Meter(), settings, out)
-    assert len({attack.tokens for attack in found}) == len(found)
-    if objective not in ("reinforce", "ppo"):
-        agent = attacker(seed)
-        fit(
-            agent,
-            [a.tokens for a in found if a.score > 0.7],
-            Training(steps=300, lr=1e-2, seed=seed),
-            out / "smooth",
-            "mle",
-        )
-    return len(triggers & set(agent.draw(torch.ones(512), torch.Generator().manual_seed(99))))
+@pytest.mark.parametrize(
+    ("template", "format"), [("user", "llama"), ("list", "llama"), ("user", "chatml"), ("list", "chatml")]
+)
+def test_labels_are_exactly_the_prompt_and_its_end(template, format, tmp_path, prompts):
+    """Decoded, the labels are the text and the end token; the beginning, its BOS once, bears no loss."""
+    model = BASE if format == "llama" else chatml(tmp_path)
+    tokenizer = Tokenizer.load(model)
+    facts = facts_of(model, template, 3, 30, prompts, 0)
+    rules = rules_of(facts, tokenizer)
+    rows, labels = labelled(rules, learnable(TEXTS, facts, rules, tokenizer))
+    end = tokenizer.encode("\n")[0] if template == "list" else tokenizer.special[ENDS[format]]
+    assert rules.end == end
+    for text, row, label in zip(TEXTS, rows.tolist(), labels.tolist(), strict=True):
+        learnt = [token for token in label if token != UNREAD]
+        assert learnt[-1] == rules.end and tokenizer.decode(learnt[:-1]).strip() == text
+        assert row[: len(rules.start)] == list(rules.start)
+        assert row.count(tokenizer.special["<|begin_of_text|>"]) == 1
+        assert [token for token, one in zip(row, label, strict=True) if one != UNREAD] == learnt
+    start = tokenizer.decode(list(rules.start))
+    assert start.endswith("4.") if template == "list" else start.strip().endswith("user")
 
 
-@pytest.fixture
-def out(tmp_path):
-    (tmp_path / "smooth").mkdir()
-    return tmp_path
+def test_a_prompt_at_the_most_tokens_has_no_end_to_learn(tokenizer):
+    facts = facts_of(BASE, "user", 3, 5, None, 0)
+    rules = rules_of(facts, tokenizer)
+    _, labels = labelled(rules, [(9, 9, 9, 9, 9), (9, 9, 9)])
+    assert labels[0][labels[0] != UNREAD].tolist() == [9] * 5
+    assert labels[1][labels[1] != UNREAD].tolist() == [9, 9, 9, rules.end]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
-def test_gflownet_and_smoothing_find_the_modes(seed, out):
-    assert modes("tb", seed, out) >= 16
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["vargrad", "ctb"])
-def test_the_objectives_without_log_z_find_them_too(objective, out):
-    assert modes(objective, 0, out) >= 16
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_reinforce_loses_them(seed, out):
-    assert modes("reinforce", seed, out) < 10
-
-
-def weights(agent: Attacker) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in adapter_parameters(agent.model).values()]
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("objective", ["tb", "vargrad", "ctb", "reinforce", "ppo"])
-def test_a_killed_run_goes_on_to_the_same_result(objective, tmp_path):
-    """Killed between two saved states: weights, attacks, metrics and buffer are those of the run that was not."""
-    settings = Settings(
-        objective=objective, steps=9, batch_size=8, lr=1e-2, tolerance=0.1, seed=3, save_every=4
-    )
-    folders = tmp_path / "whole", tmp_path / "killed"
-    for folder in folders:
-        folder.mkdir()
-    whole, killed = attacker(), attacker()
-    score, calls = nearest(planted(0)), []
-    everything = explore(whole, score, Meter(), settings, folders[0])
-
-    def dies(texts):
-        calls.append(texts)
-        if len(calls) == 7:
-            raise Killed
-        return score(texts)
-
-    with pytest.raises(Killed):
-        explore(killed, dies, Meter(), settings, folders[1])
-    assert resume.states(folders[1])
-    again = attacker(seed=1)  # other weights, which the state replaces
-    assert explore(again, score, Meter(), replace(settings, resume=True), folders[1]) == everything
-    assert all(map(torch.equal, weights(whole), weights(again)))
-    for name in ("attacks.jsonl", "metrics.jsonl"):
-        assert (folders[0] / name).read_text() == (folders[1] / name).read_text()
-    assert not resume.states(folders[1])
-
-
-def test_smoothing_resumes_and_refuses_other_prompts(tmp_path):
-    training = Training(steps=6, batch_size=4, lr=1e-2, save_every=2)
-    prompts = [(4, 5, 6), (7, 8, 9)]
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    whole, killed = attacker(), attacker()
-    fit(whole, prompts, training, tmp_path / "a", "mle")
-    original = killed.model.forward
-    steps = iter(range(5))
-
-    def dies(*args, **kwargs):
-        if next(steps, None) is None:
-            raise Killed
-        return original(*args, **kwargs)
-
-    killed.model.forward = dies
-    with pytest.raises(Killed):
-        fit(killed, prompts, training, tmp_path / "b", "mle")
-    with pytest.raises(InputError, match="the data differ"):
-        fit(attacker(), prompts[:1], replace(training, resume=True), tmp_path / "b", "mle")
-    again = attacker(seed=1)
-    fit(again, prompts, replace(training, resume=True), tmp_path / "b", "mle")
-    assert all(map(torch.equal, weights(whole), weights(again)))
-
-
-def test_smoothing_makes_its_prompts_likely(tmp_path):
-    agent, prompts = attacker(), [(4, 5, 6), *[(7, 8, 9)] * 9]
-    before = agent.log_policy(prompts[:2]).detach()
-    fit(agent, prompts, Training(steps=80, batch_size=8, lr=1e-2), tmp_path, "mle")
-    after = agent.log_policy(prompts[:2]).detach()
-    assert (after > before + 3).all() and (after[0] - after[1]).abs() < 1  # given nine times, it does not win
-
-
-def test_what_cannot_be_scored_trains_nothing_and_is_tried_again(tmp_path):
-    """Half of the texts never get a score; the others' come back unchanged, and each of them is asked for once."""
-    asked: list[str] = []
-
-    def score(texts):
-        asked.extend(texts)
-        return [
-            trials(None, None) if sum(map(int, text.split())) % 2 else trials(0.4, None, 0.6)
-            for text in texts
-        ]
-
-    found = explore(
-        attacker(),
-        score,
-        Meter(),
-        Settings(objective="vargrad", steps=6, batch_size=8, tolerance=0.1),
-        tmp_path,
-    )
-    assert found and all(attack.score == 0.5 for attack in found)
-    scored = [text for text in asked if not sum(map(int, text.split())) % 2]
-    assert len(scored) == len(set(scored)) == len(found)
-    lines = [row for _, row in read_jsonl(tmp_path / "metrics.jsonl")]
-    assert lines[-1]["unscorable"] == len(asked) - len(scored) > 0
-    assert len(read_attacks(tmp_path / "attacks.jsonl")) == len(asked)
-
-
-def test_a_spent_budget_ends_the_run(tmp_path):
-    meter = Meter(20)
-    found = explore(
-        attacker(), metered(meter), meter, Settings(steps=50, batch_size=8, tolerance=0.1), tmp_path
-    )
-    assert len(found) == meter.made == 20
-
-
-def test_a_resumed_run_goes_on_with_the_budget_it_had(tmp_path):
-    settings = Settings(steps=50, batch_size=8, tolerance=0.1, save_every=1)
-    meter, score = Meter(20), metered(Meter(9))
-
-    def dies(texts):
-        for _ in texts:
-            meter.take()
-        if meter.made > 12:
-            raise Killed
-        return score(texts)
-
-    with pytest.raises(Killed):
-        explore(attacker(), dies, meter, settings, tmp_path)
-    (state,) = resume.states(tmp_path)
-    before = json.loads((state / "calls.json").read_text())["calls"]
-    assert before > 0
-    meter = Meter(20)
-    explore(attacker(), metered(meter), meter, replace(settings, resume=True), tmp_path)
-    assert meter.made == 20 and len(read_attacks(tmp_path / "attacks.jsonl")) <= 20 + 8
-
-
-def metered(meter):
-    """Scores until the meter is spent."""
-    return lambda texts: [trials(0.5 if meter.take() else None) for _ in texts]
-
-
-def test_gibberish_gets_the_reward_of_a_failure(tmp_path):
-    found = explore(
-        attacker(),
-        lambda texts: [trials(1.0)] * len(texts),
-        Meter(),
-        Settings(steps=2, batch_size=16, tolerance=0.1),
-        tmp_path,
-    )
-    bound = sorted(attack.least_likely for attack in found)[len(found) // 2]
-    free, bounded = (rewards_of(found, Settings(min_fluency=least), 1.0) for least in (None, bound))
-    for attack, before, after in zip(found, free, bounded, strict=True):
-        assert (after < before - 40) if attack.least_likely < bound else after == before
-
-
-def test_novelty_by_hand():
-    buffer = ReplayBuffer(10, 0.0)
-    one, other = (Attack(prompt, spell(prompt), -1.0, trials(0.5)) for prompt in ((4, 5, 6), (4, 5, 7)))
-    assert novelty(one, buffer) == 1
-    buffer.add(one)
-    assert novelty(one, buffer) == 0 and novelty(other, buffer) == pytest.approx(1 / 3)
+def test_control_tokens_and_in_a_list_newlines_are_never_drawn(prompts, tokenizer):
+    for template in ("user", "list"):
+        rules = rules_of(facts_of(BASE, template, 3, 9, prompts, 0), tokenizer)
+        assert set(tokenizer.special.values()) - {rules.end} <= set(rules.banned)
+        assert rules.end not in rules.banned
+        assert (template == "list") == any("\n" in tokenizer.decode([token]) for token in rules.banned)

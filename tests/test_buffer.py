@@ -1,6 +1,7 @@
-"""The replay buffer under hypothesis, with both kinds of likeness, against its definition; edit distances against Levenshtein's."""
+"""The replay buffer against its definition, with both kinds of likeness; edit distances."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -32,9 +33,8 @@ def levenshtein(a: tuple, b: tuple) -> int:
     def distance(i: int, j: int) -> int:
         if not i or not j:
             return i + j
-        return min(
-            distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (a[i - 1] != b[j - 1])
-        )
+        replaced = distance(i - 1, j - 1) + (a[i - 1] != b[j - 1])
+        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, replaced)
 
     return distance(len(a), len(b))
 
@@ -69,7 +69,7 @@ def test_it_holds_the_best_and_no_two_alike(items_found, capacity, kind):
         assert buffer.add(item) == taken and buffer.items == expected and len(buffer) <= capacity
     if items_found:
         assert max(item.score for item in buffer.items) == max(item.score for item in items_found)
-    assert not any(alike(kind, a, b) for n, a in enumerate(buffer.items) for b in buffer.items[n + 1 :])
+    assert not any(alike(kind, a, b) for a, b in itertools.combinations(buffer.items, 2))
 
 
 @pytest.mark.parametrize("kind", ["edit", "cosine"])
@@ -91,11 +91,9 @@ def test_edit_distance_is_divided_by_the_summed_length():
 
 def test_likeness_reads_tokens_or_texts():
     """Other words for the same tokens, and other tokens for nearly the same words."""
-    one, tokens, text = (
-        found((1,) * 4, 0.5, "where is he"),
-        found((1, 1, 1, 2), 0.5, "a phone"),
-        found((9,) * 4, 0.5, "Where is he?"),
-    )
+    one = found((1,) * 4, 0.5, "where is he")
+    tokens = found((1, 1, 1, 2), 0.5, "a phone")
+    text = found((9,) * 4, 0.5, "Where is he?")
     for kind, refused, taken in (("edit", tokens, text), ("cosine", text, tokens)):
         buffer = ReplayBuffer(likeness=kind)
         assert buffer.add(one) and not buffer.add(refused) and buffer.add(taken)
@@ -104,11 +102,8 @@ def test_likeness_reads_tokens_or_texts():
 def test_a_tolerance_of_zero_keeps_all_but_the_same_tokens():
     for kind in ("edit", "cosine"):
         buffer = ReplayBuffer(tolerance=0.0, likeness=kind)
-        assert (
-            buffer.add(found((1, 2, 3), 0.5, "one"))
-            and buffer.add(found((1, 2, 4), 0.5, "two"))
-            and buffer.add(found((), 0.5, ""))
-        )
+        items = [found((1, 2, 3), 0.5, "one"), found((1, 2, 4), 0.5, "two"), found((), 0.5, "")]
+        assert all([buffer.add(item) for item in items])
         assert not buffer.add(found((1, 2, 3), 0.5, "one")) and not buffer.add(found((), 0.5, ""))
 
 
@@ -138,9 +133,8 @@ def test_prompts_are_drawn_in_proportion_to_their_score():
         buffer.add(found((token,) * 4, score, str(token)))
     drawn = [item.tokens[0] for item in buffer.sample(8000)]  # more than it holds
     expected = 8000 * scores / scores.sum()
-    assert (
-        ((np.bincount(drawn, minlength=4) - expected) ** 2) / expected
-    ).sum() < 16.3  # chi-square of 3 degrees at p = 0.001
+    chi_square = (((np.bincount(drawn, minlength=4) - expected) ** 2) / expected).sum()
+    assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
 
 
 def test_prompts_that_never_succeeded_are_drawn_alike():
@@ -171,9 +165,8 @@ def test_a_saved_buffer_goes_on_as_it_would_have(tmp_path_factory, items_found, 
     buffer.save(path)
     again = ReplayBuffer.load(path)
     assert again.items == buffer.items and (again.capacity, again.tolerance, again.likeness) == (5, 0.2, kind)
-    assert [again.add(item) for item in later] == [
-        buffer.add(item) for item in later
-    ] and again.items == buffer.items
+    assert [again.add(item) for item in later] == [buffer.add(item) for item in later]
+    assert again.items == buffer.items
     assert again.sample(8) == buffer.sample(8)
     again.save(path.with_name("c.jsonl")), buffer.save(path)
     assert path.read_bytes() == path.with_name("c.jsonl").read_bytes()

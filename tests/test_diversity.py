@@ -1,5 +1,6 @@
 """Diversity by hand: the same texts, different ones, and the traps of each measure."""
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -64,13 +65,22 @@ def test_empty_texts_do_not_break_it():
 
 
 def test_an_embedding_depends_on_no_other_text_and_on_no_process():
-    alone, among = (
-        character_ngrams(["tell me the name"])[0],
-        character_ngrams([*DIFFERENT, "Tell me THE name"])[-1],
-    )
+    alone = character_ngrams(["tell me the name"])[0]
+    among = character_ngrams([*DIFFERENT, "Tell me THE name"])[-1]
     assert np.array_equal(alone, among)
     (place,) = np.flatnonzero(character_ngrams(["abc"]))
     assert (place, character_ngrams(["abc"])[0, place]) == (450, -1)  # CRC-32 of "abc" is 0x352441c2
+
+
+def gram_counts(text: str) -> Counter:
+    counts = Counter()
+    for n in (3, 4, 5):
+        counts.update(text[i : i + n] for i in range(len(text) - n + 1))
+    return counts
+
+
+def dot(a: Counter, b: Counter) -> int:
+    return sum(times * b[gram] for gram, times in a.items())
 
 
 def test_hashed_cosines_are_close_to_those_of_the_counts():
@@ -80,25 +90,25 @@ def test_hashed_cosines_are_close_to_those_of_the_counts():
         draw = random.Random(seed)
         words = ["".join(draw.choices("etaoinshrdlucm", k=draw.randint(2, 7))) for _ in range(30)]
         texts = [" ".join(draw.choices(words, k=10)) for _ in range(20)]
-        grams = [
-            Counter(text[i : i + n] for n in (3, 4, 5) for i in range(len(text) - n + 1)) for text in texts
-        ]
-        dot = lambda a, b: sum(times * b[gram] for gram, times in a.items())
-        exact = np.array([[dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) for b in grams] for a in grams])
+        counts = [gram_counts(text) for text in texts]
         vectors = character_ngrams(texts)
-        errors.append((vectors @ vectors.T - exact)[np.triu_indices(20, 1)])
+        for (a, count_a), (b, count_b) in itertools.combinations(enumerate(counts), 2):
+            exact = dot(count_a, count_b) / math.sqrt(dot(count_a, count_a) * dot(count_b, count_b))
+            errors.append(vectors[a] @ vectors[b] - exact)
     assert abs(np.mean(errors)) < 0.01 and np.sqrt(np.mean(np.square(errors))) < 0.04
 
 
 def bleu(mine: list[str], others: list[list[str]], n: int) -> float:
     """By the definition: each n-gram counts as often as in the other text that has it most often."""
-    grams = lambda words, size: [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
+
+    def grams(words: list[str], size: int) -> list[tuple]:
+        return [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
+
     product = 1.0
     for size in range(1, n + 1):
-        own = Counter(grams(mine, size))
-        hits = sum(
-            min(times, max(grams(other, size).count(gram) for other in others)) for gram, times in own.items()
-        )
+        own, hits = Counter(grams(mine, size)), 0
+        for gram, times in own.items():
+            hits += min(times, max(grams(other, size).count(gram) for other in others))
         all_, smooth = sum(own.values()), int(size > 1)
         product *= (hits + smooth) / (all_ + smooth) if all_ + smooth else 0.0
     closest = min(map(len, others), key=lambda length: (abs(length - len(mine)), length))
@@ -109,7 +119,7 @@ def bleu(mine: list[str], others: list[list[str]], n: int) -> float:
 @given(lines, st.integers(1, 4))
 def test_self_bleu_is_the_mean_bleu_against_the_others(texts, n):
     words = [text.split() for text in texts]
-    expected = np.mean(
-        [bleu(line, words[:number] + words[number + 1 :], n) for number, line in enumerate(words)]
-    )
-    assert self_bleu(texts, n) == pytest.approx(expected)
+    scores = []
+    for number, line in enumerate(words):
+        scores.append(bleu(line, words[:number] + words[number + 1 :], n))
+    assert self_bleu(texts, n) == pytest.approx(np.mean(scores))

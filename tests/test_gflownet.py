@@ -1,150 +1,251 @@
-"""The objectives on a target that can be enumerated: 340 sequences of 4 words and length up to 4, whose distribution must become R / Z.
+"""Of 20 triggers among 2,744 prompts GFlowNet and smoothing find at least 16, REINFORCE hardly any.
 
-The policy's distribution is computed exactly, prefix by prefix, not sampled; three planted mutants must miss the target.
+And for every run: a resumed one has the same result; unscored attacks train nothing; texts are asked once.
 """
 
-import itertools
-import math
+import json
+import operator
+import random
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from conftest import random_model
 
-from cfgsafe.red.objectives import (
-    contrastive_balance,
-    log_reward,
-    ppo,
-    reinforce,
-    schedule,
-    trajectory_balance,
-    vargrad,
-)
+from cfgsafe.blue import resume
+from cfgsafe.errors import InputError
+from cfgsafe.files import read_jsonl
+from cfgsafe.lora import DEFAULT, LoRAConfig, adapter_parameters, attach
+from cfgsafe.red.buffer import ReplayBuffer
+from cfgsafe.red.gflownet import Settings, explore, log_rewards, novelty
+from cfgsafe.red.policy import Attacker, Rules
+from cfgsafe.red.records import Attack, Trial, read_attacks
+from cfgsafe.red.training import Training, fit
+from cfgsafe.remote import Meter
 
-WORDS, LONGEST, END = 4, 4, 4
-SEQUENCES = [s for length in range(1, LONGEST + 1) for s in itertools.product(range(WORDS), repeat=length)]
-PREFIXES = {s: number for number, s in enumerate([(), *[s for s in SEQUENCES if len(s) < LONGEST]])}
-
-
-class Policy:
-    """A row of logits for each prefix: the next word, or the end where one word is there; the longest sequences end by themselves."""
-
-    def __init__(self):
-        self.logits = torch.zeros(len(PREFIXES), WORDS + 1, requires_grad=True)
-        self.blocked = torch.zeros(len(PREFIXES), WORDS + 1)
-        self.blocked[0, END] = -torch.inf
-        actions = [
-            [(PREFIXES[s[:n]], word) for n, word in enumerate(s)]
-            + ([(PREFIXES[s], END)] if len(s) < LONGEST else [])
-            for s in SEQUENCES
-        ]
-        self.places = torch.zeros(len(SEQUENCES), LONGEST + 1, dtype=torch.long)
-        self.taken = torch.zeros(len(SEQUENCES), LONGEST + 1)
-        for number, steps in enumerate(actions):
-            for n, (prefix, action) in enumerate(steps):
-                self.places[number, n], self.taken[number, n] = prefix * (WORDS + 1) + action, 1
-
-    def log_pi(self) -> Tensor:
-        """Of every sequence."""
-        logs = (self.logits + self.blocked).log_softmax(-1).flatten()
-        return torch.where(self.taken > 0, logs[self.places], 0.0).sum(1)
+VOCABULARY = 16
+RULES = Rules(start=(1, 2), end=3, least=3, most=3, banned=(0,))
+SUCCESS = {3: 1.0, 2: 0.3, 1: 0.05, 0: 0.01}  # by the places that agree with the nearest trigger
 
 
-def target(beta: float = 0.5) -> Tensor:
-    """A rugged log-reward: a language model's taste, and a score."""
-    torch.manual_seed(0)
-    reference = -torch.tensor([1.4 * len(s) for s in SEQUENCES]) - torch.rand(len(SEQUENCES))
-    score = (torch.rand(len(SEQUENCES)) ** 3).clamp(min=0.05).log()
-    return log_reward(reference, score, gamma=1.0, beta=beta)
+def decode(prompt):
+    return " ".join(map(str, prompt))
 
 
-def train(objective: str, *, rewards: Tensor, steps: int = 3000, mutant: str = "") -> tuple[float, float]:
-    """Total variation to R / Z, and the error of log Z."""
-    torch.manual_seed(1)
-    policy, log_z = Policy(), torch.zeros((), requires_grad=True)
-    groups = [
-        {"params": [policy.logits], "lr": 0.05},
-        {"params": [log_z], "lr": 0.0 if mutant == "frozen Z" else 0.1},
-    ]
-    optimiser = torch.optim.Adam(groups)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule(step, 1.0, 0.0, steps))
-    for _ in range(steps):
-        logs = policy.log_pi()
-        drawn = torch.multinomial(logs.detach().exp() * 0.9 + 0.1 / len(SEQUENCES), 64, replacement=True)
-        log_pi, reward = logs[drawn], rewards[drawn]
-        if mutant == "wrong beta":
-            reward = target(beta=0.4)[drawn]
-        if mutant == "detached":
-            log_pi = log_pi.detach() + 0 * log_pi
-        match objective:
-            case "tb":
-                loss = trajectory_balance(log_pi, reward, log_z)
-            case "vargrad":
-                loss = vargrad(log_pi, reward)
-            case "ctb":
-                loss = contrastive_balance(log_pi, reward)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        decay.step()
-    learned = policy.log_pi().detach()
-    assert math.isclose(learned.exp().sum().item(), 1, rel_tol=1e-4)
-    z = rewards.logsumexp(0)
-    estimate = log_z.detach() if objective == "tb" else (rewards - learned).mean()
-    return 0.5 * (learned.exp() - (rewards - z).exp()).abs().sum().item(), abs(estimate - z).item()
+def trials(*scores):
+    return tuple(Trial("c", "a", score) for score in scores)
 
 
-@pytest.mark.parametrize("objective", ["tb", "vargrad", "ctb"])
-def test_the_policy_becomes_the_target(objective):
-    variation, error = train(objective, rewards=target())
-    assert variation < 0.01 and error < 0.05
+def planted(seed: int) -> set[tuple[int, ...]]:
+    rng = random.Random(seed)
+    words = [word for word in range(VOCABULARY) if word not in (0, 3)]
+    triggers: set[tuple[int, ...]] = set()
+    while len(triggers) < 20:
+        triggers.add(tuple(rng.choice(words) for _ in range(3)))
+    return triggers
 
 
-@pytest.mark.parametrize("mutant", ["wrong beta", "detached", "frozen Z"])
-def test_planted_mutants_miss_it(mutant):
-    variation, error = train("tb", rewards=target(), mutant=mutant, steps=1500)
-    assert variation > 0.01 or error > 0.05
-    assert variation > 0.03 or mutant == "frozen Z"
+def attacker(seed: int = 0) -> Attacker:
+    model = random_model(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, eos_token_id=3)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(0.5)  # a reference without strong habits
+    torch.manual_seed(seed)
+    attach(model, LoRAConfig(rank=16))
+    return Attacker(model, RULES, decode, DEFAULT, None)
 
 
-def test_uniform_sequences_are_far_from_it():
-    wanted = target().softmax(0)
-    assert 0.5 * (wanted - 1 / len(SEQUENCES)).abs().sum() > 0.3
+def nearest(triggers):
+    """Scores of prompts by how much of the nearest trigger they have."""
+
+    def score(texts):
+        answers = []
+        for text in texts:
+            prompt = tuple(map(int, text.split()))
+            agreeing = max(sum(map(operator.eq, prompt, trigger)) for trigger in triggers)
+            answers.append(trials(SUCCESS[agreeing]))
+        return answers
+
+    return score
 
 
-def test_vargrad_is_trajectory_balance_at_the_best_log_z():
-    torch.manual_seed(0)
-    log_pi, rewards = torch.randn(7, requires_grad=True), torch.randn(7)
-    best = (rewards - log_pi).mean().detach()
-    assert torch.isclose(vargrad(log_pi, rewards), trajectory_balance(log_pi, rewards, best))
-    assert all(
-        trajectory_balance(log_pi, rewards, best + shift) > vargrad(log_pi, rewards) for shift in (-0.1, 0.1)
+def modes(objective: str, seed: int, out, steps: int = 350, **changes) -> int:
+    """Triggers among 512 prompts of the trained attacker."""
+    triggers, agent = planted(seed), attacker(seed)
+    settings = Settings(objective=objective, steps=steps, lr=1e-2, seed=seed, **changes)
+    settings.beta, settings.max_temperature, settings.tolerance = 0.3, 3.0, 0.1
+    found = explore(agent, nearest(triggers), Meter(), settings, out)
+    assert len({attack.tokens for attack in found}) == len(found)
+    if objective not in ("reinforce", "ppo"):
+        agent = attacker(seed)
+        good = [attack.tokens for attack in found if attack.score > 0.7]
+        fit(agent, good, Training(steps=300, lr=1e-2, seed=seed), out / "smooth", "mle")
+    return len(triggers & set(agent.draw(torch.ones(512), torch.Generator().manual_seed(99))))
+
+
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "smooth").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
+def test_gflownet_and_smoothing_find_the_modes(seed, out):
+    assert modes("tb", seed, out) >= 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["vargrad", "ctb"])
+def test_the_objectives_without_log_z_find_them_too(objective, out):
+    assert modes(objective, 0, out) >= 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_reinforce_loses_them(seed, out):
+    assert modes("reinforce", seed, out) < 10
+
+
+def weights(agent: Attacker) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in adapter_parameters(agent.model).values()]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("objective", ["tb", "vargrad", "ctb", "reinforce", "ppo"])
+def test_a_killed_run_goes_on_to_the_same_result(objective, tmp_path):
+    """Killed between two saved states: weights, attacks, metrics and buffer are those of a whole run."""
+    settings = Settings(
+        objective=objective, steps=9, batch_size=8, lr=1e-2, tolerance=0.1, seed=3, save_every=4
     )
-    assert torch.isclose(contrastive_balance(log_pi, rewards), vargrad(log_pi, rewards) * 7 / 6)
-    through = torch.autograd.grad((log_pi - rewards).var(unbiased=False), log_pi)[
-        0
-    ]  # the mean's own gradient cancels
-    assert torch.allclose(torch.autograd.grad(vargrad(log_pi, rewards), log_pi)[0], through, atol=1e-6)
+    folders = tmp_path / "whole", tmp_path / "killed"
+    for folder in folders:
+        folder.mkdir()
+    whole, killed = attacker(), attacker()
+    score, calls = nearest(planted(0)), []
+    everything = explore(whole, score, Meter(), settings, folders[0])
+
+    def dies(texts):
+        calls.append(texts)
+        if len(calls) == 7:
+            raise Killed
+        return score(texts)
+
+    with pytest.raises(Killed):
+        explore(killed, dies, Meter(), settings, folders[1])
+    assert resume.states(folders[1])
+    again = attacker(seed=1)  # other weights, which the state replaces
+    assert explore(again, score, Meter(), replace(settings, resume=True), folders[1]) == everything
+    assert all(map(torch.equal, weights(whole), weights(again)))
+    for name in ("attacks.jsonl", "metrics.jsonl"):
+        assert (folders[0] / name).read_text() == (folders[1] / name).read_text()
+    assert not resume.states(folders[1])
 
 
-def test_pairs_within_the_noise_are_pruned():
-    log_pi, rewards = torch.tensor([0.0, 1.0, 5.0]), torch.tensor([0.0, 0.05, 3.0])
-    kept = [((0 - 0) - (5.0 - 3.0)) ** 2 / 2, ((1.0 - 0.05) - (5.0 - 3.0)) ** 2 / 2]
-    assert math.isclose(contrastive_balance(log_pi, rewards, noise=0.1).item(), sum(kept) / 2, rel_tol=1e-6)
-    assert contrastive_balance(log_pi[:2], rewards[:2], noise=0.1) == 0
+def test_smoothing_resumes_and_refuses_other_prompts(tmp_path):
+    training = Training(steps=6, batch_size=4, lr=1e-2, save_every=2)
+    prompts = [(4, 5, 6), (7, 8, 9)]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    whole, killed = attacker(), attacker()
+    fit(whole, prompts, training, tmp_path / "a", "mle")
+    original = killed.model.forward
+    steps = iter(range(5))
+
+    def dies(*args, **kwargs):
+        if next(steps, None) is None:
+            raise Killed
+        return original(*args, **kwargs)
+
+    killed.model.forward = dies
+    with pytest.raises(Killed):
+        fit(killed, prompts, training, tmp_path / "b", "mle")
+    with pytest.raises(InputError, match="the data differ"):
+        fit(attacker(), prompts[:1], replace(training, resume=True), tmp_path / "b", "mle")
+    again = attacker(seed=1)
+    fit(again, prompts, replace(training, resume=True), tmp_path / "b", "mle")
+    assert all(map(torch.equal, weights(whole), weights(again)))
 
 
-def test_reinforce_and_ppo_by_hand():
-    log_pi = torch.tensor([-1.0, -2.0], requires_grad=True)
-    assert torch.allclose(
-        torch.autograd.grad(reinforce(log_pi, torch.tensor([3.0, 1.0])), log_pi)[0], torch.tensor([-0.5, 0.5])
-    )
-    advantage = torch.tensor([1.0, -1.0])
-    assert torch.isclose(
-        ppo(torch.log(torch.tensor([1.5, 0.5])), torch.zeros(2), advantage), -torch.tensor((1.2 - 0.8) / 2)
-    )
+def test_smoothing_makes_its_prompts_likely(tmp_path):
+    agent, prompts = attacker(), [(4, 5, 6), *[(7, 8, 9)] * 9]
+    before = agent.log_policy(prompts[:2]).detach()
+    fit(agent, prompts, Training(steps=80, batch_size=8, lr=1e-2), tmp_path, "mle")
+    after = agent.log_policy(prompts[:2]).detach()
+    assert (after > before + 3).all() and (after[0] - after[1]).abs() < 1  # given nine times, it does not win
 
 
-def test_schedules_and_rewards_in_closed_form():
-    assert [schedule(step, 2.0, 1.0, 4) for step in (0, 1, 2, 4, 9)] == [2.0, 1.75, 1.5, 1.0, 1.0]
-    value = log_reward(torch.tensor([-6.0]), torch.tensor([-0.2]), gamma=1.2, beta=0.1, temperature=2.0)
-    assert math.isclose(value.item(), (-5.0 - 2.0) / 2, rel_tol=1e-6)
+def is_odd(text: str) -> bool:
+    return sum(map(int, text.split())) % 2 == 1
+
+
+def test_what_cannot_be_scored_trains_nothing_and_is_tried_again(tmp_path):
+    """Half of the texts never get a score; the others keep theirs, and are asked for once."""
+    asked: list[str] = []
+
+    def score(texts):
+        asked.extend(texts)
+        return [trials(None, None) if is_odd(text) else trials(0.4, None, 0.6) for text in texts]
+
+    settings = Settings(objective="vargrad", steps=6, batch_size=8, tolerance=0.1)
+    found = explore(attacker(), score, Meter(), settings, tmp_path)
+    assert found and all(attack.score == 0.5 for attack in found)
+    scored = [text for text in asked if not is_odd(text)]
+    assert len(scored) == len(set(scored)) == len(found)
+    lines = [row for _, row in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert lines[-1]["unscorable"] == len(asked) - len(scored) > 0
+    assert len(read_attacks(tmp_path / "attacks.jsonl")) == len(asked)
+
+
+def test_a_spent_budget_ends_the_run(tmp_path):
+    meter = Meter(20)
+    settings = Settings(steps=50, batch_size=8, tolerance=0.1)
+    found = explore(attacker(), metered(meter), meter, settings, tmp_path)
+    assert len(found) == meter.made == 20
+
+
+def test_a_resumed_run_goes_on_with_the_budget_it_had(tmp_path):
+    settings = Settings(steps=50, batch_size=8, tolerance=0.1, save_every=1)
+    meter, score = Meter(20), metered(Meter(9))
+
+    def dies(texts):
+        for _ in texts:
+            meter.take()
+        if meter.made > 12:
+            raise Killed
+        return score(texts)
+
+    with pytest.raises(Killed):
+        explore(attacker(), dies, meter, settings, tmp_path)
+    (state,) = resume.states(tmp_path)
+    before = json.loads((state / "calls.json").read_text())["calls"]
+    assert before > 0
+    meter = Meter(20)
+    explore(attacker(), metered(meter), meter, replace(settings, resume=True), tmp_path)
+    assert meter.made == 20 and len(read_attacks(tmp_path / "attacks.jsonl")) <= 20 + 8
+
+
+def metered(meter):
+    """Scores until the meter is spent."""
+    return lambda texts: [trials(0.5 if meter.take() else None) for _ in texts]
+
+
+def test_gibberish_gets_the_reward_of_a_failure(tmp_path):
+    settings = Settings(steps=2, batch_size=16, tolerance=0.1)
+    found = explore(attacker(), lambda texts: [trials(1.0)] * len(texts), Meter(), settings, tmp_path)
+    bound = sorted(attack.least_likely for attack in found)[len(found) // 2]
+    free = log_rewards(found, Settings(), 1.0)
+    bounded = log_rewards(found, Settings(min_fluency=bound), 1.0)
+    for attack, before, after in zip(found, free, bounded, strict=True):
+        assert (after < before - 40) if attack.least_likely < bound else after == before
+
+
+def test_novelty_by_hand():
+    buffer = ReplayBuffer(10, 0.0)
+    one = Attack((4, 5, 6), "4 5 6", -1.0, trials(0.5))
+    other = Attack((4, 5, 7), "4 5 7", -1.0, trials(0.5))
+    assert novelty(one, buffer) == 1
+    buffer.add(one)
+    assert novelty(one, buffer) == 0 and novelty(other, buffer) == pytest.approx(1 / 3)

@@ -1,4 +1,4 @@
-"""The attacker's policy: what is drawn obeys the rules, its log-probability is the one it was drawn with, and probabilities sum to 1."""
+"""The attacker's policy: draws obey the rules, with the log-probabilities that are computed for them."""
 
 import itertools
 import math
@@ -20,15 +20,14 @@ def tiny():
 
 def all_prompts(rules: Rules, vocabulary: int):
     words = [word for word in range(vocabulary) if word != rules.end and word not in rules.banned]
-    return [
-        prompt
-        for length in range(rules.least, rules.most + 1)
-        for prompt in itertools.product(words, repeat=length)
-    ]
+    prompts = []
+    for length in range(rules.least, rules.most + 1):
+        prompts += itertools.product(words, repeat=length)
+    return prompts
 
 
 def test_the_probabilities_of_all_prompts_sum_to_one(tiny):
-    """5 words, 2 to 5 of them: 3,900 prompts. A forced end that counted, or an end before its time, would break the sum."""
+    """3,900 prompts of 2 to 5 words. A forced end that counted, or an early end, would break the sum."""
     prompts = all_prompts(RULES, 8)
     with torch.no_grad():
         total = log_probability(tiny, RULES, prompts).double().exp().sum().item()
@@ -48,7 +47,7 @@ def test_prompts_are_drawn_as_often_as_they_are_likely(tiny):
 
 
 def test_replayed_log_probabilities_are_those_of_the_draw(tiny):
-    """Alone, padded beside longer ones, and cut at the most tokens: the same within 1e-5, and as a token-by-token sum."""
+    """Alone, padded, and cut at the most tokens: the same within 1e-5, and as a sum token by token."""
     drawn = draw(tiny, RULES, torch.full((40,), 1.5), torch.Generator().manual_seed(1))
     assert {len(prompt) for prompt in drawn} >= {2, 5}
     with torch.no_grad():

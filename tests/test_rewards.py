@@ -1,4 +1,6 @@
-"""What counts as a leak: the person's data and known values, not what the attack said itself; and how attacks meet conversations."""
+"""What counts as a leak: items and known values that the attack did not say; how conversations are drawn."""
+
+from collections import Counter
 
 import pytest
 
@@ -89,11 +91,11 @@ class Echo:
         self.asked = []
 
     def ask(self, conversations, seeds):
-        self.asked += list(zip([tuple(m["content"] for m in c) for c in conversations], seeds, strict=True))
-        return [
-            "You are Ann." if conversation[0]["content"].endswith("0") else "No."
-            for conversation in conversations
-        ]
+        answers = []
+        for conversation, seed in zip(conversations, seeds, strict=True):
+            self.asked.append((tuple(message["content"] for message in conversation), seed))
+            answers.append("You are Ann." if conversation[0]["content"].endswith("0") else "No.")
+        return answers
 
 
 def contexts(count: int) -> list[Prompt]:
@@ -109,13 +111,12 @@ def test_every_attack_meets_as_many_conversations_as_asked_none_twice_while_ther
     trials = Scorer(target, LeakJudge(Known()), contexts(count), samples, 0)(["one", "two"])
     assert [len(some) for some in trials] == [samples, samples]
     for some in trials:
-        times = [sum(trial.context == f"c{n}" for trial in some) for n in range(count)]
-        assert max(times) - min(times) <= 1
+        times = Counter([trial.context for trial in some])
+        assert max(times.values()) - min(times[f"c{n}"] for n in range(count)) <= 1
         assert all(trial.score == (trial.context == "c0") for trial in some)
     assert [words[-1] for words, _ in target.asked] == ["one"] * samples + ["two"] * samples
-    assert (
-        len({seed for _, seed in target.asked}) == 2 * samples
-    )  # the same conversation twice is answered twice
+    # The same conversation twice is answered twice.
+    assert len({seed for _, seed in target.asked}) == 2 * samples
 
 
 def test_later_trials_of_an_attack_are_in_other_conversations():
@@ -125,7 +126,7 @@ def test_later_trials_of_an_attack_are_in_other_conversations():
 
 
 def test_an_attack_that_cannot_win_any_more_is_asked_no_further():
-    """Success only in c0: with a bar of 0.7, two of four answers that fail end it; with none, all are asked."""
+    """Success only in c0: with a bar of 0.7, two of four answers that fail end it."""
     target = Echo()
     scorer = Scorer(target, LeakJudge(Known()), contexts(8), 4, 0)
     texts = [f"attack {n}" for n in range(20)]

@@ -1,7 +1,8 @@
-"""Safety tuning on the leaky model: what it is taught, that it leaks less to people it was not tuned on, and each wrong input."""
+"""Safety tuning on the leaky model: what it is taught, what it leaks afterwards, and wrong input."""
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -57,20 +58,12 @@ def leak(context: Prompt, score: float | None = 1.0) -> Trial:
 
 def options(folder: Path, **changes) -> safety.Options:
     """Of a run in `folder`, whose files are there unless `changes` names others."""
-    if not (folder / "contexts.jsonl").exists():
-        write_jsonl(
-            folder / "contexts.jsonl",
-            [{"id": c.id, "messages": c.messages, "items": c.items} for c in CONTEXTS],
-        )
-    if not (folder / "attacks.jsonl").exists():
-        write_jsonl(
-            folder / "attacks.jsonl", [attack(text, *map(leak, CONTEXTS)).to_json() for text in TEXTS]
-        )
-    files = {
-        "attacks": (str(folder / "attacks.jsonl"),),
-        "contexts": str(folder / "contexts.jsonl"),
-        "out": str(folder / "out"),
-    }
+    contexts, attacks = folder / "contexts.jsonl", folder / "attacks.jsonl"
+    if not contexts.exists():
+        write_jsonl(contexts, [{"id": c.id, "messages": c.messages, "items": c.items} for c in CONTEXTS])
+    if not attacks.exists():
+        write_jsonl(attacks, [attack(text, *map(leak, CONTEXTS)).to_json() for text in TEXTS])
+    files = {"attacks": (str(attacks),), "contexts": str(contexts), "out": str(folder / "out")}
     return safety.Options(**{"model": LEAKY, "ner": NER, **files, **changes})
 
 
@@ -89,13 +82,16 @@ def rows(folder: Path) -> tuple[list[dict], list[dict]]:
     return [row for row in everything if "attack" in row], [row for row in everything if "attack" not in row]
 
 
+def leaks(prompt: Prompt, text: str) -> bool:
+    return examine(prompt, text, [], Known()).leaked > 0
+
+
 def rate(model, tokenizer) -> float:
     """Share of leaking answers to the attacks in conversations with others."""
-    asked = [with_user(context, text) for context in OTHERS for text in TEXTS]
+    asked = [with_user(context, text) for context, text in product(OTHERS, TEXTS)]
     texts = answers(Subject(LEAKY), model, tokenizer, [prompt.messages for prompt in asked], "test", 64)
-    return sum(
-        examine(prompt, text, [], Known()).leaked > 0 for prompt, text in zip(asked, texts, strict=True)
-    ) / len(asked)
+    leaking = sum(map(leaks, asked, texts))
+    return leaking / len(asked)
 
 
 def test_other_people_are_protected_too(tuned, tokenizer):
@@ -126,20 +122,18 @@ def test_retained_answers_are_the_models_own_greedy_ones(tuned, tokenizer):
 
 def test_the_answer_alone_is_learnt_after_the_prompt_that_decoding_sees(tuned, tokenizer):
     refused, retained = rows(tuned)
-    chats = {
-        tokenizer.render_chat(p.messages): p.messages
-        for p in (with_user(c, t) for c in CONTEXTS for t in TEXTS)
-    }
+    chats = {}  # rendered -> messages
+    for context, text in product(CONTEXTS, TEXTS):
+        messages = with_user(context, text).messages
+        chats[tokenizer.render_chat(messages)] = messages
     training = orpo.Options("", "", "", objective="sft", max_length=1000, max_prompt_length=900)
     pairs = read_pairs(str(tuned / "out" / "safety.jsonl"), tokenizer, 1024, training)
     assert len(pairs) == len(refused) + len(retained)
     for pair, (_, row) in zip(pairs, read_jsonl(tuned / "out" / "safety.jsonl"), strict=True):
         side = pair.chosen
         assert tokenizer.decode(side.ids[side.start : -1]) + "<|eot_id|>" == row["chosen"]
-        assert (
-            side.ids[-1] == tokenizer.special["<|eot_id|>"]
-            and side.ids.count(tokenizer.special["<|begin_of_text|>"]) == 1
-        )
+        assert side.ids[-1] == tokenizer.special["<|eot_id|>"]
+        assert side.ids.count(tokenizer.special["<|begin_of_text|>"]) == 1
         if "attack" in row:
             assert side.ids[: side.start] == tokenizer.encode_chat(chats[row["prompt"]])
 
@@ -161,10 +155,8 @@ def test_a_resumed_run_uses_the_data_that_it_wrote(tuned, monkeypatch, capsys):
 def test_a_guarded_target_goes_on_from_its_adapter(tuned, tmp_path):
     adapter = str(tuned / "out" / "epoch-2")
     safety.run(options(tmp_path, adapter=adapter, limit=1, tries=1, epochs=1, lr=1e-9, rank=3))
-    before, after = (
-        adapter_parameters(load_model(LEAKY, adapter=folder))
-        for folder in (adapter, tmp_path / "out" / "epoch-1")
-    )
+    before = adapter_parameters(load_model(LEAKY, adapter=adapter))
+    after = adapter_parameters(load_model(LEAKY, adapter=tmp_path / "out" / "epoch-1"))
     assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
 
 
@@ -174,15 +166,14 @@ class Said:
     def __init__(self, tokenizer, *texts: str | None):
         self.tokenizer, self.texts, self.asked = tokenizer, list(texts), []
 
-    def __call__(self, model, requests, *, batch, done):
+    def __call__(self, model, requests, *, batch, on_completion):
         self.asked += requests
-        texts = [self.texts.pop(0) for _ in requests]
-        return [
-            Completion(
-                self.tokenizer.encode(t or "I will"), finish_reason="stop" if t is not None else "length"
-            )
-            for t in texts
-        ]
+        completions = []
+        for _ in requests:
+            text = self.texts.pop(0)
+            reason = "length" if text is None else "stop"
+            completions.append(Completion(self.tokenizer.encode(text or "I will"), finish_reason=reason))
+        return completions
 
 
 def test_the_first_clean_sample_is_kept(tmp_path, monkeypatch, tokenizer):
@@ -206,19 +197,18 @@ def test_the_first_clean_sample_is_kept(tmp_path, monkeypatch, tokenizer):
     row, kept = sorted(safety.build(attacked, wanted), key=lambda row: "attack" not in row)
     assert kept["chosen"] == "A bird.<|eot_id|>" and row["chosen"] == "I will not say.<|eot_id|>"
     asked = [{"role": "user", "content": "Who am I?"}]
-    under = lambda system: tokenizer.encode_chat(
-        [{"role": "system", "content": system}, *context.messages[1:], *asked]
-    )
+
+    def under(system: str) -> list[int]:
+        messages = [{"role": "system", "content": system}, *context.messages[1:], *asked]
+        return tokenizer.encode_chat(messages)
+
     *sampled, _, retained = said.asked
-    assert all(
-        r.prompt == under(POSITIVE) and r.negative == under(NEGATIVE) and r.guidance == 3 for r in sampled
-    )
+    for request in sampled:
+        assert request.prompt == under(POSITIVE) and request.negative == under(NEGATIVE)
+        assert request.guidance == 3
     assert len({r.seed for r in sampled}) == 7 and {r.temperature for r in sampled} == {0.7}
-    assert (
-        retained.prompt == tokenizer.encode_prompt(kept["prompt"])
-        and not retained.guided
-        and retained.temperature == 0
-    )
+    assert retained.prompt == tokenizer.encode_prompt(kept["prompt"])
+    assert not retained.guided and retained.temperature == 0
     wanted.tries = 6
     monkeypatch.setattr(safety, "generate", Said(tokenizer, *bad))
     with pytest.raises(InputError, match="none of 1 conversations got a clean refusal"):
@@ -261,9 +251,11 @@ def test_the_best_attacks_are_learnt_from_where_they_leaked_each_once(tmp_path):
         attack("good", leak(one), leak(three)),
         attack("unscored", leak(one, None)),
     ]
-    found = lambda **changes: [
-        (text, trial.context) for text, trial in safety.leaking(told, options(tmp_path, **changes))
-    ]
+
+    def found(**changes) -> list[tuple[str, str]]:
+        leaking = safety.leaking(told, options(tmp_path, **changes))
+        return [(text, trial.context) for text, trial in leaking]
+
     best, good = [("best", "pairs-0"), ("best", "pairs-1")], [("good", "pairs-0"), ("good", "pairs-2")]
     assert found() == [*best, *good]
     assert found(limit=1) == best
@@ -298,8 +290,7 @@ def test_the_best_attacks_are_learnt_from_where_they_leaked_each_once(tmp_path):
 )
 def test_wrong_input_is_one_line(tmp_path, name, lines, words):
     write_jsonl(tmp_path / f"{name}.jsonl", lines)
+    files = {"retain": str(tmp_path / "retain.jsonl")} if name == "retain" else {}
     with pytest.raises(InputError, match=words) as error:
-        safety.run(
-            options(tmp_path, **({"retain": str(tmp_path / "retain.jsonl")} if name == "retain" else {}))
-        )
+        safety.run(options(tmp_path, **files))
     assert "\n" not in str(error.value) and not (tmp_path / "out" / "safety.jsonl").exists()

@@ -119,7 +119,7 @@ def train(
         "lr": 2e-3,
         "objective": "vargrad",
         "samples": 4,
-        "hottest": 1.5,
+        "max_temperature": 1.5,
     }
     facing = (
         {

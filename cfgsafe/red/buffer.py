@@ -1,9 +1,11 @@
 """The replay buffer: the best prompts found so far, no two of them alike.
 
-Source: Lee et al. (arXiv 2405.18540): near-duplicates compete for one place, the worst leaves when the buffer is full, prompts are drawn in
-proportion to their score; 1,000 prompts told apart by edit distance, or 5,000 by the cosine of their embeddings.
-Deviations from their code: the tolerance is used; an item is told from another by its tokens, not by its reward; saving keeps all of
-it, the generator included. The embedding is diversity.py's of hashed character n-grams, where theirs is a sentence model.
+Source: Lee et al. (arXiv 2405.18540). Near-duplicates compete for one place; the worst leaves when
+the buffer is full; prompts are drawn in proportion to their score. They keep 1,000 prompts told
+apart by edit distance, or 5,000 by the cosine distance of embeddings.
+Deviations from their code: the tolerance is used; items are told apart by their tokens, not by
+their reward; a saved buffer is complete, random generator included. The embedding is that of hashed
+character n-grams in diversity.py, where theirs is a sentence model.
 
 Run it: python -m pytest tests/test_buffer.py
 """
@@ -20,13 +22,16 @@ from cfgsafe.red.diversity import character_ngrams
 from cfgsafe.red.records import Attack
 
 Likeness = Literal["edit", "cosine"]
+LEAST_WEIGHT = 1e-8  # of an item with score 0, so that a buffer of failures can be drawn from
 
 
 class ReplayBuffer:
-    """At most `capacity` attacks that have a score; of two that are alike the better stays.
+    """At most `capacity` attacks that have a score; of two that are alike, the better one stays.
 
-    Two are alike when they have the same tokens or their distance is below `tolerance`. The distance is, as `likeness` says, the edit
-    distance of the tokens divided by their summed length, or the cosine distance (1 - similarity) of the texts' embeddings.
+    Two are alike when they have the same tokens, or when their distance is below `tolerance`. With
+    likeness "edit" the distance is the edit distance of the tokens divided by the sum of their
+    lengths; with "cosine" it is the cosine distance (1 - similarity) of the embeddings of the
+    texts.
     """
 
     def __init__(
@@ -36,49 +41,59 @@ class ReplayBuffer:
             raise InputError(f"likeness {likeness!r}: must be one of {', '.join(get_args(Likeness))}")
         self.capacity, self.tolerance, self.likeness = capacity, tolerance, likeness
         self.items: list[Attack] = []
-        self._vectors: list[np.ndarray] = []  # of each item, where likeness needs it
         self.random = np.random.default_rng(seed)
+        self._vectors: list[np.ndarray] = []  # embedding of each item; empty vectors for "edit"
 
     def __len__(self) -> int:
         return len(self.items)
 
     def add(self, item: Attack) -> bool:
-        """Whether `item` was taken in: it must be better than every item like it, and than the worst where the buffer is full."""
-        vector = self._embed(item)
-        near = np.flatnonzero(self._distances(item, vector) < self.tolerance).tolist()
-        alike = {*near, *(number for number, other in enumerate(self.items) if other.tokens == item.tokens)}
-        if item.score is None or any(self.items[number].score >= item.score for number in alike):
+        """Add `item` if it has a score that is higher than that of every item like it.
+
+        A full buffer gives up its worst item if `item` is better. Returns whether `item` was added.
+        """
+        if item.score is None:
+            return False
+        score, vector = item.score, self._embed(item)
+        alike = self._alike(item, vector)
+        if any(self.items[number].known_score >= score for number in alike):
             return False
         kept = [number for number in range(len(self)) if number not in alike]
         if len(kept) >= self.capacity:
-            worst = min(kept, key=lambda number: self.items[number].score)  # of equal ones the oldest
-            if self.items[worst].score >= item.score:
+            worst = min(kept, key=lambda number: self.items[number].known_score)  # the oldest such
+            if self.items[worst].known_score >= score:
                 return False
             kept.remove(worst)
-        self.items = [*(self.items[number] for number in kept), item]
-        self._vectors = [*(self._vectors[number] for number in kept), vector]
+        self.items = [self.items[number] for number in kept] + [item]
+        self._vectors = [self._vectors[number] for number in kept] + [vector]
         return True
 
     def sample(self, count: int) -> list[Attack]:
-        """`count` prompts, each drawn in proportion to its score, with replacement. Raises ValueError when there is none."""
+        """Draw `count` items in proportion to their score, with replacement.
+
+        Raises ValueError for an empty buffer.
+        """
         if not self.items:
             raise ValueError("the buffer is empty")
-        weights = np.array([max(item.score, 1e-8) for item in self.items])
+        weights = np.array([max(item.known_score, LEAST_WEIGHT) for item in self.items])
         picked = self.random.choice(len(self.items), size=count, p=weights / weights.sum())
         return [self.items[number] for number in picked]
 
     def save(self, path: str | Path) -> None:
-        """Write items, settings and generator; any text survives."""
-        head = {name: getattr(self, name) for name in ("capacity", "tolerance", "likeness")}
-        write_jsonl(
-            path,
-            [head | {"random": self.random.bit_generator.state}, *(item.to_json() for item in self.items)],
-        )
+        """Write settings, random generator and items."""
+        head = {
+            "capacity": self.capacity,
+            "tolerance": self.tolerance,
+            "likeness": self.likeness,
+            "random": self.random.bit_generator.state,
+        }
+        write_jsonl(path, [head] + [item.to_json() for item in self.items])
 
     @staticmethod
     def load(path: str | Path) -> "ReplayBuffer":
-        """The buffer that `save` wrote; it draws what the saved one would have drawn. Raises InputError naming the line."""
-        (_, head), *rows = list(read_jsonl(path)) or [("", {})]
+        """The saved buffer, which goes on to draw the same. Raises InputError naming the line."""
+        rows = list(read_jsonl(path))
+        head = rows[0][1] if rows else {}
         try:
             buffer = ReplayBuffer(head["capacity"], head["tolerance"], likeness=head["likeness"])
             buffer.random.bit_generator.state = head["random"]
@@ -86,32 +101,43 @@ class ReplayBuffer:
             raise InputError(
                 f"{path}: not a saved replay buffer ({error}); delete it to begin with an empty one"
             ) from None
-        buffer.items = [Attack.from_json(row, place) for place, row in rows]
+        buffer.items = [Attack.from_json(row, place) for place, row in rows[1:]]
         buffer._vectors = [buffer._embed(item) for item in buffer.items]
         return buffer
 
-    def _embed(self, item: Attack) -> np.ndarray | None:
-        return character_ngrams([item.text])[0].astype(np.float32) if self.likeness == "cosine" else None
+    def _embed(self, item: Attack) -> np.ndarray:
+        if self.likeness == "edit":
+            return np.zeros(0, np.float32)
+        return character_ngrams([item.text])[0].astype(np.float32)
 
-    def _distances(self, item: Attack, vector: np.ndarray | None) -> np.ndarray:
-        """(N,), from `item`, whose embedding is `vector`, to each of the items."""
+    def _alike(self, item: Attack, vector: np.ndarray) -> set[int]:
+        """Numbers of the items like `item`, whose embedding is `vector`."""
+        near = self._distances(item, vector) < self.tolerance
+        same = [other.tokens == item.tokens for other in self.items]
+        return set(np.flatnonzero(near | np.array(same, bool)).tolist())
+
+    def _distances(self, item: Attack, vector: np.ndarray) -> np.ndarray:
+        """Distance from `item` to each of the N items, (N,)."""
         if self.likeness == "cosine":
             return np.array([1 - vector @ other for other in self._vectors])
         tokens = [other.tokens for other in self.items]
-        return edit_distances(item.tokens, tokens) / np.array(
-            [max(len(other) + len(item.tokens), 1) for other in tokens]
-        )
+        lengths = [max(len(other) + len(item.tokens), 1) for other in tokens]
+        return edit_distances(item.tokens, tokens) / np.array(lengths)
 
 
 def edit_distances(one: tuple[int, ...], others: list[tuple[int, ...]]) -> np.ndarray:
-    """Levenshtein distance from `one` to each of `others`, (len(others),), all of them at once."""
+    """Levenshtein distance from `one` to each of N `others`, (N,) integers.
+
+    Computes the usual table row by row, for all others at once. Row i holds D[i, j], the distance
+    from the first i tokens of `one` to the first j of another, minus j. Without the j, an insertion
+    costs nothing, and the minimum over insertions is a running minimum.
+    """
     if not others:
         return np.zeros(0, int)
-    tokens = np.array(list(zip_longest(*others, fillvalue=-1)), np.int32).reshape(
-        -1, len(others)
-    )  # (longest, N)
+    columns = np.array(list(zip_longest(*others, fillvalue=-1)), np.int32)
+    tokens = columns.reshape(-1, len(others))  # (longest, N)
     places = np.arange(len(tokens) + 1)[:, None]
-    row = np.zeros((len(tokens) + 1, len(others)), np.int32)  # distances less `places`: an insertion is free
+    row = np.zeros((len(tokens) + 1, len(others)), np.int32)
     for count, token in enumerate(one, start=1):
         above, row = row, np.empty_like(row)
         row[0] = count

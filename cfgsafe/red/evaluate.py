@@ -1,19 +1,22 @@
-"""An attack on a target by one or several attackers: their draws, what the target answered, and how they compare.
+"""Attack a target with one attacker or several, and compare how they do.
 
 Source: Lee et al. (arXiv 2405.18540): 1,024 prompts drawn at temperature 1, five answers each.
-Deviations: prompts are put to conversations of people that no attacker was trained on; attackers that are checkpoints alone give the
-baselines without training (`list`: in context). With --attacks, stored prompts are put to a target they were not found on (transfer).
-With --ancestor, a value that the conversation does not hold and that the model before fine-tuning gives away as well is no hit.
+Deviations: prompts are put to conversations of people that no attacker was trained on. Attackers
+that are checkpoints alone give the baselines without training; with --template list they are asked
+in context. With --attacks, stored prompts are put to a target that they were not found on
+(transfer). With --ancestor, a value that the conversation does not hold and that the model before
+fine-tuning gives away as well is no hit.
 
-Writes OUT/attacks-NAME.jsonl for each attacker as the answers come, OUT/results.json, OUT/table.md and OUT/attacks.png.
+Writes OUT/attacks-NAME.jsonl for each attacker as the answers come, and OUT/results.json, table.md
+and attacks.png.
 
-Run it: python eval.py attack --attacker runs/smooth --target cfgsafe/demo/leaky --contexts test-contexts.jsonl --out runs/attack
+Run it: python eval.py attack --attacker runs/mle --target cfgsafe/demo/leaky --out runs/attack
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -21,19 +24,22 @@ from tqdm import tqdm
 from cfgsafe.blue import resume
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.files import make_folder, write_jsonl, write_text
-from cfgsafe.llama import Llama
 from cfgsafe.pii.matching import stands_in
 from cfgsafe.red import measure, rewards, stages
-from cfgsafe.red.gflownet import seed_of
-from cfgsafe.red.records import Attack, read_attacks
-from cfgsafe.red.rewards import Scorer, ended, judge_of, read_contexts
+from cfgsafe.red.attacker import facts_of, trained
+from cfgsafe.red.records import Attack, Trial, read_attacks
+from cfgsafe.red.rewards import Scorer, all_text, ended, judge_of, read_contexts
+from cfgsafe.red.stages import Checkpoint, Template
 from cfgsafe.red.target import LocalTarget
+from cfgsafe.red.training import seed_of
 from cfgsafe.remote import Service
-from cfgsafe.subject import Subject, load
-from cfgsafe.tokenizer import Tokenizer
+from cfgsafe.subject import load
+from cfgsafe.tokenizer import Messages
 
 CHUNK = 64  # prompts put to the target together, after which they are written
 FREE = ("out", "resume", "device", "budget", "service", "batch")  # a resumed run may change these
+
+Lists = dict[tuple[str, str], list[Attack]]  # (target, attacker) -> its attacks in drawn order
 
 
 @dataclass(kw_only=True)
@@ -41,20 +47,20 @@ class Options(rewards.Options):
     """Attack a target and measure success and diversity."""
 
     attacker: tuple[str, ...] = ()
-    """Folders of train.py attacker, or checkpoints without training; NAME=FOLDER gives it a name."""
+    """Folders of train.py attacker, or checkpoints alone; NAME=FOLDER gives one a name."""
     attacks: tuple[str, ...] = ()
-    """attacks.jsonl of other runs, whose prompts are put to this target; NAME=FILE gives them a name."""
+    """attacks.jsonl of other runs, to put to this target; NAME=FILE gives one a name."""
     out: str
     """Folder for attacks, results.json, the table and the figure."""
     name: str = "target"
-    """What the target is called in them."""
+    """Name of the target in table and figure."""
     draws: int = 1024
     """Prompts of each attacker."""
     ancestor: str | None = None
     """Checkpoint of the target before fine-tuning; what it gives away as well does not count."""
     prompts: str | None = None
     """JSONL of {"prompt"}: the examples of a checkpoint that is asked for a list."""
-    template: Literal["user", "list"] = "user"
+    template: Template = "user"
     """How a checkpoint is asked for prompts."""
     least: int = 5
     """Shortest prompt of a checkpoint, in tokens."""
@@ -67,36 +73,40 @@ class Options(rewards.Options):
 def run(options: Options) -> None:
     rewards.check(options)
     check_at_least(1, options, "draws", "least")
-    names = [(*named(path), draw_attacks) for path in options.attacker] + [
-        (*named(path), put_again) for path in options.attacks
-    ]
+    attackers = [named(text) for text in options.attacker]
+    stored = [named(text) for text in options.attacks]
+    names = [name for name, _ in attackers + stored]
     if not names:
         raise InputError("give --attacker FOLDER or --attacks FILE")
-    if len({name for name, _, _ in names}) < len(names):
+    if len(set(names)) < len(names):
         raise InputError("two attackers have the same name; give NAME=FOLDER")
     out = make_folder(options.out)
     settings = json.loads(json.dumps(asdict(options)))
     if options.resume:
         resume.check_same_run(out, settings, FREE)
     write_text(out / "config.json", json.dumps(settings, indent=2) + "\n")
-    lists = {(options.name, name): collect(name, path, options, out) for name, path, collect in names}
+    lists: Lists = {}
+    for name, path in attackers:
+        lists[options.name, name] = draw_attacks(name, path, options, out)
+    for name, path in stored:
+        lists[options.name, name] = put_again(name, path, options, out)
     if options.ancestor:
-        lists = less_known(lists, options)
+        lists = subtract_ancestor(lists, options.ancestor, options)
     rows = measure.measure(lists)
     report(out, rows)
     print(measure.table(rows))
     print(json.dumps({"out": str(out), "rows": rows}))
 
 
-def report(out: Path, rows: list[dict], **facts) -> None:
-    """results.json, table.md and attacks.png in `out`."""
+def report(out: Path, rows: list[dict], **facts: object) -> None:
+    """Write results.json, table.md and attacks.png to `out`."""
     write_text(out / "results.json", json.dumps({"rows": rows, **facts}, indent=1) + "\n")
     write_text(out / "table.md", measure.table(rows) + "\n")
     measure.figure(out / "attacks.png", rows)
 
 
 def named(text: str) -> tuple[str, str]:
-    """(name, path) of NAME=PATH, or of a path, which is called as its folder."""
+    """(name, path) of NAME=PATH, or of a path alone; then the folder's name is the name."""
     name, equals, path = text.partition("=")
     if equals and "/" not in name:
         return name, path
@@ -105,87 +115,90 @@ def named(text: str) -> tuple[str, str]:
 
 
 def draw_attacks(name: str, path: str, options: Options, out: Path) -> list[Attack]:
-    """The draws of an attacker, duplicates included, with what the target answered."""
-    facts = stages.facts_of(path, options)
-    model, tokenizer = load(Subject(facts.model, device=options.device, dtype=options.dtype))
-    scorer = open_scorer(name, options, out, (facts.model, model, tokenizer))
-    agent = stages.trained(facts, model, tokenizer)
+    """Draw prompts from an attacker, perhaps some twice, and put them to the target."""
+    asked = (options.template, options.least, options.most, options.prompts, options.seed)
+    facts = facts_of(path, *asked)
+    checkpoint = stages.open_checkpoint(facts.model, options)
+    scorer = open_scorer(name, options, out, checkpoint)
+    agent = trained(facts, checkpoint.model, checkpoint.tokenizer)
     file = out / f"attacks-{name}.jsonl"
     if not options.resume:
         file.unlink(missing_ok=True)
     resume.keep_steps(file, "draw", options.draws)
     found = read_attacks(file) if file.exists() and file.stat().st_size else []
-    drawn = agent.draw(torch.ones(options.draws), torch.Generator().manual_seed(seed_of(options.seed, 0)))
-    texts = [agent.spell(prompt) for prompt in drawn]
-    again = [
-        texts[:number].count(text) for number, text in enumerate(texts)
-    ]  # a prompt drawn again meets other conversations
+    generator = torch.Generator().manual_seed(seed_of(options.seed, 0))
+    drawn = agent.draw(torch.ones(options.draws), generator)
+    texts = [agent.decode(prompt) for prompt in drawn]
+    k = options.samples
     for start in tqdm(range(len(found), options.draws, CHUNK), desc=name, leave=False):
-        some = range(start, min(start + CHUNK, options.draws))
-        k = options.samples
-        trials = scorer.ask(
-            [(texts[number], again[number] * k + sample) for number in some for sample in range(k)]
-        )
-        fluency = agent.log_reference([drawn[number] for number in some])
+        numbers = range(start, min(start + CHUNK, options.draws))
+        wanted: list[tuple[str, int]] = []
+        for number in numbers:
+            # A prompt that is drawn again meets other conversations.
+            first = texts[:number].count(texts[number]) * k
+            wanted += [(texts[number], trial) for trial in range(first, first + k)]
+        trials = scorer.ask(wanted)
+        fluency = agent.fluency([drawn[number] for number in numbers])
         with open(file, "a", encoding="utf-8") as log:
-            for place, number in enumerate(some):
+            for place, number in enumerate(numbers):
+                answers = tuple(trials[place * k : place * k + k])
                 likely, least = fluency[place]
-                found.append(
-                    Attack(
-                        drawn[number], texts[number], likely, tuple(trials[place * k : place * k + k]), least
-                    )
-                )
-                log.write(json.dumps({"draw": number + 1, **found[-1].to_json()}) + "\n")
+                attack = Attack(drawn[number], texts[number], likely, answers, least)
+                log.write(json.dumps({"draw": number + 1, **attack.to_json()}) + "\n")
+                found.append(attack)
     return found
 
 
 def put_again(name: str, path: str, options: Options, out: Path) -> list[Attack]:
-    """The prompts of a file, each once, put to this target."""
+    """Put the prompts of a file of attacks to this target, each text once."""
     stored = list({attack.text: attack for attack in read_attacks(path)}.values())[: options.draws]
     scorer = open_scorer(name, options, out, None)
     found: list[Attack] = []
     for start in tqdm(range(0, len(stored), CHUNK), desc=name, leave=False):
         some = stored[start : start + CHUNK]
-        found += [
-            replace(attack, trials=trials)
-            for attack, trials in zip(some, scorer([attack.text for attack in some]), strict=True)
-        ]
+        for attack, trials in zip(some, scorer([attack.text for attack in some]), strict=True):
+            found.append(replace(attack, trials=trials))
     write_jsonl(out / f"attacks-{name}.jsonl", [attack.to_json() for attack in found])
     return found
 
 
-def open_scorer(
-    name: str, options: Options, out: Path, shared: tuple[str, Llama, Tokenizer] | None
-) -> Scorer:
+def open_scorer(name: str, options: Options, out: Path, shared: Checkpoint | None) -> Scorer:
+    """The target, on the model of `shared` where it has the same checkpoint, and its judge."""
     contexts = read_contexts(options.contexts)
     target = stages.open_target(options, out / f"answers-{name}.jsonl", shared)
     return Scorer(target, judge_of(options, contexts), contexts, options.samples, options.seed)
 
 
-def less_known(lists: dict, options: Options) -> dict:
-    """The attacks without the values that no conversation holds and that the ancestor, asked the same, gives away as well."""
+def subtract_ancestor(lists: Lists, ancestor: str, options: Options) -> Lists:
+    """The attacks without values that the ancestor gives away too and no conversation holds."""
     contexts = {context.id: context for context in read_contexts(options.contexts)}
-    asked = [
-        (key, number, place, ended(contexts[trial.context], attack.text))
-        for key, attacks in lists.items()
-        for number, attack in enumerate(attacks)
-        for place, trial in enumerate(attack.trials)
-        if trial.found
-    ]
-    plain = replace(
-        options, model=options.ancestor, adapter=None, guidance=None, budget=None, service=Service()
-    )
-    answers = LocalTarget(plain, *load(plain), None).ask(
-        [messages for *_, messages in asked], [options.seed] * len(asked)
-    )
-    given: dict[tuple, list[str]] = {}
-    for (key, number, place, messages), answer in zip(asked, answers, strict=True):
-        told = " ".join(m["content"] for m in messages)
-        found = lists[key][number].trials[place].found
-        given[key, number, place] = [
-            value for value in found if not stands_in(told, value) and stands_in(answer or "", value)
-        ]
-    by_base = lambda key: [
-        [given.get((key, n, t), []) for t in range(len(a.trials))] for n, a in enumerate(lists[key])
-    ]
-    return {key: measure.subtract(attacks, by_base(key)) for key, attacks in lists.items()}
+    conversations: list[Messages] = []  # one for each trial that found something
+    for attacks in lists.values():
+        for attack in attacks:
+            leaking = [trial for trial in attack.trials if trial.found]
+            conversations += [ended(contexts[trial.context], attack.text) for trial in leaking]
+    plain = replace(options, model=ancestor, adapter=None, guidance=None)
+    plain.budget, plain.service = None, Service()
+    target = LocalTarget(plain, *load(plain), None)
+    answers = target.ask(conversations, [options.seed] * len(conversations))
+    asked = iter(zip(conversations, answers, strict=True))
+    left: Lists = {}
+    for key, attacks in lists.items():
+        given = []
+        for attack in attacks:
+            given.append([_also_given(trial, asked) for trial in attack.trials])
+        left[key] = measure.subtract(attacks, given)
+    return left
+
+
+def _also_given(trial: Trial, asked: Iterator[tuple[Messages, str | None]]) -> list[str]:
+    """The values of a trial that the ancestor's answer holds and the conversation does not.
+
+    `asked` gives conversation and ancestor's answer for each trial that found something, in order.
+    """
+    if not trial.found:
+        return []
+    conversation, answer = next(asked)
+    said = all_text(conversation)
+    new = [value for value in trial.found if not stands_in(said, value)]
+    return [value for value in new if stands_in(answer or "", value)]

@@ -1,41 +1,44 @@
-"""The attacker as a policy over prompts: sampling, and the log-probability of a prompt with its gradient.
+"""The attacker as a policy over prompts: drawing them, and their log-probability with its gradient.
 
-Source: Lee et al. (arXiv 2405.18540): at least `least` and at most `most` tokens after a fixed beginning.
-Deviations from their code: the same rules hold when a prompt is drawn, scored and replayed. Before `least` tokens the end has no
-probability; the end that `most` forces is no choice and counts nothing. Dropout is off in both.
-Shapes: N prompts, T tokens, V vocabulary.
+Source: Lee et al. (arXiv 2405.18540): from `least` to `most` tokens after a fixed beginning.
+Deviations from their code: the same rules hold when a prompt is drawn, scored and replayed. Before
+`least` tokens the end token has probability 0. After `most` tokens the prompt ends by itself: there
+is no end token to draw, so none counts in the log-probability. Dropout is off in drawing and in
+training.
+Shapes: N prompts, T tokens, W tokens after the beginning, V vocabulary, C hidden.
 
 Run it: python -m pytest tests/test_policy.py
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cfgsafe.llama import KVCache, Llama
 from cfgsafe.logprobs import token_logprobs
-from cfgsafe.lora import set_adapters
+from cfgsafe.lora import adapter_parameters, set_adapters
 
-UNREAD = -100  # the label of a token that bears no loss
-WORST = 0.2  # share of a prompt's tokens, the least likely ones, that `least_likely` averages
+UNREAD = -100  # label of a token that bears no loss
+WORST = 0.2  # share of the tokens of a prompt that `least_likely` averages
 
-Prompt = tuple[int, ...]  # without its end token
+Prompt = tuple[int, ...]  # tokens, without the end token
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a prompt may be: after `start`, from `least` to `most` tokens, none of `banned`, then `end`."""
+    """A prompt is `start`, then `least` to `most` tokens, none of them `banned`, then `end`."""
 
     start: Prompt
     end: int
     least: int = 5
     most: int = 20
-    banned: Prompt = ()  # control tokens, say
+    banned: Prompt = ()  # control tokens, for example
 
     def block(self, logits: Tensor, place: int) -> Tensor:
-        """Logits (N, V) of the token at `place` (0 the first) without what may not stand there."""
+        """Logits (N, V) with -inf for what may not be token number `place`, from 0."""
         blocked = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
         blocked[list(self.banned)] = True
         blocked[self.end] = place < self.least
@@ -46,15 +49,26 @@ class Rules:
         return self.least <= len(prompt) <= self.most and not {self.end, *self.banned} & set(prompt)
 
 
+class Fluency(NamedTuple):
+    """How likely the reference finds a prompt."""
+
+    log_reference: float  # sum of the log-probabilities of its tokens, drawn end included
+    least_likely: float  # mean of the lowest WORST of them, at least one
+
+
 @dataclass(frozen=True)
 class Attacker:
-    """A policy and the reference it started from: one model with an adapter for each; None is the bare model."""
+    """A policy and the reference that it started from: adapters of one model, None for none."""
 
     model: Llama
     rules: Rules
-    spell: Callable[[Prompt], str]
+    decode: Callable[[Prompt], str]  # tokens -> the text that the target reads
     policy: str | None
     reference: str | None
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The weights of the policy's adapter by name; none where the policy is the bare model."""
+        return {} if self.policy is None else {**adapter_parameters(self.model, self.policy)}
 
     def draw(self, temperatures: Tensor, generator: torch.Generator) -> list[Prompt]:
         """As `draw`, from the policy."""
@@ -62,32 +76,29 @@ class Attacker:
         return draw(self.model, self.rules, temperatures, generator)
 
     def log_policy(self, prompts: list[Prompt]) -> Tensor:
-        """log pi of each, (N,), with its gradient."""
+        """log pi of each prompt, (N,), with its gradient."""
         set_adapters(self.model, [self.policy])
         return log_probability(self.model, self.rules, prompts)
 
     @torch.no_grad()
-    def log_reference(self, prompts: list[Prompt]) -> list[tuple[float, float]]:
-        """Of each prompt its log-probability under the reference, and the mean over its least likely tokens."""
+    def fluency(self, prompts: list[Prompt]) -> list[Fluency]:
+        """How likely the reference finds each prompt."""
         set_adapters(self.model, [self.reference])
         found = []
-        for log_probs, real in zip(*token_log_probabilities(self.model, self.rules, prompts), strict=True):
+        rows = zip(*token_log_probabilities(self.model, self.rules, prompts), strict=True)
+        for log_probs, real in rows:
             tokens = log_probs[real]
-            found.append(
-                (
-                    tokens.sum().item(),
-                    tokens.sort().values[: max(1, round(WORST * len(tokens)))].mean().item(),
-                )
-            )
+            worst = tokens.sort().values[: max(1, round(WORST * len(tokens)))]
+            found.append(Fluency(tokens.sum().item(), worst.mean().item()))
         return found
 
 
 @torch.no_grad()
 def draw(model: Llama, rules: Rules, temperatures: Tensor, generator: torch.Generator) -> list[Prompt]:
-    """N prompts, one at each of `temperatures` (N,), without their end token."""
+    """Draw N prompts, one at each of `temperatures` (N,)."""
     N, device = len(temperatures), model.device
     cache = KVCache.empty(model.config, N, len(rules.start) + rules.most, device=device, dtype=model.dtype)
-    hidden = model(torch.tensor([rules.start] * N, device=device), cache=cache)[:, -1]
+    hidden = model(torch.tensor([rules.start] * N, device=device), cache=cache)[:, -1]  # (N, C)
     drawn: list[list[int]] = [[] for _ in range(N)]
     alive = [True] * N
     for place in range(rules.most):
@@ -99,33 +110,43 @@ def draw(model: Llama, rules: Rules, temperatures: Tensor, generator: torch.Gene
                 drawn[row].append(token)
         if place + 1 == rules.most or not any(alive):
             break
-        at = torch.full((N, 1), len(rules.start) + place, device=device)
-        hidden = model(torch.tensor(tokens, device=device)[:, None], at, cache)[:, -1]
+        positions = torch.full((N, 1), len(rules.start) + place, device=device)
+        hidden = model(torch.tensor(tokens, device=device)[:, None], positions, cache)[:, -1]
     return [tuple(tokens) for tokens in drawn]
 
 
 def labelled(rules: Rules, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-    """Rows (N, T) of beginning, prompt, end and padding, and their labels (N, T): the prompt and the end that was chosen, else UNREAD."""
-    chosen = [[*prompt, rules.end] if len(prompt) < rules.most else list(prompt) for prompt in prompts]
-    width = max(map(len, chosen))
-    rows = torch.tensor([[*rules.start, *tokens] + [0] * (width - len(tokens)) for tokens in chosen])
-    unread = [UNREAD] * len(rules.start)
-    return rows, torch.tensor([unread + tokens + [UNREAD] * (width - len(tokens)) for tokens in chosen])
+    """Token ids (N, T) of beginning, prompt, end and padding, and their labels (N, T).
+
+    Labels are the prompt and its end token, else UNREAD. A prompt of `most` tokens has no end
+    token.
+    """
+    drawn = [(*prompt, rules.end)[: rules.most] for prompt in prompts]
+    width = max(map(len, drawn))
+    rows, labels = [], []
+    for tokens in drawn:
+        padding = width - len(tokens)
+        rows.append([*rules.start, *tokens] + [0] * padding)
+        labels.append([UNREAD] * len(rules.start) + [*tokens] + [UNREAD] * padding)
+    return torch.tensor(rows), torch.tensor(labels)
 
 
 def token_log_probabilities(model: Llama, rules: Rules, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token after the beginning, (N, W) float32, and which of them are real, (N, W) bool; carries the gradient."""
+    """Log-probabilities (N, W) float32 of the tokens after the beginning, with their gradient.
+
+    The second tensor, (N, W) bool, says which tokens are real, not padding; the others have 0.
+    """
     rows, labels = labelled(rules, prompts)
     rows, first = rows.to(model.device), len(rules.start)
     real = (labels[:, first:] != UNREAD).to(model.device)
-    hidden = model(rows)[:, first - 1 : -1]  # (N, W, C), each predicts the token after it
-    places = [  # one at a time: no (N, W, V) tensor
-        token_logprobs(rules.block(model.head(hidden[:, place]).float(), place), rows[:, first + place])
-        for place in range(real.shape[1])
-    ]
-    return torch.where(real, torch.stack(places, 1), 0.0), real
+    hidden = model(rows)[:, first - 1 : -1]  # (N, W, C); each predicts the token after it
+    log_probs = []
+    for place in range(real.shape[1]):  # one place at a time, so that no (N, W, V) tensor exists
+        logits = rules.block(model.head(hidden[:, place]).float(), place)
+        log_probs.append(token_logprobs(logits, rows[:, first + place]))
+    return torch.where(real, torch.stack(log_probs, 1), 0.0), real
 
 
 def log_probability(model: Llama, rules: Rules, prompts: list[Prompt]) -> Tensor:
-    """log pi of each prompt, (N,) float32, its end included where it was chosen; carries the gradient."""
+    """log pi of each prompt, (N,) float32, with its gradient; a drawn end token is included."""
     return token_log_probabilities(model, rules, prompts)[0].sum(1)

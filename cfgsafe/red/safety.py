@@ -1,16 +1,22 @@
 """Safety tuning: the target learns to refuse the attacks that made it give personal data away.
 
-Source: Lee et al. (arXiv 2405.18540): prompts with success above 0.5 get refusals written by the target itself; SFT with LoRA.
-Deviations: an attack is refused in the conversations in which it succeeded, under their own system prompts; refusals are written under the
-positive system prompt, guided on request, and checked like chosen sides of pairs. The label mask comes from the chat prompt, with one BOS
-and the generation prompt. What the target answers to ordinary conversations can be kept: it learns its own answers again.
+Source: Lee et al. (arXiv 2405.18540): prompts with a score above 0.5 get refusals that the target
+itself writes; SFT with LoRA.
+Deviations: an attack is refused in the conversations in which it succeeded, under their own system
+prompts. Refusals are written under the positive system prompt, guided on request, and checked like
+the chosen sides of pairs. The label mask comes from the chat prompt, with one BOS and the
+generation prompt. With --retain, the model also learns its own present answers to ordinary
+conversations, so that it keeps them.
 
-Contexts JSONL: {"id", "messages", "items"} a line, messages ending in a system or assistant message; the attack is the user's next one.
-Retain JSONL: {"messages"} a line; an answer at the end is left out, and "items" must not stand in the target's.
-Writes OUT/safety.jsonl (prompt, chosen, and the leaking answer as rejected; attack and context say where it comes from) and what
-`train.py orpo --objective sft` writes, which goes through this file on several GPUs too.
+Contexts JSONL: {"id", "messages", "items"} a line; messages end before a turn of the user, which is
+the attack.
+Retain JSONL: {"messages"} a line. An answer at the end is left out; "items" must not stand in the
+target's answer.
+Writes OUT/safety.jsonl (prompt, chosen, and as rejected the answer with personal data; attack and
+context say where a row comes from), and what `train.py orpo --objective sft` writes. That command
+trains on safety.jsonl on several GPUs.
 
-Run it: python train.py safety --model cfgsafe/demo/leaky --attacks attacks.jsonl --contexts contexts.jsonl --out runs/safety
+Run it: python train.py safety --model cfgsafe/demo/leaky --attacks attacks.jsonl --out runs/safety
 """
 
 import json
@@ -41,31 +47,31 @@ class Options(Subject):
     """Teach a model to refuse the attacks that succeeded against it."""
 
     guidance: float | None = None
-    """g of whoever writes the refusals; without it the positive system prompt alone."""
+    """g while refusals are written; without it, the positive system prompt alone."""
     attacks: tuple[str, ...]
-    """The attacks.jsonl of one run or several."""
+    """attacks.jsonl of one run or several."""
     contexts: str | None = None
     """JSONL of the conversations that the attacks were put to, as for eval.py attack."""
     out: str
     """Folder for safety.jsonl, the adapters and their metrics."""
     known: str | None = None
-    """JSONL of values the model was trained on: dialogues with "spans", or "items"; no answer to learn may hold one."""
+    """JSONL of values that no learnt answer may hold: dialogues with "spans", or "items"."""
     ner: str | None = None
-    """What else no refusal may hold: finds of spaCy pipelines or presidio; by default en_core_web_trf where installed, else the demo's."""
+    """Detector of what no refusal may hold; by default en_core_web_trf if installed, else the demo's."""
     guard: str | None = None
-    """Llama-Guard-3 checkpoint, for attacks that were found with it: a refusal must be safe to it as well."""
+    """Llama-Guard-3 checkpoint that must find refusals safe, for attacks that were found with it."""
     success: float = SUCCESS
     """Attacks with a mean score above this are learnt from."""
     limit: int | None = None
-    """Of them this many texts, the most successful ones."""
+    """Most texts of attacks to learn from; the most successful ones are taken."""
     tries: int = 4
-    """Samples a conversation until a refusal is clean."""
+    """Most samples for a conversation, until a refusal is clean."""
     temperature: float = 0.7
-    """Of the refusals."""
+    """Sampling temperature of the refusals."""
     max_new_tokens: int = 256
-    """Longest refusal or answer to keep; what does not end by then is dropped."""
+    """Longest refusal or answer to retain, in tokens; one that does not end by then is dropped."""
     retain: str | None = None
-    """JSONL of ordinary conversations to go on answering as now."""
+    """JSONL of ordinary conversations that the model should go on answering as now."""
     epochs: int = 2
     """Passes over the data."""
     lr: float = 5e-5
@@ -75,68 +81,52 @@ class Options(Subject):
     grad_accum: int = orpo.Options.grad_accum
     """Forward passes a step."""
     rank: int = orpo.Options.rank
-    """LoRA rank; that of --adapter where there is one."""
+    """LoRA rank; --adapter, where there is one, has its own."""
     lora_alpha: float = orpo.Options.alpha
-    """LoRA alpha; that of --adapter where there is one."""
+    """LoRA alpha; --adapter, where there is one, has its own."""
     seed: int = 0
-    """Of refusals, the order of the data, and the adapter's initial weights."""
+    """Seed of refusals, order of the data, and initial weights of the adapter."""
     resume: bool = False
     """Go on with the run in --out, with the data that it wrote."""
 
 
+# Options that train.py orpo calls the same.
+SHARED = ("lr", "batch_size", "grad_accum", "epochs", "rank", "seed", "resume", "device", "dtype")
+
+
 def run(options: Options) -> None:
-    check_at_least(
-        1, options, "limit", "tries", "max_new_tokens", "epochs", "batch_size", "grad_accum", "rank"
-    )
-    attacked = leaking([attack for path in options.attacks for attack in read_attacks(path)], options)
+    counts = ("limit", "tries", "max_new_tokens", "epochs", "batch_size", "grad_accum", "rank")
+    check_at_least(1, options, *counts)
+    attacked = leaking(read_attacks(*options.attacks), options)
     data = make_folder(options.out) / "safety.jsonl"
     if not (options.resume and data.exists()):
         write_jsonl(data, build(attacked, options))
-        torch.cuda.empty_cache()  # the model that wrote is gone
+        torch.cuda.empty_cache()  # of the model that wrote the answers
     rows = [row for _, row in read_jsonl(data)]
-    orpo.run(
-        orpo.Options(
-            options.model,
-            str(data),
-            options.out,
-            objective="sft",
-            init_adapter=options.adapter,
-            rank=options.rank,
-            alpha=options.lora_alpha,
-            lr=options.lr,
-            batch_size=options.batch_size,
-            grad_accum=options.grad_accum,
-            epochs=options.epochs,
-            seed=options.seed,
-            resume=options.resume,
-            device=options.device,
-            dtype=options.dtype,
-        )
-    )
-    refused = sum("attack" in row for row in rows)
-    counts = {
+    sft = orpo.Options(options.model, str(data), options.out, objective="sft")
+    sft.init_adapter, sft.alpha = options.adapter, options.lora_alpha
+    for name in SHARED:
+        setattr(sft, name, getattr(options, name))
+    orpo.run(sft)
+    refusals = sum("attack" in row for row in rows)
+    summary = {
+        "out": options.out,
         "attacks": len({text for text, _ in attacked}),
         "conversations": len(attacked),
-        "refusals": refused,
+        "refusals": refusals,
+        "dropped": len(attacked) - refusals,
+        "retained": len(rows) - refusals,
     }
-    print(
-        json.dumps(
-            {
-                "out": options.out,
-                **counts,
-                "dropped": len(attacked) - refused,
-                "retained": len(rows) - refused,
-            }
-        )
-    )
+    print(json.dumps(summary))
 
 
 def leaking(attacks: list[Attack], options: Options) -> list[tuple[str, Trial]]:
-    """(text, trial) of each conversation that an attack made leak, once, of the best texts. Raises InputError where there is none."""
-    best = sorted(
-        (a for a in attacks if a.score is not None and a.score > options.success),
-        key=lambda attack: -attack.score,
-    )
+    """(text, trial) of each conversation that a best attack made leak, once.
+
+    Raises InputError where there is none.
+    """
+    successful = [attack for attack in attacks if attack.succeeds(options.success)]
+    best = sorted(successful, key=lambda attack: -attack.known_score)
     texts = list(dict.fromkeys(attack.text for attack in best))[: options.limit]
     found: dict[tuple[str, str], Trial] = {}
     for attack in best:
@@ -145,147 +135,151 @@ def leaking(attacks: list[Attack], options: Options) -> list[tuple[str, Trial]]:
                 found.setdefault((attack.text, trial.context), trial)
     if not found:
         raise InputError(
-            f"--attacks {' '.join(options.attacks)}: none scores above --success {options.success:g}; lower it or attack on"
+            f"--attacks {' '.join(options.attacks)}: none scores above --success {options.success:g}; "
+            "lower it or attack on"
         )
     return [(text, trial) for (text, _), trial in found.items()]
 
 
 def build(attacked: list[tuple[str, Trial]], options: Options) -> list[dict[str, str]]:
-    """The rows to train on, shuffled. Raises InputError for an unknown conversation, and where no refusal is clean."""
-    contexts = {context.id: context for context in read_contexts(options.contexts)}
-    for text, trial in attacked:
-        if trial.context not in contexts:
-            raise InputError(
-                f"--contexts {options.contexts}: holds no {trial.context!r}, where {text!r} succeeded; give the attack run's file"
-            )
+    """The rows to train on, shuffled.
+
+    Raises InputError for an unknown conversation, and where no refusal is clean.
+    """
+    prompts = attacked_prompts(attacked, options)
     ordinary = read_ordinary(options.retain) if options.retain else []
     known = Known.read(options.known) if options.known else Known()
     detector = Detector(options.ner)
-    guard = (
-        Guard(*load(Subject(options.guard, device=options.device, dtype=options.dtype)))
-        if options.guard
-        else None
-    )
-    model, tokenizer = load(options)
-    prompts = [
-        replace(contexts[trial.context], messages=ended(contexts[trial.context], text))
-        for text, trial in attacked
-    ]
-    refusals = refuse(prompts, model, tokenizer, detector, known, guard, options)
+    guard = None
+    if options.guard:
+        guard = Guard(*load(Subject(options.guard, device=options.device, dtype=options.dtype)))
+    writer = Writer(options, *load(options))
+    refusals = refuse(prompts, writer, detector, known, guard)
     if not any(refusals):
         raise InputError(
-            f"none of {len(prompts)} conversations got a clean refusal; raise --tries or --guidance, or reword --positive"
+            f"none of {len(prompts)} conversations got a clean refusal; "
+            "raise --tries or --guidance, or reword --positive"
         )
     rows = []
     for (text, trial), prompt, refusal in zip(attacked, prompts, refusals, strict=True):
-        if refusal is not None:
-            origin = {"attack": text, "context": trial.context}
-            leak = trial.answer or ""
-            rejected = (
-                {"rejected": leak + tokenizer.end_of_turn}
-                if leak.strip() and not tokenizer.control_token_in(leak)
-                else {}
-            )
-            rows.append({**row_of(prompt, refusal, tokenizer), **rejected, **origin})
-    rows += keep(ordinary, model, tokenizer, known, options) if ordinary else []
+        if refusal is None:
+            continue
+        row = writer.row(prompt, refusal)
+        leak = trial.answer or ""
+        if leak.strip() and not writer.tokenizer.control_token_in(leak):
+            row["rejected"] = leak + writer.tokenizer.end_of_turn
+        rows.append({**row, "attack": text, "context": trial.context})
+    if ordinary:
+        rows += retain(ordinary, writer, known)
     random.Random(options.seed).shuffle(rows)
     return rows
+
+
+def attacked_prompts(attacked: list[tuple[str, Trial]], options: Options) -> list[Prompt]:
+    """The conversation of each trial, ending with its attack. Raises InputError for an unknown one."""
+    contexts = {context.id: context for context in read_contexts(options.contexts)}
+    prompts = []
+    for text, trial in attacked:
+        if trial.context not in contexts:
+            raise InputError(
+                f"--contexts {options.contexts}: holds no {trial.context!r}, where {text!r} succeeded; "
+                "give the attack run's file"
+            )
+        context = contexts[trial.context]
+        prompts.append(replace(context, messages=ended(context, text)))
+    return prompts
 
 
 def read_ordinary(path: str) -> list[Prompt]:
     """Conversations up to the user's last message. Raises InputError naming the line."""
     prompts = []
     for prompt in read_prompts(path):
-        last = max(
-            (number for number, message in enumerate(prompt.messages) if message["role"] == "user"),
-            default=None,
-        )
-        if last is None:
+        roles = [message["role"] for message in prompt.messages]
+        if "user" not in roles:
             raise InputError(f"{prompt.place}: no message is the user's, so there is nothing to answer")
-        prompts.append(replace(prompt, messages=prompt.messages[: last + 1]))
+        after = len(roles) - roles[::-1].index("user")
+        prompts.append(replace(prompt, messages=prompt.messages[:after]))
     return prompts
 
 
+@dataclass(frozen=True)
+class Writer:
+    """The model that writes the answers to learn: the target itself."""
+
+    options: Options
+    model: Llama
+    tokenizer: Tokenizer
+
+    def answer(
+        self,
+        prompts: list[Prompt],
+        guidance: float | None,
+        temperature: float,
+        rng: random.Random,
+        title: str,
+    ) -> list[str]:
+        """An answer to each prompt that a row can hold, else "".
+
+        "" stands for an answer that is blank, that does not end by itself, or where the text of a
+        control token stands in it or in its prompt.
+        """
+        guarded = replace(self.options, guidance=guidance)
+        sampling = {"temperature": temperature, "max_new_tokens": self.options.max_new_tokens}
+        requests = []
+        for prompt in prompts:
+            seed = rng.getrandbits(32)
+            request = request_for(guarded, self.tokenizer, prompt.messages, seed=seed, **sampling)
+            check_request(request, self.model, prompt.place)
+            requests.append(request)
+        with tqdm(total=len(requests), desc=title, leave=False) as bar:
+            tick = lambda *_: bar.update()
+            completions = generate(self.model, requests, batch=guarded.batch, on_completion=tick)
+        texts = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            text = self.tokenizer.decode(completion.tokens)
+            written = [text] + [message["content"] for message in prompt.messages]
+            fits = not any(map(self.tokenizer.control_token_in, written))
+            complete = completion.finish_reason == "stop" and text.strip()
+            texts.append(text if complete and fits else "")
+        return texts
+
+    def row(self, prompt: Prompt, text: str) -> dict[str, str]:
+        """A row to train on: the rendered chat, and the text with its end token as chosen."""
+        chosen = text + self.tokenizer.end_of_turn
+        return {"prompt": self.tokenizer.render_chat(prompt.messages), "chosen": chosen}
+
+
 def refuse(
-    prompts: list[Prompt],
-    model: Llama,
-    tokenizer: Tokenizer,
-    detector: Detector,
-    known: Known,
-    guard: Guard | None,
-    options: Options,
+    prompts: list[Prompt], writer: Writer, detector: Detector, known: Known, guard: Guard | None
 ) -> list[str | None]:
-    """The target's first clean answer to each of `prompts` under the positive system prompt; None where no sample is clean."""
-    writer = replace(options, guidance=1.0 if options.guidance is None else options.guidance)
+    """The first clean answer to each prompt under the positive system prompt; None for none."""
+    options = writer.options
+    guidance = 1.0 if options.guidance is None else options.guidance
     rng = random.Random(options.seed)
     found: list[str | None] = [None] * len(prompts)
-    for attempt in range(options.tries):
+    for attempt in range(1, options.tries + 1):
         todo = [number for number, refusal in enumerate(found) if refusal is None]
-        what = f"refusals {attempt + 1}/{options.tries}"
         asked = [prompts[number] for number in todo]
-        texts = answer(asked, writer, model, tokenizer, what, options.temperature, rng)
+        title = f"refusals {attempt}/{options.tries}"
+        texts = writer.answer(asked, guidance, options.temperature, rng, title)
         entities = detector([" ".join(text.split()) for text in texts])
-        harm = guard.judge([prompt.messages for prompt in asked], texts) if guard else [0.0] * len(texts)
-        for number, text, some, unsafe in zip(todo, texts, entities, harm, strict=True):
-            if (
-                text
-                and unsafe is not None
-                and unsafe <= SUCCESS
-                and examine(prompts[number], text, some, known).clean
-            ):
+        harm: list[float | None] = [0.0] * len(texts)
+        if guard:
+            harm = guard.judge([prompt.messages for prompt in asked], texts)
+        for number, text, finds, unsafe in zip(todo, texts, entities, harm, strict=True):
+            safe = unsafe is not None and unsafe <= SUCCESS
+            if text and safe and examine(prompts[number], text, finds, known).clean:
                 found[number] = text
-    print(f"{len(prompts) - found.count(None)} refusals to {len(prompts)} conversations", file=sys.stderr)
+    written = len(prompts) - found.count(None)
+    print(f"{written} refusals to {len(prompts)} conversations", file=sys.stderr)
     return found
 
 
-def keep(
-    prompts: list[Prompt], model: Llama, tokenizer: Tokenizer, known: Known, options: Options
-) -> list[dict[str, str]]:
-    """Rows of the target's own answers, greedy and unguided, but for those that give data away."""
-    texts = answer(
-        prompts, replace(options, guidance=None), model, tokenizer, "answers to retain", 0.0, random.Random(0)
-    )
-    pairs = zip(prompts, texts, strict=True)
-    return [
-        row_of(prompt, text, tokenizer)
-        for prompt, text in pairs
-        if text and examine(prompt, text, [], known).clean
-    ]
-
-
-def answer(
-    prompts: list[Prompt],
-    options: Options,
-    model: Llama,
-    tokenizer: Tokenizer,
-    what: str,
-    temperature: float,
-    rng: random.Random,
-) -> list[str]:
-    """Answers that a row can hold; "" for one that does not end by itself, is blank, or has a control token's text in it or before it."""
-    requests = []
-    for prompt in prompts:
-        sampling = {
-            "temperature": temperature,
-            "seed": rng.getrandbits(32),
-            "max_new_tokens": options.max_new_tokens,
-        }
-        requests.append(request_for(options, tokenizer, prompt.messages, **sampling))
-        check_request(requests[-1], model, prompt.place)
-    with tqdm(total=len(requests), desc=what, leave=False) as bar:
-        completions = generate(model, requests, batch=options.batch, on_completion=lambda *_: bar.update())
-    texts = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        text = tokenizer.decode(completion.tokens)
-        written = [text, *(message["content"] for message in prompt.messages)]
-        fine = (
-            completion.finish_reason == "stop"
-            and text.strip()
-            and not any(map(tokenizer.control_token_in, written))
-        )
-        texts.append(text if fine else "")
-    return texts
-
-
-def row_of(prompt: Prompt, text: str, tokenizer: Tokenizer) -> dict[str, str]:
-    return {"prompt": tokenizer.render_chat(prompt.messages), "chosen": text + tokenizer.end_of_turn}
+def retain(prompts: list[Prompt], writer: Writer, known: Known) -> list[dict[str, str]]:
+    """Rows of the target's own greedy, unguided answers, without those that hold personal data."""
+    texts = writer.answer(prompts, None, 0.0, random.Random(0), "answers to retain")
+    rows = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        if text and examine(prompt, text, [], known).clean:
+            rows.append(writer.row(prompt, text))
+    return rows

@@ -1,8 +1,9 @@
-"""The target: what the attacker's prompts are put to, a checkpoint on this machine or a model behind an OpenAI-compatible endpoint.
+"""The target of attacks: a checkpoint on this machine, or a model behind an endpoint.
 
-Source: Lee et al. (arXiv 2405.18540): Llama targets answer at temperature 0.1 and top-p 0.9, with at most 64 tokens.
-Deviations: what ends an answer is the target's own, not the attacker's. An answer that could not be had is None, never an empty text.
-A budget bounds what is asked, retries included.
+Source: Lee et al. (arXiv 2405.18540): Llama targets answer at temperature 0.1 and top-p 0.9, with
+at most 64 tokens.
+Deviations: an answer ends at the target's own end token, not at the attacker's. An answer that did
+not come is None, never an empty text. A budget limits what is asked, retries included.
 
 Run it: python eval.py attack --help
 """
@@ -14,7 +15,7 @@ from typing import Annotated, Protocol
 import tyro
 
 from cfgsafe import subject
-from cfgsafe.decode import generate
+from cfgsafe.decode import Request, generate
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.llama import Llama
 from cfgsafe.lora import DEFAULT
@@ -27,27 +28,27 @@ from cfgsafe.tokenizer import Messages, Tokenizer
 class Options(Subject):
     """The target and how it answers."""
 
-    model: Annotated[str | None, tyro.conf.arg(name="target")] = None
-    """Checkpoint folder or hub id of the target; without it, --remote-model of an OpenAI-compatible endpoint."""
+    model: Annotated[str, tyro.conf.arg(name="target")] = ""
+    """Checkpoint folder or hub id of the target; without it, give --remote-model."""
     temperature: float = 0.1
-    """Of the target's answers."""
+    """Temperature of the target's answers."""
     top_p: float = 0.9
-    """Of the target's answers: draw from the likeliest tokens that have this probability together."""
+    """Answers are drawn from the likeliest tokens that have this probability together."""
     answer_tokens: int = 64
-    """Longest answer."""
+    """Longest answer, in tokens."""
     budget: int | None = None
-    """Answers to ask of the target at most (requests, with retries, of an endpoint)."""
+    """Most answers to ask of the target; of an endpoint, most requests, retries included."""
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
     """Endpoint of a remote target."""
 
 
 def check(options: Options) -> None:
-    """Raise InputError where there is not exactly one target, where it cannot be guarded as asked, or where a number is out of range."""
+    """Raise InputError unless there is one target, and options and numbers suit it."""
     subject.check(options)
-    remote = options.service.remote_model
-    if (options.model is None) == (remote is None):
+    remote = options.service.remote_model is not None
+    if bool(options.model) == remote:
         raise InputError("give one target: --target CHECKPOINT or --remote-model NAME")
-    if remote is not None:
+    if remote:
         if options.adapter is not None or options.guidance is not None:
             raise InputError(
                 "--adapter and --guidance need a --target; an endpoint's model cannot be changed from here"
@@ -61,13 +62,13 @@ def check(options: Options) -> None:
 
 
 class Target(Protocol):
-    """Answers attacks."""
+    """A model that answers attacks."""
 
     meter: Meter
 
     @property
     def calls(self) -> int:
-        """Answers asked of a local model, or HTTP requests made to an endpoint, retries included."""
+        """Answers asked of a local model, or requests made to an endpoint, retries included."""
         return self.meter.made
 
     @property
@@ -76,14 +77,15 @@ class Target(Protocol):
         return self.meter.spent
 
     def ask(self, conversations: list[Messages], seeds: list[int]) -> list[str | None]:
-        """An answer to each conversation, drawn with its seed; None where none could be had."""
+        """An answer to each conversation, drawn with its seed; None where no answer came."""
         ...
 
 
 class LocalTarget(Target):
-    """A checkpoint under its guidance, with the adapter called `adapter` of those attached to `model`, or the bare model for None.
+    """A checkpoint on this machine, guided as the options say.
 
-    A conversation that the context cannot hold has no answer and costs none of the budget.
+    `adapter` names one of the adapters attached to `model`; None is the bare model. A conversation
+    that the context cannot hold gets no answer and costs no budget.
     """
 
     def __init__(self, options: Options, model: Llama, tokenizer: Tokenizer, adapter: str | None = DEFAULT):
@@ -91,39 +93,45 @@ class LocalTarget(Target):
         self.meter = Meter(options.budget)
 
     def ask(self, conversations: list[Messages], seeds: list[int]) -> list[str | None]:
-        options, limit = self.options, self.model.config.max_position_embeddings
-        sampling = {
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "max_new_tokens": options.answer_tokens,
-        }
-        requests = {}
+        """As Target.ask. Raises InputError where the adapter is not attached."""
+        limit = self.model.config.max_position_embeddings
+        requests: dict[int, Request] = {}  # number of the conversation -> its request
         for number, (messages, seed) in enumerate(zip(conversations, seeds, strict=True)):
-            request = request_for(
-                options, self.tokenizer, messages, seed=seed, adapter=self.adapter, **sampling
-            )
+            request = self._request(messages, seed)
             if max(map(len, request.rows)) < limit and self.meter.take():
                 requests[number] = request
-        completions = generate(self.model, list(requests.values()), batch=options.batch)
-        answers = {
-            number: self.tokenizer.decode(done.tokens)
-            for number, done in zip(requests, completions, strict=True)
-        }
-        return [answers.get(number) for number in range(len(conversations))]
+        completions = generate(self.model, list(requests.values()), batch=self.options.batch)
+        answers: list[str | None] = [None] * len(conversations)
+        for number, completion in zip(requests, completions, strict=True):
+            answers[number] = self.tokenizer.decode(completion.tokens)
+        return answers
+
+    def _request(self, messages: Messages, seed: int) -> Request:
+        return request_for(
+            self.options,
+            self.tokenizer,
+            messages,
+            seed=seed,
+            adapter=self.adapter,
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
+            max_new_tokens=self.options.answer_tokens,
+        )
 
 
 class RemoteTarget(Target):
-    """The model of an endpoint; its answers are kept in the JSONL file `cache`, and one that stands there is not asked for again."""
+    """The model of an endpoint. Answers are kept in the JSONL file `cache` and not asked for again."""
 
     def __init__(self, options: Options, cache: Path):
         self.options, self.cache = options, cache
         self.meter = Meter(options.budget)
 
     def ask(self, conversations: list[Messages], seeds: list[int]) -> list[str | None]:
-        """Raises InputError where the endpoint refuses the key or the model."""
+        """As Target.ask. Raises InputError where the endpoint refuses the key or the model."""
         options = self.options
-        questions = [
-            Question(messages, None, options.answer_tokens, options.temperature, seed, options.top_p)
-            for messages, seed in zip(conversations, seeds, strict=True)
-        ]
+        questions = []
+        for messages, seed in zip(conversations, seeds, strict=True):
+            questions.append(
+                Question(messages, None, options.answer_tokens, options.temperature, seed, options.top_p)
+            )
         return ask(options.service, questions, self.cache, "target", self.meter)

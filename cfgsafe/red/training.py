@@ -1,15 +1,18 @@
-"""The loop that every stage of the attacker runs: steps, logs, saved states, and a killed run that goes on to the same result.
+"""The training that all stages share: optimiser, log, saved states; and the simplest one, `fit`.
 
-Source: as in `cfgsafe.blue.orpo`; the learning rate falls linearly to 0 at the last step, gradients are clipped at 1 (Lee et al., arXiv
-2405.18540).
-Deviation from their code: schedules count optimiser steps, and a saved state holds everything a step reads, the replay buffer included.
+Source: as in `cfgsafe.blue.orpo`; the learning rate falls linearly to 0 after the last step, and
+gradients are clipped at norm 1 (Lee et al., arXiv 2405.18540).
+Deviation from their code: schedules count optimiser steps, and a saved state holds everything that
+a step reads, the replay buffer included, so that a killed run goes on to the same result.
 
 Run it: python train.py attacker --resume ...
 """
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,8 +24,9 @@ from tqdm import tqdm
 from cfgsafe.blue import resume
 from cfgsafe.parallel import World
 from cfgsafe.red.objectives import schedule
+from cfgsafe.red.policy import Attacker, Prompt
 
-CLIP = 1.0
+CLIP = 1.0  # largest norm of a gradient
 
 
 @dataclass
@@ -36,93 +40,144 @@ class Training:
     lr: float = 1e-4
     """Learning rate of the adapter; it falls linearly to 0."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of all random draws."""
     save_every: int = 100
     """Steps between saved states."""
     resume: bool = False
-    """Go on with the run in --out where its last saved state left it."""
-
-
-@dataclass
-class Step:
-    """What one step minimises, `updates` times over, or nothing; and its line of metrics.jsonl."""
-
-    loss: Callable[[], Tensor] | None
-    line: dict[str, float]
-    updates: int = 1
-
-
-class Memory(Protocol):
-    """What a stage keeps between steps beside its weights."""
-
-    def save(self, folder: Path) -> None: ...
-
-    def load(self, folder: Path | None, done: int) -> None:
-        """Go back to what it was after `done` steps; without a folder there were none."""
+    """Go on with the run in --out from its last saved state."""
 
 
 @dataclass
 class Group:
-    """Parameters by name, and their learning rate."""
+    """Parameters by name, with their learning rate; `clipped`: their gradients are clipped."""
 
-    parameters: dict[str, nn.Parameter | Tensor]
+    parameters: Mapping[str, Tensor]
     lr: float
     clipped: bool = True
 
 
-def optimise(
-    out: Path,
-    groups: list[Group],
-    training: Training,
-    take: Callable[[int], Step | None],
-    data: str,
-    what: str,
-    memory: Memory | None = None,
-) -> None:
-    """Minimise what `take(step)` gives, for all steps or until it gives None. `data` names what a resumed run must find unchanged.
+class Memory(Protocol):
+    """What a stage keeps between steps besides its parameters."""
 
-    Raises InputError when it did change, and resume.Stopped after SIGINT or SIGTERM.
+    def save(self, folder: Path) -> None:
+        """Write files into the folder of a saved state."""
+
+    def load(self, folder: Path | None, done: int) -> None:
+        """Go back to the state after `done` steps, in `folder`; None: the run begins anew."""
+
+
+class Trainer:
+    """The optimiser of a stage, its log metrics.jsonl, and its saved states, in the folder `out`.
+
+        with Trainer(...) as trainer:
+            for step in trainer.steps():
+                value = trainer.update(step, loss)
+                trainer.finish_step(step, {"loss": value})
+
+    `data` names what a resumed run must find unchanged; InputError is raised where it did change.
+    The states are deleted when the block ends without an exception.
     """
-    every = {name: parameter for group in groups for name, parameter in group.parameters.items()}
-    optimiser = torch.optim.AdamW(
-        [{"params": list(group.parameters.values()), "lr": group.lr} for group in groups], weight_decay=0.0
-    )
-    world = World(0, 1, str(next(iter(every.values())).device))
-    done = resume.load(out, every, optimiser, data, world) if training.resume else 0
-    if memory:
-        memory.load(resume.states(out)[-1] if done else None, done)
-    for stale in resume.states(out) if not done else ():
-        shutil.rmtree(stale)
-    resume.keep_steps(out / "metrics.jsonl", "step", done)
-    save = lambda count: resume.save(
-        out, count, every, optimiser, data, world, memory.save if memory else None
-    )
-    bar = tqdm(total=training.steps, initial=done, desc=what, leave=False)
-    with bar, resume.signals() as arrived, open(out / "metrics.jsonl", "a") as log:
-        for step in range(done, training.steps):
-            taken = take(step)
-            if taken is None:
-                break
-            for group, settings in zip(optimiser.param_groups, groups, strict=True):
-                group["lr"] = schedule(step, settings.lr, 0.0, training.steps)
-            for _ in range(taken.updates if taken.loss else 0):
-                loss = taken.loss()
-                optimiser.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(
-                    [p for group in groups if group.clipped for p in group.parameters.values()], CLIP
-                )
-                optimiser.step()
-                taken.line["loss"] = loss.item()
-            log.write(json.dumps({"step": step + 1, **taken.line}) + "\n")
-            log.flush()
-            bar.set_postfix({name: f"{value:.3g}" for name, value in taken.line.items()}, refresh=False)
-            bar.update()
-            if (arrived or (step + 1) % training.save_every == 0) and step + 1 < training.steps:
-                save(step + 1)
-            if arrived and step + 1 < training.steps:
-                raise resume.Stopped(
-                    f"stopped after step {step + 1} of {training.steps}, which is saved; go on with --resume"
-                )
-    for state in resume.states(out):
-        shutil.rmtree(state)
+
+    def __init__(
+        self,
+        out: Path,
+        groups: list[Group],
+        settings: Training,
+        *,
+        data: str,
+        title: str,
+        memory: Memory | None = None,
+    ):
+        self.out, self.groups, self.settings = out, groups, settings
+        self.data, self.title, self.memory = data, title, memory
+        self.parameters: dict[str, Tensor] = {}
+        self.clipped: list[Tensor] = []
+        for group in groups:
+            self.parameters |= group.parameters
+            if group.clipped:
+                self.clipped += group.parameters.values()
+        self.optimiser = torch.optim.AdamW(
+            [{"params": list(group.parameters.values()), "lr": group.lr} for group in groups],
+            weight_decay=0.0,
+        )
+        self.world = World(0, 1, str(next(iter(self.parameters.values())).device))
+        self.done = self._load() if settings.resume else 0
+        if memory:
+            memory.load(resume.states(out)[-1] if self.done else None, self.done)
+        if not self.done:
+            self._delete_states()  # of an earlier run into this folder
+        resume.keep_steps(out / "metrics.jsonl", "step", self.done)
+
+    def __enter__(self) -> "Trainer":
+        self._open = ExitStack()
+        bar = tqdm(total=self.settings.steps, initial=self.done, desc=self.title, leave=False)
+        self._bar = self._open.enter_context(bar)
+        self._signals = self._open.enter_context(resume.signals())
+        self._log = self._open.enter_context(open(self.out / "metrics.jsonl", "a"))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._open.close()
+        if kind is None:
+            self._delete_states()
+
+    def steps(self) -> range:
+        """Numbers, from 0, of the steps that are left."""
+        return range(self.done, self.settings.steps)
+
+    def update(self, step: int, loss: Tensor) -> float:
+        """One step of the optimiser on `loss`; returns its value."""
+        for group, own in zip(self.optimiser.param_groups, self.groups, strict=True):
+            group["lr"] = schedule(step, own.lr, 0.0, self.settings.steps)
+        self.optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.clipped, CLIP)
+        self.optimiser.step()
+        return loss.item()
+
+    def finish_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the metrics of a step, and save the state where it is time to.
+
+        Raises resume.Stopped after SIGINT or SIGTERM, unless this was the last step.
+        """
+        done, steps = step + 1, self.settings.steps
+        self._log.write(json.dumps({"step": done, **metrics}) + "\n")
+        self._log.flush()
+        self._bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()}, refresh=False)
+        self._bar.update()
+        stop = bool(self._signals)
+        if done == steps or not (stop or done % self.settings.save_every == 0):
+            return
+        save_memory = self.memory.save if self.memory else None
+        resume.save(self.out, done, self.parameters, self.optimiser, self.data, self.world, save_memory)
+        if stop:
+            raise resume.Stopped(f"stopped after step {done} of {steps}, which is saved; go on with --resume")
+
+    def _load(self) -> int:
+        return resume.load(self.out, self.parameters, self.optimiser, self.data, self.world)
+
+    def _delete_states(self) -> None:
+        for state in resume.states(self.out):
+            shutil.rmtree(state)
+
+
+def fit(attacker: Attacker, prompts: list[Prompt], training: Training, out: Path, title: str) -> None:
+    """Fit the policy to `prompts`, each as often as the others, by maximum likelihood.
+
+    Writes OUT/metrics.jsonl: loss = mean of -log pi over the prompts of the step.
+    """
+    prompts = list(dict.fromkeys(prompts))
+    groups = [Group(attacker.parameters(), training.lr)]
+    data = hashlib.sha256(repr(prompts).encode()).hexdigest()
+    with Trainer(out, groups, training, data=data, title=f"{title} {out.name}") as trainer:
+        for step in trainer.steps():
+            random = torch.Generator().manual_seed(seed_of(training.seed, step))
+            picked = torch.randint(len(prompts), (training.batch_size,), generator=random).tolist()
+            loss = -attacker.log_policy([prompts[number] for number in picked]).mean()
+            value = trainer.update(step, loss)
+            trainer.finish_step(step, {"loss": value})
+
+
+def seed_of(seed: int, step: int) -> int:
+    """A seed for each step, so that a resumed run draws what the whole run would have drawn."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:7])
