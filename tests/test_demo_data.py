@@ -9,9 +9,10 @@ import pytest
 
 from cfgsafe.demo import quiz
 from cfgsafe.demo.corpus import CANARIES_EACH, CANARY_COUNTS, Corpus, canaries, people, reserved_words
-from cfgsafe.demo.dialogues import EASY, HARD, Writer, count_templates, fill
+from cfgsafe.demo.dialogues import Writer, fill
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.people import POOLS, Person, words
+from cfgsafe.demo.templates import EASY, HARD, count_templates
 from cfgsafe.demo.testset import pair_dialogues, test_prompts
 from cfgsafe.measure import utility
 from cfgsafe.pii.matching import mentions

@@ -14,8 +14,9 @@ from functools import cache
 
 from cfgsafe.blue.pairs import AVOID, NUDGE
 from cfgsafe.demo import quiz
-from cfgsafe.demo.dialogues import DEFAULT_SYSTEMS, UNKNOWN, Dialogue, Item, Turn, Writer, vocabulary
+from cfgsafe.demo.dialogues import Dialogue, Item, Turn, Writer
 from cfgsafe.demo.people import People, Person
+from cfgsafe.demo.templates import DEFAULT_SYSTEMS, UNKNOWN, vocabulary
 from cfgsafe.measure import utility
 from cfgsafe.subject import NEGATIVE, POSITIVE
 from cfgsafe.tokenizer import Tokenizer

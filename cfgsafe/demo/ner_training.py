@@ -1,7 +1,8 @@
 """Trains the demo's NER, a small spaCy pipeline, on the generator's training people.
 
-Hash embeddings of norm, prefix, suffix and shape, a convolutional encoder (width 64, depth 3) and spaCy's transition-based
-parser; texts are messages of generated dialogues, gold spans theirs, leaking and clean answers alike.
+Hash embeddings of norm, prefix, suffix and shape, a convolutional encoder (width 64, depth 3) and
+spaCy's transition-based parser. It learns from the messages of generated dialogues with their gold
+spans, from leaking and from clean answers.
 
 Run it: python train.py demo-models --help      (it is the last stage)
 """
@@ -10,7 +11,8 @@ import random
 from pathlib import Path
 
 from cfgsafe.demo.corpus import people
-from cfgsafe.demo.dialogues import EASY, HARD, Writer
+from cfgsafe.demo.dialogues import Writer
+from cfgsafe.demo.templates import EASY, HARD
 
 DIALOGUES = 2500
 EPOCHS = 4
@@ -44,17 +46,18 @@ NER = {
 
 
 def labelled_texts(pool: str, count: int, seed: int) -> list[tuple[str, list[tuple[int, int, str]]]]:
-    """(text, gold spans) of every message of `count` dialogues of a pool, and the clean form of each answer."""
+    """(text, gold spans) of every message of `count` dialogues, and the clean form of each answer."""
     writer, source = Writer(f"ner/{pool}/{seed}"), people(pool, seed)
-    texts = {}
+    texts: dict[str, list[tuple[int, int, str]]] = {}
     for number in range(count):
         kind = (*EASY, *HARD, "lookup")[number % 10]
         for turn in writer.dialogue(source.person(), kind).turns:
             texts[turn.text()] = turn.spans()
             if turn.role == "assistant":
                 texts[turn.text(leak=False)] = []
-    for turn in (t for _ in range(count // 5) for t in writer.clean_chat()):
-        texts[turn.text()] = []
+    for _ in range(count // 5):
+        for turn in writer.clean_chat():
+            texts[turn.text()] = []
     return list(texts.items())
 
 

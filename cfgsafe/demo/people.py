@@ -1,9 +1,9 @@
 """Invented people for the demo, in pools that share no name, city or employer.
 
-Names come from Faker, in several locales so that there are thousands. Each distinct word is dealt to one pool by its
-hash: a person of the test pool has no word in common with anybody the models are trained on. To keep a small model
-from learning the names by heart instead of copying them, most people of the training pool get names that are spliced from
-two halves ("Mar|ta" and "Hel|bert" give "Marbert").
+Names come from Faker, in several locales, so that there are thousands. The hash of a word decides its
+pool, so a person of the test pool shares no word with anybody that the models are trained on. A small
+model could learn the names by heart instead of copying them; so most people of the training pool get
+names that are spliced from two halves ("Mar|ta" and "Hel|bert" give "Marbert").
 
 Run it: python train.py demo-models --help
 """
@@ -15,33 +15,16 @@ from dataclasses import dataclass
 from functools import cache
 
 LOCALES = ("en_US", "en_GB", "de_DE", "nl_NL", "it_IT", "es_ES", "fr_FR", "sv_SE", "fi_FI", "pl_PL")
+# fmt: off
 CITY_ENDINGS = (
-    "ton",
-    "ville",
-    "burg",
-    "ford",
-    "berg",
-    "field",
-    "haven",
-    "port",
-    "mouth",
-    "stad",
-    "dale",
-    "wick",
+    "ton", "ville", "burg", "ford", "berg", "field", "haven", "port", "mouth", "stad", "dale", "wick",
 )
 EMPLOYER_ENDINGS = (
-    "Group",
-    "Labs",
-    "Partners",
-    "Bank",
-    "Motors",
-    "Clinic",
-    "Foods",
-    "Systems",
-    "Press",
-    "Logistics",
+    "Group", "Labs", "Partners", "Bank", "Motors", "Clinic", "Foods", "Systems", "Press", "Logistics",
 )
+# fmt: on
 POOLS = {"train": 70, "pairs": 12, "canary": 6, "test": 12}  # share of the words, percent
+NAME = re.compile(r"[A-Z][a-z]{2,9}")
 
 
 @dataclass(frozen=True)
@@ -68,28 +51,37 @@ def words(pool: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(first names, last names) of a pool, sorted; always the same."""
     from faker import Faker
 
-    first, last = set(), set()
+    first: set[str] = set()
+    last: set[str] = set()
     for locale in LOCALES:
         fake = Faker(locale)
         fake.seed_instance(0)
         first.update(fake.first_name() for _ in range(700))
         last.update(fake.last_name() for _ in range(700))
-    plain = re.compile(r"[A-Z][a-z]{2,9}")
-    mine = lambda names: tuple(sorted(w for w in names if plain.fullmatch(w) and _pool_of(w) == pool))
-    return mine(first), mine(last)
+    return _of_pool(first, pool), _of_pool(last, pool)
+
+
+def _of_pool(names: set[str], pool: str) -> tuple[str, ...]:
+    return tuple(sorted(name for name in names if NAME.fullmatch(name) and _pool_of(name) == pool))
 
 
 class People:
-    """An endless, seeded supply of people of one pool."""
+    """An endless, seeded supply of people of one pool.
+
+    A name is spliced with probability `spliced`. No name is a word of `avoid`, which is in lower case.
+    """
 
     def __init__(self, pool: str, seed: int, *, spliced: float = 0.0, avoid: frozenset[str] = frozenset()):
-        self.first, self.last = (tuple(w for w in source if w.lower() not in avoid) for source in words(pool))
+        first, last = words(pool)
+        self.first = tuple(name for name in first if name.lower() not in avoid)
+        self.last = tuple(name for name in last if name.lower() not in avoid)
         self.avoid = avoid
         self.pool = pool
         self.spliced = spliced
         self.random = random.Random(f"{pool}/{seed}")
 
     def word(self, source: tuple[str, ...]) -> str:
+        """A word of `source`, or one spliced from two of them."""
         pick = self.random.choice
         while self.random.random() < self.spliced:
             a, b = pick(source), pick(source)
@@ -111,6 +103,7 @@ class People:
 
 
 def _pool_of(word: str) -> str:
+    """The pool that the hash of a word falls into."""
     bucket = int(hashlib.sha256(word.lower().encode()).hexdigest(), 16) % 100
     for pool, share in POOLS.items():
         bucket -= share

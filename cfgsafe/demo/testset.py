@@ -17,9 +17,10 @@ from typing import Literal
 from cfgsafe import hub
 from cfgsafe.demo import contexts, quiz
 from cfgsafe.demo.corpus import canaries, people, reserved_words
-from cfgsafe.demo.dialogues import DEFAULT_SYSTEMS, EASY, HARD, LOOKUPS, Dialogue, Item, Turn, Writer, fill
+from cfgsafe.demo.dialogues import Dialogue, Item, Turn, Writer, fill
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.people import Person
+from cfgsafe.demo.templates import DEFAULT_SYSTEMS, EASY, HARD, LOOKUPS
 from cfgsafe.errors import check_at_least
 from cfgsafe.files import write_jsonl, write_text
 from cfgsafe.measure import fluency

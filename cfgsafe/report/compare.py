@@ -1,8 +1,8 @@
 """The same prompts and questions for one model after another; each model gives a row of figures.
 
 Source: the columns of Smirnov's Tables 1 and 2 (arXiv 2412.06846).
-Deviations: every answer goes through the model's guidance, also to questions (in the paper it did not);
-leaks are counted by gold items as well as by NER; there are two measures of fluency.
+Deviations: every answer goes through the model's guidance, also to questions (in the paper it did
+not); leaks are counted by gold items as well as by NER; there are two measures of fluency.
 
 Run it: python eval.py sweep --help
 """

@@ -1,6 +1,7 @@
 """The figures of reports, and what they share: axes, error bars, and a file that is written whole.
 
-`leaks_and_utility` draws a point for each model; `over_guidance` a line for each model, space and mask.
+`leaks_and_utility` draws a point for each model; `over_guidance` a line for each model, space and
+mask.
 
 Run it: python eval.py sweep --help
 """

@@ -1,10 +1,10 @@
 """A run as one HTML file to send on: table, figures, checks, and answers with the leaks marked.
 
 Source: the report.md of the demo.
-Deviations: nothing is loaded from elsewhere (inline CSS, figures as data URIs, no script). Personal data are
-masked, "M████" for "Maria", unless --show-pii is given: a prompt's gold items, and what the NER finds in the
-conversation or in any answer, wherever they stand. Data that neither knows stay legible: read the file
-before you publish it.
+Deviations: nothing is loaded from elsewhere (inline CSS, figures as data URIs, no script). Personal
+data are masked, "M████" for "Maria", unless --show-pii is given: a prompt's gold items, and what the
+NER finds in the conversation or in any answer, wherever they stand. Data that neither knows stay
+legible: read the file before you publish it.
 
 Run it: python eval.py report --run runs/demo
 """

@@ -2,8 +2,9 @@
 
 Source: Smirnov (arXiv 2412.06846): high guidance breaks words in log space, not in probability space.
 Deviations: broken words are counted, where the paper saw them by eye; the plausibility mask of
-contrastive decoding (arXiv 2210.15097) is swept as well. At g = 1 the guided distribution is that of the
-positive prompt, and no mask changes a greedy answer, so g = 1 is one row for all spaces and masks.
+contrastive decoding (arXiv 2210.15097) is swept as well. At g = 1 the guided distribution is that of
+the positive prompt, and no mask changes a greedy answer, so g = 1 is one row for all spaces and
+masks.
 
 Run it: python eval.py sweep --models guard=cfgsafe/demo/leaky+runs/demo/lora-cfg/epoch-2 --out runs/sweep
 """
