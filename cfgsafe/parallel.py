@@ -1,12 +1,13 @@
 """Several processes as one: DDP or FSDP2 under torchrun, and nothing at all without it.
 
-Source: PyTorch's `torch.distributed`; the environment is the one torchrun sets.
-Every process reads the same data and works on its share of each batch. Losses are shares of the global one, so that N
-processes equal one.
+Source: PyTorch's `torch.distributed`; the environment variables are those that torchrun sets.
+All processes read the same data, and each works on its share of every batch. Losses are shares of the global
+loss, so that N processes compute what one computes.
 
 Run it: torchrun --nproc-per-node 2 train.py orpo --model M --pairs P --out O --device cuda
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the process group of the time of import as a default argument. DDP imports it: after
+# init_process_group the group would never be freed, and gloo's threads would abort the process at its exit.
+import torch.distributed.nn
 from torch import Tensor, nn
 
 from cfgsafe.llama import Llama
@@ -21,7 +26,7 @@ from cfgsafe.llama import Llama
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`; `device` is its own."""
+    """This process, number `rank` of `size`, and its own `device`."""
 
     rank: int
     size: int
@@ -29,24 +34,24 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """The sum of `tensor` over all processes, in place. All processes must call it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def barrier(self) -> None:
-        """Wait for the others."""
+        """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """The world torchrun started, or a world of one."""
+    """The world that torchrun started, or a world of one process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(0, 1, device)
@@ -58,35 +63,38 @@ def join(device: str) -> Iterator[World]:
     try:
         yield World(dist.get_rank(), size, device)
     finally:
+        gc.collect()  # a DDP wrapper is a reference cycle, and holds the group
         dist.destroy_process_group()
 
 
 def wrap(model: Llama, world: World, fsdp: bool) -> nn.Module:
-    """What the forward of a training step calls: `model` itself, or its DDP wrapper. With `fsdp` its parameters become shards, in place."""
+    """The module that the forward of a training step calls: `model` itself, or its DDP wrapper.
+
+    With `fsdp` it is `model`, and its parameters become shards, in place.
+    """
     if world.size == 1:
         return model
     if not fsdp:
-        from torch.nn.parallel import DistributedDataParallel
-
-        return DistributedDataParallel(model)
+        return nn.parallel.DistributedDataParallel(model)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of an FSDP2 shard, a collective call; any other tensor as it is."""
+    """The full tensor of an FSDP2 shard, for which all processes must call; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()
 def fill(tensor: Tensor, value: Tensor) -> None:
-    """Set `tensor`, perhaps a shard, to the full `value`."""
-    if hasattr(tensor, "device_mesh"):
+    """Set `tensor`, which may be an FSDP2 shard, to the full `value`."""
+    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
