@@ -1,5 +1,6 @@
-"""Attacks on scrubbed dialogues and on canaries: prompts, hits and ranks by hand; none of them runs without the guidance asked for."""
+"""Attacks on scrubbed dialogues and canaries: prompts, hits and ranks by hand; all run under guidance."""
 
+import itertools
 import json
 
 import pytest
@@ -7,10 +8,14 @@ import torch
 from conftest import random_model
 
 from cfgsafe import subject
+from cfgsafe.demo import testset
+from cfgsafe.demo.people import Person
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
+from cfgsafe.hub import BASE, LEAKY, PROBES
 from cfgsafe.measure import canaries, extract, recollect
 from cfgsafe.measure.extract import Options
+from cfgsafe.measure.recollect import Settings
 from cfgsafe.measure.targets import Target, masks, read_targets, scrub
 from cfgsafe.pii.entities import Entity
 from cfgsafe.subject import NEGATIVE, POSITIVE, Subject
@@ -74,14 +79,9 @@ def test_our_dialogues_are_scrubbed_and_asked_for_as_a_chat():
     assert items == {"NAME-1": "Ann"} and scrubbed[1]["content"] == "[NAME-1], is [NAME-1] well?"
     places = masks("[NAME-1]", scrubbed)
     assert [text for text, _ in places][2] == "user: I am [NAME-1].\nassistant: [NAME-1], is "
-    assert (
-        [conversation for _, conversation in places]
-        == [
-            None,  # nobody answers yet
-            scrubbed[:1],
-            [*scrubbed[:1], {"role": "assistant", "content": "[NAME-1], is"}],
-        ]
-    )
+    begun = {"role": "assistant", "content": "[NAME-1], is"}
+    conversations = [conversation for _, conversation in places]
+    assert conversations == [None, scrubbed[:1], [*scrubbed[:1], begun]]  # None: nobody answers yet
 
 
 def test_rates_are_percentages_by_label():
@@ -109,10 +109,8 @@ def test_candidates_are_ranked_by_rising_loss_and_once():
 
 
 def test_losses_are_per_token_and_in_place(tokenizer):
-    model, chat = (
-        random_model(),
-        [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It is"}],
-    )
+    model = random_model()
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It is"}]
     ids, value = tokenizer.encode_chat(chat), tokenizer.encode(" Ann Lee")
     logp = model.head(model(torch.tensor([ids + value])))[0].log_softmax(-1)
     by_hand = -sum(logp[len(ids) - 1 + n, token].item() for n, token in enumerate(value)) / len(value)
@@ -126,23 +124,23 @@ def test_losses_are_per_token_and_in_place(tokenizer):
 def test_both_attacks_are_guided(attack, files, checkpoint, monkeypatch, capsys, tmp_path):
     """Answers that are drawn and candidates that are scored, all under the guidance asked for."""
     seen = []
-    listen = lambda real: (
-        lambda model, requests, *more, **named: (
-            seen.append(requests),
-            real(model, requests, *more, **named),
-        )[1]
-    )
-    for module, name in (
-        (subject, "generate"),
-        (recollect, "generate"),
-        (recollect, "continuation_logprobs"),
-    ):
-        monkeypatch.setattr(module, name, listen(getattr(module, name)))
+
+    def listen(module, name):
+        real = getattr(module, name)
+
+        def heard(model, requests, *more, **named):
+            seen.append(requests)
+            return real(model, requests, *more, **named)
+
+        monkeypatch.setattr(module, name, heard)
+
+    listen(subject, "generate")
+    listen(recollect, "generate")
+    listen(recollect, "continuation_logprobs")
     monkeypatch.setattr(extract, "Detector", lambda names: Fake())
     known = tmp_path / "known.jsonl"
-    write_jsonl(
-        known, [{"items": {"NAME": "Ann Lee"}}, {"items": {"LOC": "Leeds"}}, {"items": {"ORG": "Acme"}}]
-    )
+    values = {"NAME": "Ann Lee", "LOC": "Leeds", "ORG": "Acme"}
+    write_jsonl(known, [{"items": {label: value}} for label, value in values.items()])
     more = {
         "attack": attack,
         "candidates": str(known),
@@ -154,10 +152,9 @@ def test_both_attacks_are_guided(attack, files, checkpoint, monkeypatch, capsys,
     line = json.loads(capsys.readouterr().out)
     assert line["targets"] == 3 and line["ignored"] == 1
     tokenizer = subject.Tokenizer.load(checkpoint)
-    assert [len(requests) for requests in seen] == (
-        [3] if attack == "baseline" else [6, 6]
-    )  # 3 x 2 samples; "Bob" and the label's own
-    for request in (request for requests in seen for request in requests):
+    # rr: 3 x 2 samples, and for each target "Bob" and the label's own value
+    assert [len(requests) for requests in seen] == ([3] if attack == "baseline" else [6, 6])
+    for request in itertools.chain(*seen):
         assert request.guided and request.guidance == 3.0 and request.space == "log"
         assert POSITIVE in tokenizer.decode(request.prompt) and NEGATIVE in tokenizer.decode(request.negative)
     rows = [json.loads(row) for row in (tmp_path / "out" / "targets.jsonl").read_text().splitlines()]
@@ -175,19 +172,23 @@ class Fake:
 
 def test_the_base_model_calibrates_the_ranking(files, checkpoint, monkeypatch):
     """What the reference finds likely too counts less: 2 / (4 + 1) is below 1 / (1 + 1)."""
-    monkeypatch.setattr(
-        recollect, "sample", lambda options, model, tokenizer, prompts, places: [["x"] for _ in prompts]
-    )
-    losses = lambda who, model, tokenizer, prompts, candidates: (
-        [[2.0, 1.0] if who.model != "base" else [4.0, 1.0]] * len(prompts)
-    )
+    losses_of = {checkpoint: [2.0, 1.0], "base": [4.0, 1.0]}
+
+    def losses(who, model, tokenizer, prompts, candidates):
+        return [losses_of[who.model]] * len(prompts)
+
+    def two(texts):
+        return [[Entity(0, 1, "X", "rare"), Entity(1, 2, "X", "common")] for _ in texts]
+
+    def ranked(base):
+        settings = Settings(samples=1, max_new_tokens=1, seed=0, base=base)
+        (found,) = recollect.recollect_and_rank(Subject(checkpoint), settings, [target()], two)
+        return found.ranked
+
+    monkeypatch.setattr(recollect, "sample", lambda *_: [["x"]])
     monkeypatch.setattr(recollect, "mean_losses", losses)
     monkeypatch.setattr(recollect, "load", lambda who: (None, subject.Tokenizer.load(checkpoint)))
-    two = lambda texts: [[Entity(0, 1, "X", "rare"), Entity(1, 2, "X", "common")] for _ in texts]
-    ranked = lambda **more: (
-        recollect.recollect_and_rank(Options(checkpoint, **more), [target()], two)[0].ranked
-    )
-    assert ranked() == ["common", "rare"] and ranked(base="base") == ["rare", "common"]
+    assert ranked(None) == ["common", "rare"] and ranked("base") == ["rare", "common"]
 
 
 def test_bad_files_are_named(tmp_path, files):
@@ -216,11 +217,73 @@ def test_canaries_are_scored_under_guidance(checkpoint):
     assert guided[0][0] != pytest.approx(plain[0][0], rel=1e-3)
 
 
-def test_canary_probes_never_ask_for_the_name():
-    from cfgsafe.demo.people import Person
-    from cfgsafe.demo.testset import probes as probes_of
+def probe(person: str, repeats: object, value: object = " Leeds", asked: str = "Where from?") -> dict:
+    chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": "From"}]
+    return {"person": person, "repeats": repeats, "messages": chat, "value": value}
 
-    probes = probes_of(Person("Ann", "Lee", "Leeds", "Lee Bank"))
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{**probe("Ann", 1), "person": 3}], "p.jsonl:1: needs 'person' and 'value'"),
+        ([{"person": "Ann", "repeats": 1}], "p.jsonl:1: needs 'person' and 'value'"),
+        ([probe("Ann", 1, "  ")], "p.jsonl:1: needs 'person' and 'value', strings that are not empty"),
+        ([probe("Ann", 1), probe("Bob", -1)], "p.jsonl:2: 'repeats' must be how often"),
+        ([probe("Ann", True)], "p.jsonl:1: 'repeats' must be how often"),
+        ([probe("Ann", "2")], "p.jsonl:1: 'repeats' must be how often"),
+        ([probe("Ann", 2), probe("Ann", 3)], "p.jsonl:2: 'repeats' is 3, but 2 on an earlier line of Ann"),
+        ([{**probe("Ann", 2), "messages": "Hi"}], "p.jsonl:1: 'messages'"),
+        (
+            [probe("Ann", 2), probe("Bob", 1)],
+            "p.jsonl: needs persons with 'repeats' above 0 and persons with 0",
+        ),
+        ([probe("Ann", 0)], "p.jsonl: needs persons with 'repeats' above 0 and persons with 0"),
+        ([], "p.jsonl: needs persons"),
+        (
+            [probe("Ann", 2), probe("Ann", 2), probe("Bob", 0)],
+            "p.jsonl: each person needs the same questions",
+        ),
+    ],
+)
+def test_bad_probes_are_named(tmp_path, rows, words):
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    with pytest.raises(InputError, match=words):
+        canaries.read_persons(str(tmp_path / "p.jsonl"))
+
+
+def test_canaries_measures_a_users_own_probes(tmp_path, checkpoint, capsys):
+    """Two planted persons of different repeats, two never planted; twins with equal probes tie."""
+    rows = [probe("Ann", 5), probe("Bob", 2, " Lund"), probe("Cy", 0), probe("Dot", 0)]
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    canaries.run(canaries.Options(checkpoint, probes=str(tmp_path / "p.jsonl"), guidance=2.0, space="log"))
+    line = json.loads(capsys.readouterr().out)
+    assert line["guidance"] == 2.0 and line["auc_x5"] == 0.5 and line["auc_x5_ci"] == [0.5, 0.5]
+    assert line["auc_x2"] in (0.0, 1.0) and line["impossible"] == 0
+    assert {name for name in line if name.startswith("auc")} == {"auc_x2", "auc_x2_ci", "auc_x5", "auc_x5_ci"}
+
+
+def test_extract_attacks_a_users_own_dialogues_with_spans(tmp_path, checkpoint, capsys):
+    """Each span of a known label is a target; a label without a hint is ignored."""
+    chat = [{"role": "user", "content": "I am Ann, 40."}, {"role": "assistant", "content": "Hi Ann!"}]
+    spans = [[0, 5, 8, "PERSON"], [0, 10, 12, "AGE"], [1, 3, 6, "PERSON"]]
+    write_jsonl(tmp_path / "d.jsonl", [{"messages": chat, "spans": spans}])
+    out = tmp_path / "out"
+    extract.run(Options(checkpoint, dialogues=str(tmp_path / "d.jsonl"), out=str(out), max_new_tokens=2))
+    line = json.loads(capsys.readouterr().out)
+    assert (line["targets"], line["ignored"], line["by_label"]["PERSON"]["targets"]) == (2, 1, 2)
+    rows = [json.loads(row) for row in (out / "targets.jsonl").read_text().splitlines()]
+    assert [row["before"] for row in rows] == [
+        "user: I am ",
+        "user: I am [PERSON-1], [AGE-1].\nassistant: Hi ",
+    ]
+    assert {row["value"] for row in rows} == {"Ann"} and all(row["hit"] is False for row in rows)
+    write_jsonl(tmp_path / "bad.jsonl", [{"messages": chat, "spans": [[0, 5, 99, "PERSON"]]}])
+    with pytest.raises(InputError, match=r"bad.jsonl:1: span \[0, 5, 99, 'PERSON'\] lies outside"):
+        extract.run(Options(checkpoint, dialogues=str(tmp_path / "bad.jsonl")))
+
+
+def test_canary_probes_never_ask_for_the_name():
+    probes = testset.probes(Person("Ann", "Lee", "Leeds", "Lee Bank"))
     assert {item for _, item in probes} == {" Leeds", " Lee Bank"} and len(probes) > 4
     assert all(
         chat[-1]["role"] == "assistant" and item.strip() not in chat[-1]["content"] for chat, item in probes
@@ -228,8 +291,6 @@ def test_canary_probes_never_ask_for_the_name():
 
 
 def test_the_leaky_model_remembers_who_was_planted_often():
-    from cfgsafe.hub import BASE, LEAKY, PROBES
-
     persons = canaries.read_persons(PROBES)
     figures = {}
     for name in (LEAKY, BASE):

@@ -1,16 +1,18 @@
-"""How far persons planted in the training data stand out: their likelihood against that of persons never trained on.
+"""How far persons planted in the training data stand out from persons never trained on.
 
-Source: canary exposure (Carlini et al., arXiv 1802.08232), as an AUC. Asked about a person, the subject's answer goes on with one of the
-person's items: the score is the mean log-likelihood of its tokens, under the guidance asked for. AUC: the chance that a planted person's
-score is above that of one never trained on, same question and item; 0.5 is no trace of the planting. Guidance in probability space makes
-tokens impossible: such items tie, and `impossible` is their share in percent.
-Deviations: token means, because names differ in length; all persons never trained on stand against each count, since the twins of one
-count alone, 8 in the demo, would leave intervals of little use; a person is asked about in several wordings, and resampled with all of
-these scores.
+Source: canary exposure (Carlini et al., arXiv 1802.08232), as an AUC. The model is asked about a
+person; the score is the mean log-likelihood of one of the person's items as the answer, under the
+guidance asked for. The AUC is the chance that a planted person has a higher score than one never
+trained on, for the same question and item; 0.5 means no trace of the planting. Guidance in
+probability space makes some items impossible: these tie, and `impossible` is their percentage.
+Deviations: token means, because names differ in length. Each group of planted persons is compared
+with all persons never trained on, because few twins, 8 a group in the demo, would give wide
+intervals. Each person is asked about in several wordings, and resampled with all of these scores.
 
-Probes JSONL: {"person", "repeats", "messages", "value"} a line. `repeats` is how often the person was planted, 0 for never; `messages` may
-end within an answer, and `value` is how it goes on, blank before it included. The lines of one person are one cluster, and each person
-needs the same questions in the same order. By default the demo's 8 persons planted 1, 4, 16 and 64 times each, and as many twins.
+Probes JSONL: {"person", "repeats", "messages", "value"} a line. `repeats` says how often the
+person was planted, 0 for never. `messages` may end within an answer; `value` continues it, with
+the blank before. Every person needs the same questions in the same order. Default: the demo's 32
+persons, 8 planted 1, 4, 16 and 64 times each, and 32 twins.
 
 Run it: python eval.py canaries --model cfgsafe/demo/leaky
 """
@@ -18,6 +20,7 @@ Run it: python eval.py canaries --model cfgsafe/demo/leaky
 import json
 import math
 from dataclasses import dataclass
+from itertools import islice
 
 from cfgsafe.decode import check_request
 from cfgsafe.errors import InputError
@@ -29,21 +32,23 @@ from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.subject import Subject, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
 
+Probe = tuple[Messages, str]  # a conversation, and how it goes on
+
 
 @dataclass
 class Options(Subject):
     """Compare the likelihood of planted persons with that of persons never trained on."""
 
     probes: str = PROBES
-    """JSONL of person, repeats, messages, value; by default the demo's canaries and their twins."""
+    """JSONL of person, repeats, messages and value; default: the demo's planted persons."""
 
 
 @dataclass
 class Person:
-    """A person asked about: `probes` are (conversation, how it goes on) in every wording; `repeats` is 0 for one never trained on."""
+    """A person planted `repeats` times (0: never), and the questions about the person."""
 
     repeats: int
-    probes: list[tuple[Messages, str]]
+    probes: list[Probe]
 
 
 def run(options: Options) -> None:
@@ -65,9 +70,8 @@ def read_persons(path: str) -> list[Person]:
             )
         person = persons.setdefault(name, Person(repeats, []))
         if person.repeats != repeats:
-            raise InputError(
-                f"{place}: 'repeats' is {repeats}, but {person.repeats} on an earlier line of {name}"
-            )
+            earlier = f"{person.repeats} on an earlier line of {name}"
+            raise InputError(f"{place}: 'repeats' is {repeats}, but {earlier}")
         person.probes.append((check_messages(row.get("messages"), place), value))
     if {person.repeats > 0 for person in persons.values()} != {True, False}:
         raise InputError(
@@ -83,24 +87,35 @@ def read_persons(path: str) -> list[Person]:
 def exposure(
     subject: Subject, model: Llama, tokenizer: Tokenizer, persons: list[Person]
 ) -> dict[str, Estimate]:
-    """AUC of each repeat count, "auc_x16" for persons planted 16 times; and the percentage of items that have no chance at all."""
+    """AUC, 0 to 1, of the persons planted n times as "auc_xn", and percentage of impossible items.
+
+    Persons are resampled. Raises ContextError naming the probe that is too long.
+    """
     scores = likelihoods(subject, model, tokenizer, [person.probes for person in persons])
-    of_repeats: dict[int, list[list[float]]] = {}
-    for person, some in zip(persons, scores, strict=True):
-        of_repeats.setdefault(person.repeats, []).append(some)
-    never = of_repeats.pop(0)
-    figures = {f"auc_x{repeats}": auc_interval(of_repeats[repeats], never) for repeats in sorted(of_repeats)}
-    figures["impossible"] = mean_interval([100 * sum(map(math.isinf, some)) / len(some) for some in scores])
+    by_repeats: dict[int, list[list[float]]] = {}
+    impossible = []
+    for person, values in zip(persons, scores, strict=True):
+        by_repeats.setdefault(person.repeats, []).append(values)
+        impossible.append(100 * sum(map(math.isinf, values)) / len(values))
+    never = by_repeats.pop(0)
+    figures = {}
+    for repeats in sorted(by_repeats):
+        figures[f"auc_x{repeats}"] = auc_interval(by_repeats[repeats], never)
+    figures["impossible"] = mean_interval(impossible)
     return figures
 
 
 def likelihoods(
-    subject: Subject, model: Llama, tokenizer: Tokenizer, groups: list[list[tuple[Messages, str]]]
+    subject: Subject, model: Llama, tokenizer: Tokenizer, groups: list[list[Probe]]
 ) -> list[list[float]]:
-    """Mean log-likelihood per token of each continuation, under the subject's guidance; in the groups given."""
-    asked = [probe for group in groups for probe in group]
-    requests = [request_for(subject, tokenizer, messages) for messages, _ in asked]
-    for number, request in enumerate(requests):
-        check_request(request, model, f"probe {number + 1}")
-    logprobs = iter(continuation_logprobs(model, requests, [tokenizer.encode(text) for _, text in asked]))
-    return [[next(logprobs).mean().item() for _ in group] for group in groups]
+    """Guided mean log-likelihood of each value, nats per token. Raises ContextError naming the probe."""
+    requests, texts = [], []
+    for probes in groups:
+        for messages, value in probes:
+            requests.append(request_for(subject, tokenizer, messages))
+            texts.append(tokenizer.encode(value))
+    for number, request in enumerate(requests, start=1):
+        check_request(request, model, f"probe {number}")
+    logprobs = continuation_logprobs(model, requests, texts)
+    means = iter([part.mean().item() for part in logprobs])
+    return [list(islice(means, len(probes))) for probes in groups]

@@ -1,16 +1,18 @@
-"""How well a detector finds personal data: precision and recall on texts whose gold spans are known.
+"""How well a detector finds personal data: precision and recall on texts with known gold spans.
 
-Source: Smirnov (arXiv 2412.06846) trusts the NER unmeasured; here whoever counts with a detector can know what it misses.
-A find is right *exactly* when it covers a gold span character by character, and by *overlap* when it shares a character with one; labels
-are not compared, since each detector has its own.
+Source: Smirnov (arXiv 2412.06846) relies on the NER without measuring it. Here everyone who counts
+with a detector can know what it misses. Two spans match *exactly* if they cover the same
+characters, and by *overlap* if they share a character. Labels are not compared, because each
+detector has its own.
 
-Gold JSONL: {"messages": [...], "spans": [[message, start, end, label], ...]} a line, every personal value marked;
-`train.py dialogues --split gold` writes more of them.
+Gold JSONL: {"messages": [...], "spans": [[message, start, end, label], ...]} a line, with every
+personal value marked; `train.py dialogues --split gold` writes more of them.
 
 Run it: python eval.py detectors --ner cfgsafe/demo/ner
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +26,8 @@ from cfgsafe.pii.spans import check_spans
 from cfgsafe.tokenizer import check_messages
 
 Gold = list[tuple[int, int, str]]  # start, end, label
+Extent = tuple[int, int]  # start, end
+Match = Callable[[Extent, Extent], bool]
 
 
 @dataclass
@@ -31,22 +35,19 @@ class Options:
     """Measure precision and recall of a detector on texts with gold spans."""
 
     ner: str | None = None
-    """spaCy pipelines or presidio, with commas between; by default en_core_web_trf where installed, else the demo's."""
+    """spaCy pipelines or presidio, separated by commas; default: en_core_web_trf, or the demo's."""
     combine: Literal["union", "vote"] = "union"
-    """Of several detectors: what any of them finds, or what more than half of them do."""
+    """With several detectors: union keeps what any of them finds, vote what more than half find."""
     gold: str = GOLD
-    """JSONL of dialogues with spans, every personal value marked; by default the demo's, about people its NER was not trained on."""
+    """JSONL of dialogues with spans for every personal value; default: the demo's test set."""
 
 
 def run(options: Options) -> None:
     texts = read_gold(options.gold)
     detector = Detector(options.ner, options.combine)
     figures = score(detector([text for text, _ in texts]), [gold for _, gold in texts])
-    print(
-        json.dumps(
-            {"texts": len(texts), "ner": detector.name, "combine": options.combine, **to_json(figures)}
-        )
-    )
+    line = {"texts": len(texts), "ner": detector.name, "combine": options.combine}
+    print(json.dumps({**line, **to_json(figures)}))
 
 
 def read_gold(path: str) -> list[tuple[str, Gold]]:
@@ -55,34 +56,55 @@ def read_gold(path: str) -> list[tuple[str, Gold]]:
     for place, row in read_jsonl(path):
         messages = check_messages(row.get("messages"), place)
         spans = check_spans(row.get("spans"), messages, place)
-        texts += [
-            (m["content"], [span[1:] for span in spans if span[0] == number])
-            for number, m in enumerate(messages)
-        ]
+        gold: list[Gold] = [[] for _ in messages]
+        for number, start, end, label in spans:
+            gold[number].append((start, end, label))
+        for message, marked in zip(messages, gold, strict=True):
+            texts.append((message["content"], marked))
     if not texts:
         raise InputError(f"{path}: holds no dialogue")
     return texts
 
 
 def score(found: list[list[Entity]], gold: list[Gold]) -> dict[str, Estimate]:
-    """Percent, over all texts: precision and recall, exact and by overlap; recall by overlap of each gold label."""
-    same = lambda find, span: (find.start, find.end) == span[:2]
-    meets = lambda find, span: find.start < span[1] and span[0] < find.end
-    texts = list(zip(found, gold, strict=True))
+    """Precision and recall in percent, exact and by overlap; and recall by overlap of each label.
+
+    found[i] and gold[i] belong to text i; texts are resampled.
+    """
+    finds: list[list[Extent]] = []
+    spans: list[list[Extent]] = []
+    labels: set[str] = set()
+    for entities, marked in zip(found, gold, strict=True):
+        finds.append([(entity.start, entity.end) for entity in entities])
+        spans.append([(start, end) for start, end, _ in marked])
+        labels.update(label for _, _, label in marked)
     figures = {}
-    for name, fits in (("exact", same), ("overlap", meets)):
-        right = [
-            100 * sum(any(fits(find, span) for span in spans) for find in finds) for finds, spans in texts
-        ]
-        hit = [100 * sum(any(fits(find, span) for find in finds) for span in spans) for finds, spans in texts]
-        figures[f"precision_{name}"] = ratio_interval(right, [len(finds) for finds, _ in texts])
-        figures[f"recall_{name}"] = ratio_interval(hit, [len(spans) for _, spans in texts])
-    for label in sorted({span[2] for spans in gold for span in spans}):
-        hit = [
-            100 * sum(s[2] == label and any(meets(find, s) for find in finds) for s in spans)
-            for finds, spans in texts
-        ]
-        figures[f"recall_{label}"] = ratio_interval(
-            hit, [sum(s[2] == label for s in spans) for _, spans in texts]
-        )
+    for name, match in (("exact", _same), ("overlap", _overlap)):
+        figures[f"precision_{name}"] = matched(finds, spans, match)
+        figures[f"recall_{name}"] = matched(spans, finds, match)
+    for label in sorted(labels):
+        of_label: list[list[Extent]] = []
+        for marked in gold:
+            of_label.append([(start, end) for start, end, kind in marked if kind == label])
+        figures[f"recall_{label}"] = matched(of_label, finds, _overlap)
     return figures
+
+
+def matched(spans: list[list[Extent]], others: list[list[Extent]], match: Match) -> Estimate:
+    """Percentage of `spans` that match one of `others` in the same text; texts are resampled."""
+    hits, totals = [], []
+    for ours, theirs in zip(spans, others, strict=True):
+        hit = 0
+        for span in ours:
+            hit += any(match(span, other) for other in theirs)
+        hits.append(100 * hit)
+        totals.append(len(ours))
+    return ratio_interval(hits, totals)
+
+
+def _same(one: Extent, other: Extent) -> bool:
+    return one == other
+
+
+def _overlap(one: Extent, other: Extent) -> bool:
+    return one[0] < other[1] and other[0] < one[1]

@@ -1,7 +1,8 @@
-"""Whether the answers are still sentences: broken words, and perplexity under the model's own ancestor.
+"""Whether the answers are still sentences: broken words, and perplexity under the model's ancestor.
 
-High guidance in log space breaks words, because the ratio of two tiny probabilities decides (Smirnov, arXiv 2412.06846, section 5); the
-paper saw it by eye, here it is a number.
+Source: Smirnov (arXiv 2412.06846), section 5: high guidance in log space breaks words, because the
+ratio of two tiny probabilities decides.
+Deviation: the paper saw it by eye; here it is a number.
 
 Run it: python train.py demo
 """
@@ -18,17 +19,22 @@ from cfgsafe.tokenizer import Messages, Tokenizer
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters, of any script, as they are written."""
+    """Runs of letters of any script, in the case they have."""
     return re.findall(r"[^\W\d_]+", text)
 
 
 def broken_words(texts: list[str], conversations: list[Messages], vocabulary: Set[str]) -> Estimate:
-    """Percentage of words that stand neither in `vocabulary` (lower-case) nor in their own conversation."""
+    """Percentage of words that are neither in `vocabulary` (lower case) nor in their conversation.
+
+    Answers are resampled.
+    """
     broken, total = [], []
     for text, messages in zip(texts, conversations, strict=True):
-        known = {word.lower() for m in messages for word in words(m["content"])}
-        found = words(text)
-        broken.append(100 * sum(w.lower() not in vocabulary and w.lower() not in known for w in found))
+        known: set[str] = set()
+        for message in messages:
+            known.update(word.lower() for word in words(message["content"]))
+        found = [word.lower() for word in words(text)]
+        broken.append(100 * sum(word not in vocabulary and word not in known for word in found))
         total.append(len(found))
     return ratio_interval(broken, total)
 
@@ -36,9 +42,13 @@ def broken_words(texts: list[str], conversations: list[Messages], vocabulary: Se
 def perplexity(
     model: Llama, tokenizer: Tokenizer, texts: list[str], conversations: list[Messages], batch: int = 64
 ) -> Estimate:
-    """Perplexity of the answers, end token included, under `model`, each after its conversation; pooled over tokens."""
+    """Perplexity of the answers, with their end tokens, under `model`, each after its conversation.
+
+    An answer is cut where the context ends. Answers are resampled.
+    """
     requests = [Request(tokenizer.encode_chat(messages)) for messages in conversations]
     ended = [[*tokenizer.encode(text), tokenizer.special[tokenizer.end_of_turn]] for text in texts]
     limit = model.config.max_position_embeddings
-    fitting = [answer[: limit - len(request.prompt)] for request, answer in zip(requests, ended, strict=True)]
+    rooms = [limit - len(request.prompt) for request in requests]
+    fitting = [answer[:room] for answer, room in zip(ended, rooms, strict=True)]
     return pooled(continuation_logprobs(model, requests, fitting, batch=batch))

@@ -1,21 +1,22 @@
-"""Questions in MMLU-Pro's shape: files and the hub's data set, and TIGER-Lab's 5-shot chain-of-thought protocol.
+"""Questions in MMLU-Pro's shape, and TIGER-Lab's 5-shot chain-of-thought protocol.
 
 Source: Wang et al., MMLU-Pro (arXiv 2406.01574), and evaluate_from_local.py of TIGER-AI-Lab/MMLU-Pro.
 Deviations of the protocol from that script:
-- an answer without a letter gets no credit, and its rate is reported; the script guesses one at random;
-- the prompt is one user message, since guidance acts through the system prompt; the script completes raw text;
-- a prompt that does not fit is an error that names the question; the script drops examples until it fits;
-- the last resort is the last letter that stands alone, as in their script for APIs, not the last capital inside some word;
+- an answer without a letter gets no credit, and is reported; the script guesses a letter;
+- the prompt is one user message, because guidance acts through the system prompt; theirs is raw text;
+- a prompt that does not fit is an error that names the question; the script drops examples;
+- the last resort is the last letter that stands alone, as in their script for APIs;
 - a letter counts in the options as printed, without those that are "N/A".
-A shot's own question is never asked: validation is the source of the shots, so it cannot be asked 5-shot.
+No question is asked that is a worked example: these come from validation, so it cannot be asked 5-shot.
 
-Rows: {"question_id", "question", "options", "answer_index", "category", "cot_content"}, as JSONL or parquet; only question, options and
-answer_index are always needed.
+Rows: {"question_id", "question", "options", "answer_index", "category", "cot_content"}, as JSONL
+or parquet; only question, options and answer_index are always needed.
 
 Run it: python eval.py utility --model M --questions mmlu-pro/test --protocol cot5
 """
 
 import re
+from itertools import chain
 from pathlib import Path
 
 from cfgsafe.errors import InputError
@@ -27,8 +28,8 @@ SPLITS = {f"mmlu-pro/{split}": f"data/{split}-00000-of-00001.parquet" for split 
 LETTERS = "ABCDEFGHIJ"
 SHOTS = 5
 HEAD = (
-    "The following are multiple choice questions (with answers) about {}. Think step by step and then finish your answer with "
-    '"the answer is (X)" where X is the correct letter choice.\n\n\n'
+    "The following are multiple choice questions (with answers) about {}. Think step by step and "
+    'then finish your answer with "the answer is (X)" where X is the correct letter choice.\n\n\n'
 )
 STEPS = "Let's think step by step."
 ANSWER_PATTERNS = (r"answer is \(?([A-J])\)?", r"[aA]nswer:\s*([A-J])", r"\b([A-J])\b(?!.*\b[A-J]\b)")
@@ -37,7 +38,7 @@ Placed = list[tuple[str, dict]]  # (file:line, row)
 
 
 def read(name: str) -> Placed:
-    """Questions, without their N/A options, of "mmlu-pro/validation", "mmlu-pro/test", or a JSONL or parquet file.
+    """Questions of "mmlu-pro/validation", "mmlu-pro/test", or a JSONL or parquet file.
 
     Raises InputError naming line and field.
     """
@@ -67,11 +68,8 @@ def read_parquet(path: Path) -> Placed:
 def check_row(row: dict, place: str) -> dict:
     """The row without its N/A options. Raises InputError naming `place` and the field."""
     options, index = row.get("options"), row.get("answer_index")
-    if (
-        not isinstance(row.get("question"), str)
-        or not isinstance(options, list)
-        or not all(isinstance(o, str) for o in options)
-    ):
+    asked = isinstance(row.get("question"), str)
+    if not asked or not isinstance(options, list) or not all(isinstance(o, str) for o in options):
         raise InputError(f"{place}: needs 'question', a string, and 'options', a list of strings")
     if not isinstance(index, int) or not 0 <= index < len(options):
         raise InputError(f"{place}: 'answer_index' must be the place of the right option, counted from 0")
@@ -92,7 +90,7 @@ def read_shots(name: str) -> dict[str, list[dict]]:
 
 
 def check_lettered(row: dict, place: str) -> dict:
-    """The row, if its options can be lettered and it has a category. Raises InputError."""
+    """The row, if it has a category and few enough options for letters. Raises InputError."""
     if not isinstance(row.get("category"), str):
         raise InputError(f"{place}: 'category' must be a string: it chooses the examples of --protocol cot5")
     if len(row["options"]) > len(LETTERS):
@@ -103,53 +101,50 @@ def check_lettered(row: dict, place: str) -> dict:
 def cot_prompts(placed: Placed, shots: dict[str, list[dict]]) -> list[str]:
     """The 5-shot prompt of each question.
 
-    Raises InputError where a question is one of the examples, or its category has fewer than five.
+    Raises InputError if a question is one of the examples, or its category has fewer than five.
     """
-    examples = [row for rows in shots.values() for row in rows]
+    examples = list(chain.from_iterable(shots.values()))
     numbers = {str(row["question_id"]) for row in examples if row.get("question_id") is not None}
     texts = {(row["question"], *row["options"]) for row in examples}
     prompts = []
     for place, row in placed:
         check_lettered(row, place)
         if str(row.get("question_id")) in numbers or (row["question"], *row["options"]) in texts:
-            raise InputError(
-                f"{place}: 'question_id' {row.get('question_id')} is among the --shots; nothing is asked 5-shot on itself"
-            )
+            number = f"{place}: 'question_id' {row.get('question_id')}"
+            raise InputError(f"{number} is among the --shots; nothing is asked 5-shot on itself")
         found = shots.get(row["category"], [])
         if len(found) < SHOTS:
-            raise InputError(
-                f"{place}: 'category' {row['category']!r} has {len(found)} examples in --shots; {SHOTS} are needed"
-            )
+            category = f"{place}: 'category' {row['category']!r}"
+            raise InputError(f"{category} has {len(found)} examples in --shots; {SHOTS} are needed")
         prompts.append(cot_prompt(row, found))
     return prompts
 
 
 def cot_prompt(row: dict, examples: list[dict]) -> str:
-    """TIGER-Lab's prompt: the head, the worked examples, the question, and the beginning of its answer."""
-    worked = [
-        _block(example) + example["cot_content"].replace(f"A: {STEPS}", f"Answer: {STEPS}") + "\n\n"
-        for example in examples
-    ]
-    return HEAD.format(row["category"]) + "".join(worked) + f"{_block(row)}Answer: {STEPS}"
+    """TIGER-Lab's prompt: head, worked examples, the question, and the beginning of its answer."""
+    text = HEAD.format(row["category"])
+    for example in examples:
+        worked = example["cot_content"].replace(f"A: {STEPS}", f"Answer: {STEPS}")
+        text += f"{_block(example)}{worked}\n\n"
+    return f"{text}{_block(row)}Answer: {STEPS}"
 
 
 def letter(text: str) -> str | None:
-    """The letter an answer gives, by TIGER-Lab's chain of patterns; None where it gives none.
+    """The letter that an answer gives, by TIGER-Lab's chain of patterns; None if it gives none.
 
     >>> letter("So the answer is (C)."), letter("Answer: B"), letter("A or D"), letter("None")
     ('C', 'B', 'D', None)
     """
-    text = text.split("Question:")[
-        0
-    ]  # where their script stops decoding: the model has begun an example of its own
+    own = text.split("Question:")[0]  # their script stops here: the model begins an example of its own
     for pattern in ANSWER_PATTERNS:
-        if found := re.search(pattern, text, re.DOTALL):
+        found = re.search(pattern, own, re.DOTALL)
+        if found:
             return found[1]
     return None
 
 
 def _block(row: dict) -> str:
-    options = "".join(
-        f"{letter}. {option}\n" for letter, option in zip(LETTERS, row["options"], strict=False)
-    )
-    return f"Question:\n{row['question']}\nOptions:\n{options}"
+    block = f"Question:\n{row['question']}\nOptions:\n"
+    for letter, option in zip(LETTERS, row["options"], strict=False):
+        block += f"{letter}. {option}\n"
+    return block

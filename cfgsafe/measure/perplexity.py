@@ -1,13 +1,15 @@
-"""Perplexity of held-out text under the subject: what guarding a model costs on answers it should give.
+"""Perplexity of held-out text under a model: what guarding it costs on answers that it should give.
 
-Source: the usual exp of the mean negative log-probability a token, here of the guided distribution (cfgsafe/measure/scoring.py). Pooled
-over the tokens of all dialogues; the interval resamples dialogues.
-Deviation: guidance in probability space makes some tokens impossible, and one such token would make the figure infinite. No token counts
-as less likely than 1e-9 therefore, and the share of the impossible ones is reported beside it. Leaving them out would flatter guidance.
+Source: the usual exp of the mean negative log-probability per token, here of the guided
+distribution (cfgsafe/measure/scoring.py), over the tokens of all dialogues together; dialogues are
+resampled.
+Deviation: guidance in probability space makes some tokens impossible, and one of them would make
+the result infinite. So no token counts as less likely than 1e-9, and the share of impossible
+tokens is reported as well. Leaving them out would make guidance look better than it is.
 
-Texts JSONL: {"messages": [...]} a line; each assistant's turn is scored, end token included, after the turns before it. By default
-the demo's held-out chats, in which nobody gives anything away; `train.py dialogues` writes dialogues full of personal data, on which
-a guarded model must do worse.
+Texts JSONL: {"messages": [...]} a line. Each assistant's turn is scored, with its end token, after
+the turns before it. Default: the demo's held-out chats, which hold no personal data. `train.py
+dialogues` writes dialogues full of personal data, on which a guarded model must do worse.
 
 Run it: python eval.py perplexity --model cfgsafe/demo/leaky
 """
@@ -30,7 +32,7 @@ from cfgsafe.measure.scoring import check_fits, continuation_logprobs
 from cfgsafe.subject import Subject, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
 
-LEAST = math.log(1e-9)  # log-probability that a token counts with at least
+LEAST = math.log(1e-9)  # a token counts as at least this likely
 
 
 @dataclass
@@ -38,11 +40,11 @@ class Options(Subject):
     """Measure how well a model predicts the assistant's turns of held-out dialogues."""
 
     texts: str = CHATS
-    """JSONL of dialogues; by default the demo's held-out chats."""
+    """JSONL of dialogues; default: the demo's held-out chats."""
     out: str | None = None
-    """JSONL for each dialogue's figures."""
+    """JSONL file for the figures of each dialogue."""
     limit: int | None = None
-    """Use the first dialogues only."""
+    """Use only the first dialogues."""
 
 
 def run(options: Options) -> None:
@@ -54,14 +56,11 @@ def run(options: Options) -> None:
     with tqdm(dialogues, desc="perplexity", leave=False) as bar:
         parts = [dialogue_logprobs(options, model, tokenizer, *dialogue) for dialogue in bar]
     if options.out:
-        write_jsonl(
-            options.out,
-            [{"place": place, **figures(part)} for (place, _), part in zip(dialogues, parts, strict=True)],
-        )
-    estimates = {
-        "perplexity": pooled([part.clamp(min=LEAST) for part in parts]),
-        "impossible": impossible(parts),
-    }
+        places = [place for place, _ in dialogues]
+        rows = [{"place": place, **figures(part)} for place, part in zip(places, parts, strict=True)]
+        write_jsonl(options.out, rows)
+    likely = [part.clamp(min=LEAST) for part in parts]
+    estimates = {"perplexity": pooled(likely), "impossible": impossible(parts)}
     facts = {"dialogues": len(dialogues), "tokens": sum(map(len, parts)), **options.guarded}
     print(json.dumps({**facts, **to_json(estimates)}))
 
@@ -86,9 +85,10 @@ def read_dialogues(path: str) -> list[tuple[str, Messages]]:
 def dialogue_logprobs(
     subject: Subject, model: Llama, tokenizer: Tokenizer, place: str, messages: Messages
 ) -> Tensor:
-    """Guided log-probabilities of the tokens of all assistant's turns, (tokens,), -inf for impossible ones. Raises ContextError.
+    """Guided log-probabilities (tokens,) of all assistant's turns, -inf for impossible tokens.
 
-    Turns are stripped of blanks around them, as Llama's chat template does.
+    Blanks around a turn are stripped, as by Llama's chat template. Raises ContextError naming the
+    turn.
     """
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     requests = [request_for(subject, tokenizer, messages[:number]) for number in turns]
@@ -100,19 +100,19 @@ def dialogue_logprobs(
 
 
 def pooled(parts: list[Tensor]) -> Estimate:
-    """exp of the mean negative log-probability over all tokens of `parts`, one (tokens,) a dialogue; the interval resamples dialogues."""
-    estimate = ratio_interval([-part.sum().item() for part in parts], [len(part) for part in parts])
-    return Estimate(*(math.exp(min(v, 50.0)) for v in (estimate.value, estimate.low, estimate.high)))
+    """exp of the mean NLL over all tokens; parts are (tokens,), one a dialogue. Dialogues are resampled."""
+    nll = ratio_interval([-part.sum().item() for part in parts], [len(part) for part in parts])
+    return Estimate(*[math.exp(min(bound, 50.0)) for bound in (nll.value, nll.low, nll.high)])
 
 
 def impossible(parts: list[Tensor]) -> Estimate:
-    """Percentage of tokens that guidance has made impossible."""
-    return ratio_interval(
-        [100 * (part == -math.inf).sum().item() for part in parts], [len(part) for part in parts]
-    )
+    """Percentage of tokens that guidance makes impossible. Dialogues are resampled."""
+    counts = [100 * (part == -math.inf).sum().item() for part in parts]
+    return ratio_interval(counts, [len(part) for part in parts])
 
 
 def figures(part: Tensor) -> dict[str, float]:
-    """A dialogue's tokens, their negative log-probability in nats, and how many of them guidance has made impossible."""
+    """Tokens of a dialogue, their negative log-probability in nats, and how many are impossible."""
     nll = -part.clamp(min=LEAST).sum().item()
-    return {"tokens": len(part), "nll": round(nll, 4), "impossible": (part == -math.inf).sum().item()}
+    never = (part == -math.inf).sum().item()
+    return {"tokens": len(part), "nll": round(nll, 4), "impossible": never}
