@@ -1,10 +1,12 @@
-"""Questions to any OpenAI-compatible endpoint: answered once, kept as they come, tried again where the endpoint fails.
+"""Questions to an OpenAI-compatible endpoint: each answer is kept as it comes, each failure is tried again.
 
-Source: OpenAI's HTTP API, chat and completions, through the `openai` client. Base URL and key come from OPENAI_BASE_URL and
-OPENAI_API_KEY only, and no message shows them.
-Deviation: the client's own retries are off; they pass over unreadable and empty answers, and hide how often was asked.
+Source: OpenAI's HTTP API, chat and completions, through the `openai` client. The base URL and the key come
+from OPENAI_BASE_URL and OPENAI_API_KEY only, and no message shows them.
+Deviation: the client's own retries are off. They do not cover unreadable and empty answers, and they hide the
+number of requests.
 
-Run it: OPENAI_API_KEY=... python train.py pairs --recipes remote --remote-model gpt-4o-mini --dialogues D.jsonl --model M --out pairs.jsonl
+Run it: OPENAI_API_KEY=... python train.py pairs --recipes remote --remote-model gpt-4o-mini \\
+            --dialogues D.jsonl --model M --out pairs.jsonl
 """
 
 import hashlib
@@ -18,45 +20,42 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from cfgsafe.errors import InputError, check_at_least
-from cfgsafe.files import make_folder, read_answers
+from cfgsafe.files import AnswerLog, make_folder
 from cfgsafe.tokenizer import Messages
 
-FIRST_WAIT = 0.5  # seconds before the second attempt; doubles with each
-LONGEST_WAIT = 300.0  # seconds; whatever Retry-After says
-OUTAGE = 8  # questions failed in a row, after which the endpoint counts as down
-QUESTION_REFUSED = (
-    400,
-    413,
-    422,
-)  # statuses that speak of one question; other refusals are of the key, the model or all questions
+FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
+LONGEST_WAIT = 300.0  # seconds, whatever Retry-After says
+OUTAGE = 8  # so many failed questions in a row mean that the endpoint is down
+QUESTION_REFUSED = (400, 413, 422)  # HTTP statuses about one question; others are about the key or the model
 
 
 @dataclass
 class Service:
-    """An OpenAI-compatible endpoint. OPENAI_BASE_URL and OPENAI_API_KEY in the environment say which."""
+    """An OpenAI-compatible endpoint, given by OPENAI_BASE_URL and OPENAI_API_KEY in the environment."""
 
     remote_model: str | None = None
-    """Model of the endpoint."""
+    """Name of the model at the endpoint."""
     concurrency: int = 8
-    """Questions under way at once."""
+    """Number of questions asked at the same time."""
     timeout: float = 60.0
-    """Seconds to wait for an answer."""
+    """Seconds to wait for an answer of the endpoint."""
     attempts: int = 6
-    """Times that a question is put before it counts as failed."""
+    """Number of attempts before a question counts as failed."""
     price_in: float | None = None
-    """USD per million tokens in, for the estimate."""
+    """Price in USD of a million input tokens, for the cost estimate."""
     price_out: float | None = None
-    """USD per million tokens out, for the estimate."""
+    """Price in USD of a million output tokens, for the cost estimate."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What to send: `messages` to the chat endpoint, or `prompt` to the completions endpoint."""
+    """A question: `messages` for the chat endpoint, or `prompt` for the completions endpoint."""
 
     messages: Messages | None
     prompt: str | None
@@ -67,19 +66,20 @@ class Question:
 
 
 class Meter:
-    """Counts what is asked, retries too, and allows `limit` of it; threads may share one."""
+    """Counts requests, including retries, and allows `limit` of them. Threads may share one."""
 
     def __init__(self, limit: int | None = None):
-        self.limit, self.made = limit, 0
+        self.limit = limit
+        self.made = 0
         self._lock = threading.Lock()
 
     @property
     def spent(self) -> bool:
-        """Whether nothing more is allowed."""
+        """Whether no further request is allowed."""
         return self.limit is not None and self.made >= self.limit
 
     def take(self) -> bool:
-        """Count one more; False, and nothing is counted, where the limit does not allow it."""
+        """Count one more request; returns False, and counts nothing, when the limit is reached."""
         with self._lock:
             if self.spent:
                 return False
@@ -92,7 +92,7 @@ class _Refused(InputError):
 
 
 class _Failed(Exception):
-    """One attempt did not give an answer: why, and how many seconds the endpoint asks to wait."""
+    """An attempt gave no answer; `wait` is how many seconds the endpoint asks to wait."""
 
     def __init__(self, why: str, wait: float | None = None):
         super().__init__(why)
@@ -100,7 +100,7 @@ class _Failed(Exception):
 
 
 def check_service(service: Service) -> None:
-    """Raise InputError where nothing could be asked: no model, key or client, or numbers out of range."""
+    """Raise InputError when nothing could be asked: no model, key or client, or a number out of range."""
     check_at_least(1, service, "concurrency", "attempts")
     check_at_least(0, service, "price_in", "price_out")
     if not service.timeout > 0:
@@ -117,109 +117,134 @@ def ask(
 ) -> list[str | None]:
     """The answer to each question, in order. `what` names the questions in messages.
 
-    Answers are kept in the JSONL file `cache` as they come; a question that has one there is not asked again, and one that stands
-    twice in `questions` is asked once. Raises InputError where the endpoint refuses, or does not answer in `attempts` attempts.
-    With a `meter` of its requests it raises for a refused key or model only: any other question without an answer has None, also one for
-    which the meter allows no request.
+    Answers are kept in the file `cache` (`AnswerLog`) as they come. A question that has an answer there is
+    not asked again, and equal questions are asked once. Raises InputError when the endpoint refuses a
+    question, or does not answer it in `attempts` attempts.
+    With a `meter`, only a refused key or model raises; any other question without an answer has None, also
+    one for which the meter allows no request.
     """
     check_service(service)
     make_folder(cache.parent)
     keys = [key_of(service, question) for question in questions]
-    known = read_answers(cache)
-    todo = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
+    log = AnswerLog(cache)
+    todo = {key: question for key, question in zip(keys, questions, strict=True) if key not in log.known}
     if todo:
         if meter is None:
-            print(
-                f"{what}: {_estimate(service, list(todo.values()), len(set(keys)) - len(todo))}",
-                file=sys.stderr,
-            )
-        _ask_all(service, todo, known, cache, what, meter)
-    return [known.get(key) for key in keys]
+            kept = len(set(keys)) - len(todo)
+            print(f"{what}: {_estimate(service, list(todo.values()), kept)}", file=sys.stderr)
+        _ask_all(service, todo, log, what, meter)
+    return [log.known.get(key) for key in keys]
 
 
 def key_of(service: Service, question: Question) -> str:
-    """Of model and question; what an answer is kept under."""
+    """The key of an answer in `AnswerLog`: the same for the same model and question."""
     asked = asdict(question)
     if question.top_p is None:
-        del asked["top_p"]  # answers that were kept before there was a top_p
+        del asked["top_p"]  # so that answers that were kept before there was a top_p are found
     return hashlib.sha256(json.dumps([service.remote_model, asked], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _estimate(service: Service, questions: list[Question], kept: int) -> str:
-    characters = sum(
-        len(q.prompt) if q.messages is None else sum(len(m["content"]) for m in q.messages) for q in questions
+    characters = tokens_out = 0
+    for question in questions:
+        tokens_out += question.max_tokens
+        characters += len(question.prompt or "")
+        for message in question.messages or []:
+            characters += len(message["content"])
+    tokens_in = characters // 4
+    line = (
+        f"{len(questions)} questions to ask ({kept} answered before), "
+        f"about {tokens_in} tokens in (characters / 4), at most {tokens_out} out"
     )
-    tokens_in, tokens_out = characters // 4, sum(q.max_tokens for q in questions)
-    line = f"{len(questions)} questions to ask ({kept} answered before), about {tokens_in} tokens in (characters / 4)"
-    line += f", at most {tokens_out} out"
-    if service.price_in is None:
+    if service.price_in is None or service.price_out is None:
         return line
-    return f"{line}, at most about {(tokens_in * service.price_in + tokens_out * service.price_out) / 1e6:.2f} USD"
+    price = (tokens_in * service.price_in + tokens_out * service.price_out) / 1e6
+    return f"{line}, at most about {price:.2f} USD"
+
+
+class _Run:
+    """One run over many questions: what its threads share, under `lock`."""
+
+    def __init__(self, service: Service, log: AnswerLog, meter: Meter | None):
+        self.service, self.log, self.meter = service, log, meter
+        self.client = _client(service)
+        self.lock = threading.Lock()
+        self.stop = threading.Event()  # set when no further request may be made
+        self.errors: list[InputError | _Failed] = []
+        self.failed_in_a_row = 0
+
+    def answer(self, key: str, question: Question, bar: tqdm) -> None:
+        """Ask a question unless the run has stopped; keep its answer or its error."""
+        if self.stop.is_set():
+            return
+        try:
+            text = _patiently(partial(self.attempt, question), self.service.attempts, self.stop)
+        except (InputError, _Failed) as error:
+            with self.lock:
+                self.note(error)
+            return
+        if text is not None:
+            with self.lock:
+                self.log.keep(key, text)
+                self.failed_in_a_row = 0
+                bar.update()
+
+    def attempt(self, question: Question) -> str | None:
+        """Ask once, and count it; None when the meter does not allow it."""
+        if self.meter is not None and not self.meter.take():
+            self.stop.set()
+            return None
+        return _attempt(self.client, self.service, question)
+
+    def note(self, error: InputError | _Failed) -> None:
+        """Remember an error; the run stops when it is fatal, or when the endpoint is down."""
+        self.errors.append(error)
+        self.failed_in_a_row = 0 if isinstance(error, _Refused) else self.failed_in_a_row + 1
+        if self.is_fatal(error) or self.failed_in_a_row >= OUTAGE:
+            self.stop.set()
+
+    def is_fatal(self, error: InputError | _Failed) -> bool:
+        """Whether an error ends the run: a refusal does, but with a meter not that of a single question."""
+        refused_one = self.meter is not None and isinstance(error, _Refused)
+        return isinstance(error, InputError) and not refused_one
 
 
 def _ask_all(
-    service: Service,
-    todo: dict[str, Question],
-    known: dict[str, str],
-    cache: Path,
-    what: str,
-    meter: Meter | None,
+    service: Service, todo: dict[str, Question], log: AnswerLog, what: str, meter: Meter | None
 ) -> None:
-    """Answers to `known` and `cache`. Stops where the endpoint refuses (with a meter: the key or model), is down, or the meter is spent."""
-    client, lock, stop, errors, in_a_row = _client(service), threading.Lock(), threading.Event(), [], 0
-    fatal = lambda error: isinstance(error, InputError) and (meter is None or not isinstance(error, _Refused))
-
-    def attempt(question: Question) -> str | None:
-        if meter is not None and not meter.take():
-            stop.set()
-            return None
-        return _attempt(client, service, question)
-
-    def work(key: str) -> None:
-        nonlocal in_a_row
-        try:
-            text = None if stop.is_set() else _patiently(lambda: attempt(todo[key]), service.attempts, stop)
-        except (InputError, _Failed) as error:
-            with lock:
-                errors.append(error)
-                in_a_row = 0 if isinstance(error, _Refused) else in_a_row + 1
-                if fatal(error) or in_a_row >= OUTAGE:
-                    stop.set()
-            return
-        if text is not None:
-            with lock:
-                log.write(json.dumps({"key": key, "answer": text}) + "\n")
-                log.flush()
-                known[key] = text
-                in_a_row = 0
-                bar.update()
-
-    with open(cache, "a", encoding="utf-8") as log, tqdm(total=len(todo), desc=what, leave=False) as bar:
+    """Ask the questions of `todo` in parallel, and put the answers into `log`. Raises as `ask` does."""
+    run = _Run(service, log, meter)
+    with log, tqdm(total=len(todo), desc=what, leave=False) as bar:
         with ThreadPoolExecutor(service.concurrency) as pool:
             try:
-                for done in [pool.submit(work, key) for key in todo]:
-                    done.result()
-            except BaseException:  # an interrupt: what is under way ends and is kept
-                stop.set()
+                futures = [pool.submit(run.answer, key, question, bar) for key, question in todo.items()]
+                for future in futures:
+                    future.result()
+            except BaseException:  # such as an interrupt: requests that are under way end and are kept
+                run.stop.set()
                 raise
-    client.close()
-    remain = sum(key not in known for key in todo)
-    for error in errors:
-        if fatal(error):
+    run.client.close()
+    remain = sum(key not in log.known for key in todo)
+    for error in run.errors:
+        if run.is_fatal(error):
             raise InputError(
                 f"{what}: {error}; {remain} of {len(todo)} questions remain, running again resumes"
             ) from None
-    if meter is not None and errors:
-        print(f"{what}: {remain} of {len(todo)} questions without an answer ({errors[-1]})", file=sys.stderr)
+    if meter is not None and run.errors:
+        last = run.errors[-1]
+        print(f"{what}: {remain} of {len(todo)} questions without an answer ({last})", file=sys.stderr)
     elif meter is None and remain:
         raise InputError(
-            f"{what}: {remain} of {len(todo)} questions remain without an answer after {service.attempts} attempts "
-            f"({errors[-1]}); running again resumes"
+            f"{what}: {remain} of {len(todo)} questions remain without an answer after {service.attempts} "
+            f"attempts ({run.errors[-1]}); running again resumes"
         )
 
 
 def _patiently(attempt: Callable[[], str | None], attempts: int, stop: threading.Event) -> str | None:
-    """What `attempt` returns, tried again after 0.5 s, 1 s, 2 s ... (each times 0.5 to 1.5) or what Retry-After says; None once stopped."""
+    """The result of `attempt`, which is called again when it raises _Failed; None once `stop` is set.
+
+    The waits are 0.5 s, 1 s, 2 s ..., each times a random factor from 0.5 to 1.5, or what Retry-After says.
+    """
     for number in range(attempts):
         try:
             return attempt()
@@ -227,14 +252,17 @@ def _patiently(attempt: Callable[[], str | None], attempts: int, stop: threading
             if number + 1 == attempts:
                 raise
             jitter = random.uniform(0.5, 1.5)
-            wait = FIRST_WAIT * 2**number * jitter if error.wait is None else error.wait + 0.1 * jitter
+            if error.wait is None:
+                wait = FIRST_WAIT * 2**number * jitter
+            else:
+                wait = error.wait + 0.1 * jitter
             if stop.wait(min(wait, LONGEST_WAIT)):
                 return None
     return None
 
 
 def _attempt(client, service: Service, question: Question) -> str:
-    """Ask once. Raises _Failed where asking again may help, InputError where it cannot."""
+    """The answer to one request. Raises _Failed when asking again may help, and InputError when it cannot."""
     import openai
 
     settings = {
@@ -259,8 +287,8 @@ def _attempt(client, service: Service, question: Question) -> str:
         status = error.status_code
         if status in (408, 409, 429) or status >= 500:
             raise _Failed(f"HTTP {status}", _retry_after(error.response.headers.get("retry-after"))) from None
-        refused = _Refused if status in QUESTION_REFUSED else InputError
-        raise refused(_refusal(status, service.remote_model)) from None
+        error_class = _Refused if status in QUESTION_REFUSED else InputError
+        raise error_class(_refusal(status, str(service.remote_model))) from None
     except (openai.APIResponseValidationError, ValueError):
         raise _Failed("an answer that is not JSON") from None
     text = _text_of(response, chat=question.messages is not None)
@@ -270,14 +298,16 @@ def _attempt(client, service: Service, question: Question) -> str:
 
 
 def _text_of(response: object, chat: bool) -> str | None:
+    """The text of a response; None when it has none, or only white space."""
     choices = getattr(response, "choices", None)
     first = choices[0] if isinstance(choices, list) and choices else None
-    text = getattr(getattr(first, "message", None), "content", None) if chat else getattr(first, "text", None)
+    holder, name = (getattr(first, "message", None), "content") if chat else (first, "text")
+    text = getattr(holder, name, None)
     return text if isinstance(text, str) and text.strip() else None
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds, of a number of seconds or of a date; None where there is neither."""
+    """Seconds to wait, from a header with a number of seconds or a date; None when it has neither."""
     if header is None:
         return None
     try:
@@ -292,21 +322,27 @@ def _retry_after(header: str | None) -> float | None:
 
 def _refusal(status: int, model: str) -> str:
     if status in (401, 403):
-        return (
-            f"the endpoint refuses the key (HTTP {status}); set OPENAI_API_KEY to one that may use {model!r}"
-        )
+        advice = f"set OPENAI_API_KEY to one that may use {model!r}"
+        return f"the endpoint refuses the key (HTTP {status}); {advice}"
     if status == 404:
-        return f"the endpoint knows no model {model!r}, or no such path (HTTP 404); check --remote-model and OPENAI_BASE_URL (mostly .../v1)"
-    return f"the endpoint refuses the question (HTTP {status}); check that {model!r} takes max_tokens, temperature and prompts of this length"
+        return (
+            f"the endpoint knows no model {model!r}, or no such path (HTTP 404); check --remote-model and "
+            "OPENAI_BASE_URL (mostly .../v1)"
+        )
+    return (
+        f"the endpoint refuses the question (HTTP {status}); check that {model!r} takes max_tokens, "
+        "temperature and prompts of this length"
+    )
 
 
 def _client(service: Service):
-    """Raises InputError where the client, the key or a usable URL is missing."""
+    """An `openai.OpenAI`. Raises InputError when the package, the key or a usable URL is missing."""
     try:
         import openai
     except ImportError:
         raise InputError("a remote endpoint needs the openai client: pip install 'cfgsafe[remote]'") from None
-    key, url = os.environ.get("OPENAI_API_KEY", "").strip(), os.environ.get("OPENAI_BASE_URL", "").strip()
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    url = os.environ.get("OPENAI_BASE_URL", "").strip()
     if not (key and key.isascii() and key.isprintable()):
         raise InputError("set OPENAI_API_KEY to the endpoint's key (any word where it needs none)")
     if url and not url.startswith(("http://", "https://")):
