@@ -1,10 +1,39 @@
-"""ORPO against hand-derived cases and float64."""
+"""The objectives: against hand-derived cases and float64, and that each is whole."""
 
 import math
+from typing import get_args
 
+import pytest
 import torch
 
-from cfgsafe.losses import log1mexp, log_odds, orpo, pooled_nll
+from cfgsafe.blue.options import Options
+from cfgsafe.losses import NEEDS, Objective, beta_of, log1mexp, log_odds, objective_loss, orpo, pooled_nll
+
+
+def test_every_objective_has_its_needs():
+    assert set(NEEDS) == set(get_args(Objective))
+
+
+@pytest.mark.parametrize("objective", get_args(Objective))
+def test_every_objective_has_a_loss_for_each_pair(objective):
+    options = Options("model", "pairs", "out", objective=objective)
+    means = torch.tensor([[-0.5, -1.0], [-0.7, -0.3]])
+    ratios = torch.tensor([[0.2, -0.1], [-0.4, 0.3]])
+    nll, answer_nll = torch.tensor([1.5, 2.0]), torch.tensor([0.5, 0.75])
+    losses = objective_loss(options, means, ratios, nll, answer_nll)
+    assert losses.shape == (2,) and losses.isfinite().all()
+
+
+def test_an_unknown_objective_has_no_loss():
+    options = Options("model", "pairs", "out", objective="ipo", beta=0.1)
+    with pytest.raises(AssertionError, match="ipo"):
+        objective_loss(options, *torch.zeros(4, 2, 2))
+
+
+def test_beta_is_the_objectives_own_where_none_is_asked_for():
+    assert beta_of(Options("model", "pairs", "out", objective="simpo")) == 2.0
+    assert beta_of(Options("model", "pairs", "out", objective="npo")) == 0.1
+    assert beta_of(Options("model", "pairs", "out", objective="simpo", beta=0.0)) == 0.0
 
 
 def test_log1mexp_equals_float64():
@@ -14,16 +43,18 @@ def test_log1mexp_equals_float64():
 
 
 def test_orpo_by_hand():
-    """p = 1/2 and 1/4: odds 1 and 1/3, log odds ratio log 3, sigmoid of it 3/4."""
+    """p = 1/2 and 1/4: odds of 1 and 1/3, a log-odds ratio of log 3, with a sigmoid of 3/4."""
     chosen, rejected = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
     assert math.isclose(log_odds(chosen, rejected).item(), math.log(3), rel_tol=1e-5)
-    assert math.isclose(
-        orpo(chosen, rejected, torch.tensor([2.0]), beta=0.1).item(), 2 - 0.1 * math.log(0.75), rel_tol=1e-6
-    )
+    loss = orpo(chosen, rejected, torch.tensor([2.0]), beta=0.1).item()
+    assert math.isclose(loss, 2 - 0.1 * math.log(0.75), rel_tol=1e-6)
 
 
 def test_pooled_nll_by_hand():
-    """Answers of one token at 1/2 and three at 1/4: seven halvings over four tokens, though the answers' own means are one and two."""
+    """One token at 1/2 and three at 1/4: seven halvings over four tokens.
+
+    The means of the two answers alone would be one and two halvings.
+    """
     shares = pooled_nll(torch.tensor([0.5, 0.25**3]).log(), pairs=2, tokens=4)
     assert math.isclose(shares.mean().item(), 7 / 4 * math.log(2), rel_tol=1e-6)
 

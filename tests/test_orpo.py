@@ -1,4 +1,4 @@
-"""The training stage: what it writes, that it repeats, each option that changes how but not what is computed, and how it stops."""
+"""The training stage: what it writes, that it repeats, what changes nothing, and how it stops."""
 
 import json
 import math
@@ -19,13 +19,17 @@ from cfgsafe.lora import adapter_updates, load_adapter
 SETTINGS = Options("model", "pairs", "out")
 
 
-def metrics(out, name="metrics.jsonl") -> list[dict]:
-    """Without what depends on the machine."""
+def train(checkpoint: str, pairs: str | Path, out: Path, **changes) -> None:
+    orpo.run(Options(checkpoint, str(pairs), str(out), **changes))
+
+
+def metrics(out: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The lines of a log without the values that depend on the machine."""
     lines = [json.loads(line) for line in (out / name).read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in ("tokens_per_second", "peak_memory_bytes")}
-        for line in lines
-    ]
+    for line in lines:
+        line.pop("tokens_per_second", None)
+        line.pop("peak_memory_bytes", None)
+    return lines
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -49,16 +53,10 @@ def test_training_prefers_the_chosen_side_and_repeats_to_the_digit(tmp_path, pai
     runs = []
     for name in ("a", "b"):
         out = tmp_path / name
-        orpo.run(Options(checkpoint, pairs_file, str(out), lr=5e-3, epochs=4, seed=1))
+        train(checkpoint, pairs_file, out, lr=5e-3, epochs=4, seed=1)
         runs.append(metrics(out))
-        assert {p.name for p in out.iterdir()} == {
-            "epoch-1",
-            "epoch-2",
-            "epoch-3",
-            "epoch-4",
-            "metrics.jsonl",
-            "config.json",
-        }
+        epochs = {"epoch-1", "epoch-2", "epoch-3", "epoch-4"}
+        assert {path.name for path in out.iterdir()} == epochs | {"metrics.jsonl", "config.json"}
     assert runs[0] == runs[1]
     first, last = runs[0][0], runs[0][-1]
     assert [line["step"] for line in runs[0]] == list(range(1, 13)) and last["epoch"] == 4
@@ -67,7 +65,7 @@ def test_training_prefers_the_chosen_side_and_repeats_to_the_digit(tmp_path, pai
 
 
 def test_the_written_adapter_is_the_trained_one(tmp_path, pairs_file, checkpoint):
-    orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "o"), lr=5e-3, epochs=1))
+    train(checkpoint, pairs_file, tmp_path / "o", lr=5e-3, epochs=1)
     model = load_model(checkpoint)
     before = model(torch.arange(9)[None])
     load_adapter(tmp_path / "o" / "epoch-1", model)
@@ -75,15 +73,15 @@ def test_the_written_adapter_is_the_trained_one(tmp_path, pairs_file, checkpoint
 
 
 def test_ternary_adapters_train_and_load_exactly(tmp_path, pairs_file, checkpoint):
-    orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "t"), lr=2e-2, epochs=6, lora_bits=1.58))
-    lines = [json.loads(line) for line in (tmp_path / "t" / "metrics.jsonl").read_text().splitlines()]
+    train(checkpoint, pairs_file, tmp_path / "t", lr=2e-2, epochs=6, lora_bits=1.58)
+    lines = metrics(tmp_path / "t")
     assert lines[-1]["loss"] < lines[0]["loss"]
     model = load_model(checkpoint, adapter=tmp_path / "t" / "epoch-6")
     for update in adapter_updates(model).values():
         for weight in (update.lora_A, update.lora_B):
             assert len(weight.unique()) <= 3
     with pytest.raises(InputError, match="--lora-bits 4"):
-        orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "u"), lora_bits=4.0))
+        train(checkpoint, pairs_file, tmp_path / "u", lora_bits=4.0)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +98,7 @@ def test_how_it_is_computed_does_not_change_what_is(tmp_path, pairs_file, checkp
     if "compile" in changes and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
     for name, settings in (("a", {}), ("b", changes)):
-        orpo.run(Options(checkpoint, pairs_file, str(tmp_path / name), lr=1e-3, epochs=2, **settings))
+        train(checkpoint, pairs_file, tmp_path / name, lr=1e-3, epochs=2, **settings)
     for one, other in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
     one, other = (weights(tmp_path / name / "epoch-2") for name in "ab")
@@ -109,21 +107,11 @@ def test_how_it_is_computed_does_not_change_what_is(tmp_path, pairs_file, checkp
 
 @pytest.mark.parametrize("objective", ["orpo", "sft"])
 def test_gradients_accumulate_to_the_mean_of_their_batches(tmp_path, checkpoint, objective):
-    """Rows of equal length: two batches of two have the pooled NLL, and so the gradient, of one batch of four."""
-    write_jsonl(
-        tmp_path / "p.jsonl", [{"prompt": f"Say {n}", "chosen": " one", "rejected": " two"} for n in range(8)]
-    )
+    """With rows of equal length, two batches of two have the pooled NLL of one batch of four."""
+    rows = [{"prompt": f"Say {n}", "chosen": " one", "rejected": " two"} for n in range(8)]
+    write_jsonl(tmp_path / "p.jsonl", rows)
     for name, settings in (("a", {"batch_size": 4}), ("b", {"batch_size": 2, "grad_accum": 2})):
-        orpo.run(
-            Options(
-                checkpoint,
-                str(tmp_path / "p.jsonl"),
-                str(tmp_path / name),
-                objective=objective,
-                epochs=1,
-                **settings,
-            )
-        )
+        train(checkpoint, tmp_path / "p.jsonl", tmp_path / name, objective=objective, epochs=1, **settings)
     one, other = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     assert len(one) == len(other) == 2
     for mine, theirs in zip(one, other, strict=True):
@@ -131,7 +119,7 @@ def test_gradients_accumulate_to_the_mean_of_their_batches(tmp_path, checkpoint,
 
 
 def test_held_out_pairs_are_evaluated_each_epoch(tmp_path, pairs_file, checkpoint):
-    orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "o"), eval_pairs=pairs_file, lr=5e-3, epochs=3))
+    train(checkpoint, pairs_file, tmp_path / "o", eval_pairs=pairs_file, lr=5e-3, epochs=3)
     lines = metrics(tmp_path / "o", "eval.jsonl")
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["rewards_margin"] > lines[0]["rewards_margin"]
@@ -139,17 +127,8 @@ def test_held_out_pairs_are_evaluated_each_epoch(tmp_path, pairs_file, checkpoin
 
 @pytest.mark.parametrize("objective", ["simpo", "npo", "dpo-idk", "graddiff", "sft"])
 def test_every_objective_lowers_its_loss(tmp_path, pairs_file, checkpoint, objective):
-    orpo.run(
-        Options(
-            checkpoint,
-            pairs_file,
-            str(tmp_path / "o"),
-            eval_pairs=pairs_file,
-            objective=objective,
-            lr=5e-3,
-            epochs=3,
-        )
-    )
+    settings = {"objective": objective, "eval_pairs": pairs_file, "lr": 5e-3, "epochs": 3}
+    train(checkpoint, pairs_file, tmp_path / "o", **settings)
     lines, held_out = metrics(tmp_path / "o"), metrics(tmp_path / "o", "eval.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"] and held_out[-1]["loss"] < held_out[0]["loss"]
     if objective in ("npo", "dpo-idk"):  # the first step's model is the reference
@@ -161,46 +140,27 @@ def test_sft_learns_the_same_whether_there_is_a_rejected_side_or_not(tmp_path, p
     rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
     write_jsonl(tmp_path / "one.jsonl", [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in rows])
     for name in ("pairs", "one"):
-        orpo.run(
-            Options(
-                checkpoint,
-                str(tmp_path / f"{name}.jsonl"),
-                str(tmp_path / name),
-                objective="sft",
-                lr=5e-3,
-                epochs=2,
-            )
-        )
+        train(checkpoint, tmp_path / f"{name}.jsonl", tmp_path / name, objective="sft", lr=5e-3, epochs=2)
     one, other = (weights(tmp_path / name / "epoch-2") for name in ("pairs", "one"))
     assert all((one[key] - other[key]).abs().max() < 1e-6 for key in one)
     with pytest.raises(InputError, match="one.jsonl:1: field 'rejected'"):
-        orpo.run(Options(checkpoint, str(tmp_path / "one.jsonl"), str(tmp_path / "o")))
+        train(checkpoint, tmp_path / "one.jsonl", tmp_path / "o")
 
 
 def test_a_head_with_an_adapter_is_trained(tmp_path, pairs_file, checkpoint):
-    orpo.run(
-        Options(checkpoint, pairs_file, str(tmp_path / "o"), targets=("q_proj", "lm_head"), lr=5e-3, epochs=2)
-    )
-    head = [weight for key, weight in weights(tmp_path / "o" / "epoch-2").items() if "lm_head.lora_B" in key]
+    train(checkpoint, pairs_file, tmp_path / "o", targets=("q_proj", "lm_head"), lr=5e-3, epochs=2)
+    trained = weights(tmp_path / "o" / "epoch-2")
+    head = [weight for key, weight in trained.items() if "lm_head.lora_B" in key]
     assert len(head) == 1 and head[0].abs().max() > 0
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(tmp_path, pairs_file, checkpoint):
-    orpo.run(Options(checkpoint, pairs_file, str(tmp_path / "a"), epochs=1))
-    path = tmp_path / "a" / "epoch-1" / "adapter_model.safetensors"
-    broken = load_file(path)
+    train(checkpoint, pairs_file, tmp_path / "a", epochs=1)
+    adapter = tmp_path / "a" / "epoch-1"
+    broken = load_file(adapter / "adapter_model.safetensors")
     next(iter(broken.values()))[0, 0] = float("nan")
-    save_file(broken, path)
-    with pytest.raises(
-        InputError, match=r"step 1: the loss is nan \(rows .*pairs.jsonl:1, .*pairs.jsonl:2\)"
-    ):
-        orpo.run(
-            Options(
-                checkpoint,
-                pairs_file,
-                str(tmp_path / "b"),
-                shuffle=False,
-                init_adapter=str(tmp_path / "a" / "epoch-1"),
-            )
-        )
+    save_file(broken, adapter / "adapter_model.safetensors")
+    words = r"step 1: the loss is nan \(rows .*pairs.jsonl:1, .*pairs.jsonl:2\)"
+    with pytest.raises(InputError, match=words):
+        train(checkpoint, pairs_file, tmp_path / "b", shuffle=False, init_adapter=str(adapter))
     assert not (tmp_path / "b" / "epoch-1").exists()

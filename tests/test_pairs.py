@@ -29,16 +29,16 @@ class Names:
     name = "names"
 
     def __call__(self, texts):
-        return [
-            [Entity(t.index(w), t.index(w) + len(w), "PERSON", w) for w in ("Ann", "Leeds") if w in t]
-            for t in texts
-        ]
+        return [self.find(text) for text in texts]
+
+    def find(self, text):
+        known = [word for word in ("Ann", "Leeds") if word in text]
+        return [Entity(text.index(word), text.index(word) + len(word), "PERSON", word) for word in known]
 
 
 def options(tmp_path, **changes) -> pairs.Options:
-    return pairs.Options(
-        **{"dialogues": str(tmp_path / "d.jsonl"), "model": BASE, "out": str(tmp_path / "p.jsonl"), **changes}
-    )
+    paths = {"dialogues": str(tmp_path / "d.jsonl"), "model": BASE, "out": str(tmp_path / "p.jsonl")}
+    return pairs.Options(**{**paths, **changes})
 
 
 def write(tmp_path, *rows) -> str:
@@ -58,9 +58,8 @@ def test_one_sample_for_each_item_of_an_answer(tmp_path, spans):
 
 def test_an_item_that_opens_the_answer_leaves_the_users_turn_last(tmp_path):
     chat = [CHAT[1], {"role": "assistant", "content": "Ann, hello."}]
-    (sample,) = pairs.read_samples(
-        write(tmp_path, {"messages": chat, "spans": [[1, 0, 3, "PERSON"]]}), Names()
-    )
+    path = write(tmp_path, {"messages": chat, "spans": [[1, 0, 3, "PERSON"]]})
+    (sample,) = pairs.read_samples(path, Names())
     assert sample.messages == [CHAT[1]] and sample.rejected == "Ann, hello."
 
 
@@ -73,16 +72,10 @@ def test_avoid_prompt_and_nudge():
 def test_cfg_aware_rows_are_swapped_under_the_negative_prompt(tokenizer):
     sample = pairs.Sample(CHAT[:2], "Hello Ann.", "x", (("PERSON", "Ann"),))
     clean, leaking = pairs.cfg_aware((sample, "Hello."), tokenizer)
-    assert (
-        POSITIVE in clean["prompt"]
-        and NEGATIVE in leaking["prompt"]
-        and "Be kind" not in clean["prompt"] + leaking["prompt"]
-    )
-    assert (
-        (clean["chosen"], clean["rejected"])
-        == ("Hello.<|eot_id|>", "Hello Ann.<|eot_id|>")
-        == (leaking["rejected"], leaking["chosen"])
-    )
+    assert POSITIVE in clean["prompt"] and NEGATIVE in leaking["prompt"]
+    assert "Be kind" not in clean["prompt"] + leaking["prompt"]
+    assert (clean["chosen"], clean["rejected"]) == ("Hello.<|eot_id|>", "Hello Ann.<|eot_id|>")
+    assert (leaking["rejected"], leaking["chosen"]) == ("Hello.<|eot_id|>", "Hello Ann.<|eot_id|>")
 
 
 def test_built_pairs_are_clean_where_the_rejected_side_is_not(tmp_path, tokenizer):
@@ -136,7 +129,6 @@ def test_a_dialogue_with_control_token_text_makes_no_pair(tmp_path, tokenizer, t
 
 def test_an_answer_that_nobody_asked_for_is_passed_over(tmp_path):
     chat = [{"role": "assistant", "content": "Ann, hello."}, *CHAT[1:]]
-    samples = pairs.read_samples(
-        write(tmp_path, {"messages": chat, "spans": [[0, 0, 3, "PERSON"], *SPANS]}), Names()
-    )
+    path = write(tmp_path, {"messages": chat, "spans": [[0, 0, 3, "PERSON"], *SPANS]})
+    samples = pairs.read_samples(path, Names())
     assert [s.messages[0]["role"] for s in samples] == ["assistant", "assistant"] and len(samples) == 2

@@ -1,4 +1,4 @@
-"""A killed run goes on to the identical result: kill -9 at random moments, SIGTERM, and what must not be mixed up."""
+"""A killed run goes on to the identical result: kill -9 at random moments, SIGTERM, other data."""
 
 import json
 import os
@@ -25,65 +25,38 @@ STEPS = 24
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    write_jsonl(
-        path,
-        [
-            {"prompt": f"Say {n}", "chosen": f" one {n * n}", "rejected": " two" * (n % 5 + 1)}
-            for n in range(12)
-        ],
-    )
+    rows = []
+    for n in range(12):
+        rows.append({"prompt": f"Say {n}", "chosen": f" one {n * n}", "rejected": " two" * (n % 5 + 1)})
+    write_jsonl(path, rows)
     return str(path)
 
 
 def options(checkpoint: str, pairs: str, out: Path, **changes) -> Options:
-    return Options(
-        checkpoint,
-        pairs,
-        str(out),
-        **{"lr": 1e-2, "epochs": 4, "lora_dropout": 0.1, "save_every": 5, "eval_pairs": pairs, **changes},
-    )
+    settings = {"lr": 1e-2, "epochs": 4, "lora_dropout": 0.1, "save_every": 5, "eval_pairs": pairs}
+    return Options(checkpoint, pairs, str(out), **{**settings, **changes})
 
 
 def command(checkpoint: str, pairs: str, out: Path) -> list[str]:
-    settings = [
-        "--lr",
-        "1e-2",
-        "--epochs",
-        "4",
-        "--lora-dropout",
-        "0.1",
-        "--save-every",
-        "5",
-        "--eval-pairs",
-        pairs,
-    ]
-    return [
-        sys.executable,
-        "train.py",
-        "orpo",
-        "--model",
-        checkpoint,
-        "--pairs",
-        pairs,
-        "--out",
-        str(out),
-        *settings,
-    ]
+    paths = ["--model", checkpoint, "--pairs", pairs, "--eval-pairs", pairs, "--out", str(out)]
+    settings = "--lr 1e-2 --epochs 4 --lora-dropout 0.1 --save-every 5".split()
+    return [sys.executable, "train.py", "orpo", *paths, *settings]
+
+
+def read_log(path: Path) -> list[dict]:
+    """Its lines without the values that depend on the machine."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line.pop("tokens_per_second", None)
+        line.pop("peak_memory_bytes", None)
+    return lines
 
 
 def outcome(out: Path) -> tuple:
-    """What a run leaves but for times: the adapters, the logs."""
-    weights = {
-        path.parent.name: load_file(path) for path in sorted(out.glob("epoch-*/adapter_model.safetensors"))
-    }
-    timeless = lambda line: {
-        k: v for k, v in json.loads(line).items() if k not in ("tokens_per_second", "peak_memory_bytes")
-    }
-    logs = [
-        [timeless(line) for line in (out / name).read_text().splitlines()]
-        for name in ("metrics.jsonl", "eval.jsonl")
-    ]
-    return weights, *logs
+    """What a run leaves: the adapters and the logs."""
+    adapters = sorted(out.glob("epoch-*/adapter_model.safetensors"))
+    weights = {path.parent.name: load_file(path) for path in adapters}
+    return weights, read_log(out / "metrics.jsonl"), read_log(out / "eval.jsonl")
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -104,14 +77,8 @@ def uninterrupted(tmp_path_factory, checkpoint, pairs) -> Path:
 
 def start(checkpoint: str, pairs: str, out: Path, *more: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command(checkpoint, pairs, out), *more],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command(checkpoint, pairs, out), *more], cwd=ROOT, env=environment, **pipes)
 
 
 def wait_for_step(out: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""The loss of a batch against a dense computation, and every gradient of the shared, chunked and recomputed paths against it."""
+"""Loss and gradients of a batch, shared, chunked and recomputed, against a dense computation."""
 
 from pathlib import Path
 
@@ -35,25 +35,26 @@ def test_the_logged_values_equal_a_dense_computation():
     model = random_model()
     loss, values = batch_loss(model, model, PAIRS, settings(), None, ALONE)
     logged = dict(zip(LOGGED, values, strict=True))
-    lc, lr, nlls, answers = [], [], [], []
+    lc, lr, everything, answers = [], [], [], []
     for pair in PAIRS:
         for side, means in ((pair.chosen, lc), (pair.rejected, lr)):
             logp = model.head(model(torch.tensor([side.ids])))[0].log_softmax(-1)
             each = torch.stack([logp[t - 1, side.ids[t]] for t in range(1, len(side.ids))])
             means.append(each[side.start - 1 :].mean())
-            nlls += [each] if side is pair.chosen else []
-            answers += [each[side.start - 1 :]] if side is pair.chosen else []
-    lc, lr, nll = torch.stack(lc), torch.stack(lr), -torch.cat(nlls).mean()
+            if side is pair.chosen:
+                everything.append(each)
+                answers.append(each[side.start - 1 :])
+    lc, lr, nll = torch.stack(lc), torch.stack(lr), -torch.cat(everything).mean()
     odds = log_odds(lc, lr)
     assert torch.isclose(logged["nll_loss"], nll, atol=1e-5)
     assert torch.isclose(loss, nll - 0.1 * F.logsigmoid(odds).mean(), atol=1e-5)
-    assert torch.isclose(logged["loss"], loss) and torch.isclose(
-        logged["log_odds_chosen"], odds.mean(), atol=1e-5
-    )
+    assert torch.isclose(logged["loss"], loss)
+    assert torch.isclose(logged["log_odds_chosen"], odds.mean(), atol=1e-5)
     assert torch.isclose(logged["rewards_margin"], 0.1 * (lc - lr).mean(), atol=1e-5)
     assert torch.isclose(logged["rewards_accuracy"], (lc > lr).float().mean())
     loss, values = batch_loss(model, model, PAIRS, settings(objective="sft"), None, ALONE)
-    assert torch.isclose(loss, -torch.cat(answers).mean(), atol=1e-5) and len(torch.cat(answers)) == 2 + 2 + 3
+    answer_logprobs = torch.cat(answers)
+    assert torch.isclose(loss, -answer_logprobs.mean(), atol=1e-5) and len(answer_logprobs) == 2 + 2 + 3
     assert torch.isclose(values[LOGGED.index("nll_loss")], nll, atol=1e-5)
 
 
@@ -75,16 +76,15 @@ TEMPLATES = {  # template, generation prompt, end token
 @pytest.mark.parametrize(("begun", "answer"), [("", "I will not say."), ("", "\nNo."), ("I wo", "rk alone.")])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_sft_learns_exactly_the_answer_and_its_end(tmp_path, monkeypatch, name, begun, answer):
-    """The third answer merges with tokens of the prompt, and ChatML's line break with the second."""
+    """The third answer merges with the prompt, and the second with ChatML's line break."""
     template, opening, closing = TEMPLATES[name]
     tokenizer = variant(tmp_path, template, ("<|im_start|>", "<|im_end|>"))
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Where do I live?"}]
-    prompt = tokenizer.render_chat([*chat, *([{"role": "assistant", "content": begun}] if begun else [])])
+    begun_answer = [{"role": "assistant", "content": begun}] if begun else []
+    prompt = tokenizer.render_chat([*chat, *begun_answer])
     assert prompt.endswith(opening + begun)
-    write_jsonl(
-        tmp_path / "p.jsonl",
-        [{"prompt": prompt, "chosen": answer + tokenizer.end_of_turn}, {"prompt": "Hi", "chosen": " You"}],
-    )
+    first = {"prompt": prompt, "chosen": answer + tokenizer.end_of_turn}
+    write_jsonl(tmp_path / "p.jsonl", [first, {"prompt": "Hi", "chosen": " You"}])
     options = settings(objective="sft", max_length=512, max_prompt_length=256)
     pairs = read_pairs(str(tmp_path / "p.jsonl"), tokenizer, 512, options)
     seen = []
@@ -100,9 +100,8 @@ def test_sft_learns_exactly_the_answer_and_its_end(tmp_path, monkeypatch, name, 
     total = len(slopes.nonzero())
     assert torch.allclose(slopes[slopes != 0], torch.tensor(-1 / total))
     row, end = pairs[0].chosen, tokenizer.special[closing]
-    *learnt, last = [
-        target for target, slope in zip(seen[0][: len(row.ids) - 1], slopes, strict=False) if slope
-    ]
+    targets = zip(seen[0][: len(row.ids) - 1], slopes, strict=False)
+    *learnt, last = [target for target, slope in targets if slope]
     before = tokenizer.encode_prompt(prompt)
     merged = before[len(row.ids) - len(learnt) - 1 :]
     assert last == end and end not in learnt and row.ids[: -len(learnt) - 1] + merged == before
@@ -131,13 +130,14 @@ def gradients(dtype, targets, *, share, recomputed=0) -> tuple[torch.Tensor, dic
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj", "down_proj"), ("k_proj", "lm_head")])
 def test_shared_chunked_and_recomputed_equal_dense(monkeypatch, dtype, tolerance, targets):
-    dense = lambda model, hidden, tokens: logprobs.token_logprobs(model.head(hidden), tokens)
+    def dense(model, hidden, tokens):
+        return logprobs.token_logprobs(model.head(hidden), tokens)
+
     with monkeypatch.context() as patch:
         patch.setattr("cfgsafe.blue.step.head_logprobs", dense)
         loss, expected = gradients(dtype, targets, share=False)
-    monkeypatch.setattr(
-        logprobs, "LOGIT_BYTES", {"cpu": 3 * 2048 * logprobs.COPY_BYTES, "cuda": 0}
-    )  # chunks of three tokens
+    three_tokens = 3 * 2048 * logprobs.COPY_BYTES
+    monkeypatch.setattr(logprobs, "LOGIT_BYTES", {"cpu": three_tokens, "cuda": 0})
     for path in (
         {"share": False},
         {"share": True},
@@ -156,18 +156,19 @@ def test_shared_chunked_and_recomputed_equal_dense(monkeypatch, dtype, tolerance
 
 
 def test_objectives_by_hand():
-    means, ratios, nlls = (
-        torch.tensor([[-1.0], [-2.0]]),
-        torch.tensor([[0.5], [-1.5]]),
-        torch.tensor([[3.0], [1.25]]),
-    )
-    value = lambda name, beta: objective_loss(
-        settings(objective=name, beta=beta, gamma=0.5, retain=2.0), means, ratios, *nlls
-    ).item()
-    sigmoid = lambda x: torch.sigmoid(torch.tensor(x)).log().item()
-    assert value("simpo", 2.0) == pytest.approx(-sigmoid(2 * 1 - 0.5))
-    assert value("dpo-idk", 0.1) == pytest.approx(-sigmoid(0.2))
-    assert value("npo", 0.1) == pytest.approx(-20 * sigmoid(0.15) + 6, rel=1e-5)
+    means, ratios = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[0.5], [-1.5]])
+    nlls = torch.tensor([[3.0], [1.25]])
+
+    def value(name: str, beta: float) -> float:
+        options = settings(objective=name, beta=beta, gamma=0.5, retain=2.0)
+        return objective_loss(options, means, ratios, *nlls).item()
+
+    def logsigmoid(x: float) -> float:
+        return torch.sigmoid(torch.tensor(x)).log().item()
+
+    assert value("simpo", 2.0) == pytest.approx(-logsigmoid(2 * 1 - 0.5))
+    assert value("dpo-idk", 0.1) == pytest.approx(-logsigmoid(0.2))
+    assert value("npo", 0.1) == pytest.approx(-20 * logsigmoid(0.15) + 6, rel=1e-5)
     assert value("graddiff", 0.1) == pytest.approx(-2 + 6)
     assert value("sft", 0.1) == 1.25
 

@@ -49,10 +49,9 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
-    """193 MB in four shards, largest tensor 16.8 MB (bf16); in memory are its float32 copies and the files' pages."""
-    shapes = {"model.embed_tokens.weight": (4096, 2048)} | {
-        f"model.layers.{n}.mlp.up_proj.weight": (2048, 2048) for n in range(21)
-    }
+    """193 MB in four shards; memory holds the largest tensor (16.8 MB) in float32, and file pages."""
+    shapes = {"model.embed_tokens.weight": (4096, 2048)}
+    shapes |= {f"model.layers.{n}.mlp.up_proj.weight": (2048, 2048) for n in range(21)}
     largest = 4096 * 2048 * 2
     for name in ("base", "tuned"):
         folder = tmp_path / name
@@ -65,14 +64,11 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
             index |= dict.fromkeys(tensors, f"{part}.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     arguments = [str(tmp_path / name) for name in ("base", "tuned", "sub")]
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True
-    )
-    assert (
-        int(done.stdout.splitlines()[-1])
-        < 10 * largest
-        < sum(f.stat().st_size for f in (tmp_path / "sub").glob("*.safetensors"))
-    )
+    command = [sys.executable, "-c", PEAK, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    grown = int(done.stdout.splitlines()[-1])
+    written = sum(file.stat().st_size for file in (tmp_path / "sub").glob("*.safetensors"))
+    assert grown < 10 * largest < written
     assert {f.name for f in (tmp_path / "sub").iterdir()} == {f.name for f in (tmp_path / "base").iterdir()}
     last = [load_file(tmp_path / name / "3.safetensors") for name in ("base", "tuned", "sub")]
     for key, value in last[2].items():
@@ -82,9 +78,8 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
 
 def test_another_end_token_is_no_other_architecture(tmp_path):
     for name, end in (("base", 2046), ("tuned", 2045)):
-        save_checkpoint(
-            tmp_path / name, random_model(eos_token_id=end), tokenizer_from=BASE, dtype=torch.float32
-        )
+        model = random_model(eos_token_id=end)
+        save_checkpoint(tmp_path / name, model, tokenizer_from=BASE, dtype=torch.float32)
     (tmp_path / "base" / "LICENSE").write_text("terms")
     for _ in range(2):  # also over an earlier result
         run(Options(str(tmp_path / "base"), str(tmp_path / "tuned"), str(tmp_path / "sub")))
@@ -92,10 +87,9 @@ def test_another_end_token_is_no_other_architecture(tmp_path):
 
 
 def test_models_that_do_not_match_are_refused_and_nothing_is_written(tmp_path):
-    save_checkpoint(tmp_path / "base", random_model(), tokenizer_from=BASE, dtype=torch.float32)
-    save_checkpoint(
-        tmp_path / "tuned", random_model(intermediate_size=64), tokenizer_from=BASE, dtype=torch.float32
-    )
+    base, tuned = random_model(), random_model(intermediate_size=64)
+    save_checkpoint(tmp_path / "base", base, tokenizer_from=BASE, dtype=torch.float32)
+    save_checkpoint(tmp_path / "tuned", tuned, tokenizer_from=BASE, dtype=torch.float32)
     with pytest.raises(CheckpointError, match="config.json differs"):
         run(Options(str(tmp_path / "base"), str(tmp_path / "tuned"), str(tmp_path / "sub")))
     with pytest.raises(CheckpointError, match="'t' has shape"):

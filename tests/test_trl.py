@@ -1,7 +1,7 @@
-"""ORPO against TRL 0.11.4, step by step: loss, NLL, log-odds, gradient norm, learning rate, and the final adapter.
+"""ORPO against TRL 0.11.4, step by step: logged values, gradient norm, learning rate, final adapter.
 
-The figures in golden/orpo come from a real run (golden/orpo/make.py; versions in golden.json): once where truncation bites, once where
-the boundary merges a token and BOS and end token are missing.
+The figures in golden/orpo come from real runs (golden/orpo/make.py; versions in golden.json): one
+with truncation, one where a token merges across the boundary and BOS and end token are missing.
 """
 
 import json
@@ -47,18 +47,13 @@ def test_every_step_and_the_final_adapter_equal_trl(tmp_path, name):
     for step, (mine, theirs) in enumerate(zip(ours, run["steps"], strict=True)):
         for their_name, my_name in NAMES.items():
             assert mine[my_name] == pytest.approx(theirs[their_name], rel=1e-4, abs=2e-6), (step, my_name)
-        assert mine["loss"] == pytest.approx(theirs["nll_loss"] - 0.1 * theirs["log_odds_ratio"], rel=1e-5), (
-            step
-        )
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4), (
-            step
-        )  # TRL rounds what it logs as loss
+        exact = theirs["nll_loss"] - 0.1 * theirs["log_odds_ratio"]
+        assert mine["loss"] == pytest.approx(exact, rel=1e-5), step
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4), step  # TRL rounds what it logs
         if step:  # TRL logs the rate of the step to come
             assert mine["lr"] == pytest.approx(run["steps"][step - 1]["learning_rate"], rel=1e-6)
-    final, theirs = (
-        load_file(folder / "adapter_model.safetensors")
-        for folder in (tmp_path / "epoch-2", GOLDEN / f"final-{name}")
-    )
+    final = load_file(tmp_path / "epoch-2" / "adapter_model.safetensors")
+    theirs = load_file(GOLDEN / f"final-{name}" / "adapter_model.safetensors")
     assert set(final) == set(theirs)
     for key in final:
         assert (final[key] - theirs[key]).abs().max() < 1e-4, key
