@@ -8,9 +8,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from cfgsafe.bench import orpo_step
+from cfgsafe.bench import decode, orpo_step
 from cfgsafe.bench.__main__ import main
 from cfgsafe.bench.orpo import OURS, Options, make_inputs
+from cfgsafe.bench.shapes import DECODE_SHAPES, random_model
 from cfgsafe.kernels.results import spread
 
 
@@ -28,19 +29,8 @@ def bench(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_training_step_is_measured_in_all_variants(tmp_path, bench):
-    settings = [
-        "--shape",
-        "tiny",
-        "--prompt",
-        "40",
-        "--answer",
-        "9",
-        "--steps",
-        "2",
-        "--csv",
-        str(tmp_path / "b.csv"),
-    ]
-    rows = bench("orpo", *settings)["rows"]
+    settings = "--shape tiny --prompt 40 --answer 9 --steps 2 --csv".split()
+    rows = bench("orpo", *settings, str(tmp_path / "b.csv"))["rows"]
     assert [row["variant"] for row in rows] == ["dense", "chunked", "chunked + shared"]
     assert all(row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and row["p50"] > 0 for row in rows)
     with open(tmp_path / "b.csv", newline="") as file:
@@ -61,51 +51,30 @@ def test_the_variants_of_a_training_step_agree(tmp_path, capsys):
 
 def test_an_8b_model_trains_on_the_papers_rows_within_forty_gib(bench):
     rows = bench("memory")["rows"]
-    assert (
-        min(row["total"] for row in rows if row["shared"])
-        < 40
-        < max(row["total"] for row in rows if row["shared"])
-    )
+    totals = [row["total"] for row in rows if row["shared"]]
+    assert min(totals) < 40 < max(totals)
 
 
 def test_guidance_is_measured_against_a_copy(bench):
-    rows = bench("guidance", "--pairs", "2", "--vocabulary", "1000", "--calls", "3")["rows"]
+    rows = bench("guidance", *"--pairs 2 --vocabulary 1000 --calls 3".split())["rows"]
     assert {row["variant"] for row in rows} == {"copy", "reference, eager", "reference, torch.compile"}
     assert all(row["p50"] > 0 and row["gb_per_second"] > 0 for row in rows)
 
 
 def test_decoding_is_measured_from_two_passes_to_the_engine(bench):
-    settings = [
-        "--shape",
-        "tiny",
-        "--runs",
-        "1",
-        "--new",
-        "4",
-        "--prompt",
-        "8",
-        "--batches",
-        "1",
-        "2",
-        "--no-transformers",
-    ]
-    rows = bench("decode", *settings)["rows"]
+    settings = "--shape tiny --runs 1 --new 4 --prompt 8 --batches 1 2 --no-transformers"
+    rows = bench("decode", *settings.split())["rows"]
     assert [row["variant"] for row in rows[:2]] == ["ours, two passes", "ours, pairs in one batch"]
     assert len(rows) == 10 and all(row["tokens_per_second"] > 0 for row in rows)
 
 
 def test_the_rungs_of_the_decode_ladder_say_the_same():
-    from cfgsafe.bench.decode import SHAPES, Options, ladder, random_model
-
-    model = random_model(SHAPES["tiny"], torch.float32, "cpu")
-    found = ladder(model, [[5, 6, 7]], [[9, 10, 11]], Options(new=8))
+    model = random_model(DECODE_SHAPES["tiny"], torch.float32, "cpu")
+    found = decode.our_decoders(model, [[5, 6, 7]], [[9, 10, 11]], decode.Options(new=8))
     with torch.inference_mode():
         answers = {name: call() for name, call in found.items()}
-    assert (
-        answers["ours, two passes"]
-        == answers["ours, pairs in one batch"]
-        == answers["ours, combined before the head"]
-    )
+    naive = answers["ours, two passes"]
+    assert naive == answers["ours, pairs in one batch"] == answers["ours, combined before the head"]
 
 
 def test_spread_of_one_and_of_many():

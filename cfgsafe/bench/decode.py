@@ -1,9 +1,11 @@
-"""Guided decoding, step by step from two passes a token to the engine, against transformers on the same checkpoint: tokens a second.
+"""Guided decoding from two passes a token to the engine, against transformers: tokens a second.
 
-Random weights, random prompts, no end token, greedy, log space (the only one transformers has). A run is prefill and all new tokens; the
-table has the median of several. GB/s counts the weights once a step, which no decoder can avoid; `copy` is measured in the same run.
+All decode the same checkpoint of random weights from random prompts, greedily, without an end token, in
+log space, the only one that transformers has. A run is the prefill and all new tokens. The table has
+the median of several runs. GB/s counts the weights once a step, which no decoder can avoid; `copy`, the
+ceiling, is measured in the same run.
 
-Run it: python -m cfgsafe.bench decode                                                       (CPU, against transformers)
+Run it: python -m cfgsafe.bench decode                                      (CPU, against transformers)
         python -m cfgsafe.bench decode --device cuda --shape 8b --batches 1 8 32 --no-transformers
 """
 
@@ -15,30 +17,33 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from cfgsafe.bench.shapes import llama_8b, random_model
+from cfgsafe.bench.shapes import DECODE_SHAPES, random_model
 from cfgsafe.checkpoint import DTYPES, read_model, save_checkpoint
 from cfgsafe.decode import Engine, Request
 from cfgsafe.errors import InputError
 from cfgsafe.guidance import next_tokens
 from cfgsafe.hub import BASE
 from cfgsafe.kernels.measure import cap, synchronize
-from cfgsafe.kernels.reference import SPACES, Sampling
-from cfgsafe.kernels.results import show, spread
-from cfgsafe.llama import KVCache, Llama, LlamaConfig
+from cfgsafe.kernels.reference import Sampling
+from cfgsafe.kernels.results import show, spread, spread_columns
+from cfgsafe.llama import KVCache, Llama
 
-SHAPES = {
-    "tiny": LlamaConfig(4096, 64, 128, 2, 4, 2, 16, 8192),
-    "small": LlamaConfig(128256, 768, 2048, 20, 12, 4, 64, 8192, tie_word_embeddings=True),
-    "8b": llama_8b(),
-}
 G = 3.0
+TWO_PASSES = ("ours, two passes", "transformers, guidance_scale")  # these read the weights twice a step
+COLUMNS = {"requests": "{requests}", "variant": "{variant}", **spread_columns("s", 3)}
+COLUMNS |= {"tokens/s": "{tokens_per_second:.1f}", "GB/s": "{gb_per_second:.1f}", "of copy": "{share:.0%}"}
+COLUMNS |= {"/ our unguided": "{of_unguided:.2f}", "/ transformers guided": "{of_transformers:.2f}"}
+
+Prompts = list[list[int]]
+Decoder = Callable[[], Prompts]  # decodes all requests and returns the tokens of each
 
 
 @dataclass
 class Options:
-    """Guided decoding on random weights."""
+    """Time guided decoding on random weights."""
 
     shape: Literal["tiny", "small", "8b"] = "small"
     """tiny (2 layers of width 64), small (224M parameters, 128,256 words) or 8b (Llama-3.1-8B)."""
@@ -49,7 +54,7 @@ class Options:
     new: int = 48
     """Tokens of each answer."""
     runs: int = 5
-    """Runs to time, after one that is not."""
+    """Runs to time, after one that is not timed."""
     transformers: bool = True
     """Also run transformers, where it is installed."""
     memory_gib: float | None = None
@@ -57,99 +62,78 @@ class Options:
     device: str = "cpu"
     """Torch device."""
     dtype: str = "bfloat16"
-    """float32 or bfloat16."""
+    """Data type of the model: float32 or bfloat16."""
     csv: str | None = None
-    """File to add the rows to."""
+    """CSV file to append the rows to."""
 
 
 @torch.inference_mode()
 def run(options: Options) -> None:
     cap(options.device, options.memory_gib)
+    model, theirs = load_models(options)
+    weights = sum(p.nbytes for p in model.parameters())
+    if not model.config.tie_word_embeddings:
+        weights -= model.model.embed_tokens.weight.nbytes  # a step reads only a few of its rows
+    copy = copy_gb_per_second(options.device)
     rows = []
+    for size in options.batches:
+        random = torch.Generator().manual_seed(size)
+        shape = (size, options.prompt)
+        prompts = torch.randint(5, model.config.vocab_size, shape, generator=random).tolist()
+        negatives = torch.randint(5, model.config.vocab_size, shape, generator=random).tolist()
+        decoders = our_decoders(model, prompts, negatives, options)
+        if theirs is not None:
+            decoders |= their_decoders(theirs, prompts, negatives, options)
+        of_size = []
+        for name, decoder in tqdm(decoders.items(), leave=False):
+            times = [timed(decoder, options.device) for _ in range(options.runs + 1)]
+            seconds = spread(times[1:])
+            passes = 2 if name in TWO_PASSES else 1
+            read = passes * weights * options.new / seconds["p50"] / 1e9
+            row = {"requests": size, "variant": name, **seconds}
+            row |= {"tokens_per_second": size * options.new / seconds["p50"]}
+            of_size.append(row | {"gb_per_second": read, "share": read / copy})
+        add_ratios(of_size)
+        rows += of_size
+    show(rows, COLUMNS, options.device, options.csv)
+
+
+def load_models(options: Options) -> tuple[Llama, torch.nn.Module | None]:
+    """Our model of random weights and, if asked for, the one that transformers reads from its checkpoint."""
+    dtype, device = DTYPES[options.dtype], options.device
+    model = random_model(DECODE_SHAPES[options.shape], dtype, device)
+    if not options.transformers:
+        return model, None
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            "transformers is not installed; pip install 'cfgsafe[test]', or pass --no-transformers"
+        ) from None
+    transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
-        dtype = DTYPES[options.dtype]
-        model, theirs = random_model(SHAPES[options.shape], dtype, options.device), None
-        if options.transformers:
-            save_checkpoint(Path(folder) / "model", model, tokenizer_from=BASE, dtype=dtype)
-            model, theirs = (
-                read_model(Path(folder) / "model", device=options.device, dtype=dtype),
-                load_theirs(folder, dtype, options.device),
-            )
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        if not model.config.tie_word_embeddings:
-            weights -= (
-                model.model.embed_tokens.weight.numel() * dtype.itemsize
-            )  # of which a step reads a few rows
-        copy = copy_gb_per_second(options.device)
-        for size in options.batches:
-            random = torch.Generator().manual_seed(size)
-            prompts, negatives = (
-                torch.randint(
-                    5, SHAPES[options.shape].vocab_size, (size, options.prompt), generator=random
-                ).tolist()
-                for _ in range(2)
-            )
-            found = ladder(model, prompts, negatives, options) | (
-                reference_ladder(theirs, prompts, negatives, options) if theirs else {}
-            )
-            for name, call in tqdm(found.items(), leave=False):
-                seconds = spread([timed(call, options.device) for _ in range(options.runs + 1)][1:])
-                rate = size * options.new / seconds["p50"]
-                read = (
-                    weights
-                    * options.new
-                    / seconds["p50"]
-                    / 1e9
-                    * (2 if "two passes" in name or "guidance_scale" in name else 1)
-                )
-                rows.append(
-                    {
-                        "requests": size,
-                        "variant": name,
-                        **seconds,
-                        "tokens_per_second": rate,
-                        "gb_per_second": read,
-                        "share": read / copy,
-                    }
-                )
+        path = Path(folder) / "model"
+        save_checkpoint(path, model, tokenizer_from=BASE, dtype=dtype)
+        theirs: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return read_model(path, device=device, dtype=dtype), theirs.to(device).eval()
+
+
+def add_ratios(rows: list[dict]) -> None:
+    """Compare the rates of variants with each other, at one number of requests."""
+    rates = {row["variant"]: row["tokens_per_second"] for row in rows}
     for row in rows:
-        same = {
-            other["variant"]: other["tokens_per_second"]
-            for other in rows
-            if other["requests"] == row["requests"]
-        }
-        row["of_unguided"] = row["tokens_per_second"] / same["ours, unguided"]
-        row["of_transformers"] = row["tokens_per_second"] / same.get(
-            "transformers, guidance_scale", float("nan")
-        )
-    columns = {
-        "requests": "{requests}",
-        "variant": "{variant}",
-        "s p20": "{p20:.3f}",
-        "p50": "{p50:.3f}",
-        "p80": "{p80:.3f}",
-    }
-    columns |= {
-        "tokens/s": "{tokens_per_second:.1f}",
-        "GB/s": "{gb_per_second:.1f}",
-        "of copy": "{share:.0%}",
-    }
-    columns |= {"/ our unguided": "{of_unguided:.2f}", "/ transformers guided": "{of_transformers:.2f}"}
-    show(rows, columns, options.device, options.csv)
+        rate = row["tokens_per_second"]
+        row["of_unguided"] = rate / rates["ours, unguided"]
+        row["of_transformers"] = rate / rates.get("transformers, guidance_scale", float("nan"))
 
 
-def ladder(
-    model: Llama, prompts: list[list[int]], negatives: list[list[int]], options: Options
-) -> dict[str, Callable[[], list]]:
-    """Ours, each with one thing more than the one before."""
-    pairs = [
-        Request(p, n, guidance=G, space="log", max_new_tokens=options.new)
-        for p, n in zip(prompts, negatives, strict=True)
-    ]
-    mixed = [
-        Request(p, n, guidance=G, max_new_tokens=options.new) for p, n in zip(prompts, negatives, strict=True)
-    ]
-    plain = [Request(p, max_new_tokens=options.new) for p in prompts]
+def our_decoders(model: Llama, prompts: Prompts, negatives: Prompts, options: Options) -> dict[str, Decoder]:
+    """Ours: each has one thing more than the one before."""
+    pairs, mixed, plain = [], [], []
+    for prompt, negative in zip(prompts, negatives, strict=True):
+        pairs.append(Request(prompt, negative, guidance=G, space="log", max_new_tokens=options.new))
+        mixed.append(Request(prompt, negative, guidance=G, max_new_tokens=options.new))
+        plain.append(Request(prompt, max_new_tokens=options.new))
     found = {
         "ours, two passes": lambda: two_passes(model, prompts, negatives, options.new),
         "ours, pairs in one batch": lambda: serve(model, pairs, log_path="logits", graphs=False),
@@ -157,15 +141,16 @@ def ladder(
     }
     if options.device.startswith("cuda"):
         found["ours, CUDA graph"] = lambda: serve(model, pairs)
-    return found | {
-        "ours, probability space": lambda: serve(model, mixed),
-        "ours, unguided": lambda: serve(model, plain),
-    }
+    found["ours, probability space"] = lambda: serve(model, mixed)
+    found["ours, unguided"] = lambda: serve(model, plain)
+    return found
 
 
-def serve(model: Llama, requests: list[Request], **settings) -> list[list[int]]:
+def serve(model: Llama, requests: list[Request], **settings) -> Prompts:
+    """The tokens of each request, by the engine."""
     rows = sum(len(request.rows) for request in requests)
-    engine = Engine(model, rows=rows, slots=len(requests[0].prompt) + requests[0].max_new_tokens, **settings)
+    slots = len(requests[0].prompt) + requests[0].max_new_tokens
+    engine = Engine(model, rows=rows, slots=slots, **settings)
     request_ids = [engine.submit(request) for request in requests]
     tokens = {}
     while engine.busy:
@@ -175,75 +160,46 @@ def serve(model: Llama, requests: list[Request], **settings) -> list[list[int]]:
     return [tokens[request_id] for request_id in request_ids]
 
 
-def two_passes(
-    model: Llama, prompts: list[list[int]], negatives: list[list[int]], new: int
-) -> list[list[int]]:
-    """A forward for the positive rows and one for the negative ones, each token."""
+def two_passes(model: Llama, prompts: Prompts, negatives: Prompts, new: int) -> Prompts:
+    """A forward for the positive rows and another for the negative ones, for each token."""
     size, length, device = len(prompts), len(prompts[0]), model.device
-    caches = [
-        KVCache.empty(model.config, size, length + new, device=device, dtype=model.dtype) for _ in range(2)
-    ]
     rows = torch.arange(size, device=device)
-    full = lambda value, dtype=torch.float32: torch.full((size,), value, dtype=dtype, device=device)
-    settings = dict(
-        positive=rows,
-        negative=rows + size,
-        guidance=full(G),
-        space=full(SPACES.index("log"), torch.int32),
-        alpha=full(0.0),
-        top_p=full(1.0),
-    )
-    settings |= dict(
-        temperature=full(0.0),
-        top_k=full(0, torch.int32),
-        seed=rows,
-        step=rows,
-        truncates=False,
-        draws=False,
-        masks=False,
-    )
-    fed, at, found = [torch.tensor(p, device=device) for p in (prompts, negatives)], None, []
+    sampling = Sampling.uniform(rows, rows + size, G, "log", temperature=0.0)
+    fed = [torch.tensor(ids, device=device) for ids in (prompts, negatives)]
+    caches = []
+    for _ in fed:
+        caches.append(KVCache.empty(model.config, size, length + new, device=device, dtype=model.dtype))
+    at: Tensor | None = None
+    found = []
     for step in range(new):
         hidden = [model(tokens, at, cache)[:, -1] for tokens, cache in zip(fed, caches, strict=True)]
-        tokens, _ = next_tokens(torch.cat([model.head(h) for h in hidden]), Sampling(**settings))
+        tokens, _ = next_tokens(torch.cat([model.head(h) for h in hidden]), sampling)
         found.append(tokens.tolist())
-        fed, at = [tokens[:, None]] * 2, full(length + step, torch.long)[:, None]
+        fed = [tokens[:, None], tokens[:, None]]
+        at = torch.full((size, 1), length + step, device=device)
     return [list(answer) for answer in zip(*found, strict=True)]
 
 
-def load_theirs(folder: str, dtype: torch.dtype, device: str):
-    try:
-        import transformers
-    except ImportError:
-        raise InputError(
-            "transformers is not installed; pip install 'cfgsafe[test]', or pass --no-transformers"
-        ) from None
-    transformers.logging.set_verbosity_error()
-    return (
-        transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
-        .to(device)
-        .eval()
-    )
+def their_decoders(theirs, prompts: Prompts, negatives: Prompts, options: Options) -> dict[str, Decoder]:
+    """transformers' own guidance, and a loop over pairs in one batch.
 
+    Its guidance needs prompts of equal length to serve several at a time; here they are equal.
+    """
+    ids, others = (torch.tensor(rows, device=options.device) for rows in (prompts, negatives))
+    new = {"max_new_tokens": options.new, "min_new_tokens": options.new}
 
-def reference_ladder(
-    theirs, prompts: list[list[int]], negatives: list[list[int]], options: Options
-) -> dict[str, Callable[[], list]]:
-    """transformers' own guidance (one request at a time for unequal prompts; here they are equal), and a loop over pairs in one batch."""
-    ids, others = (torch.tensor(p, device=options.device) for p in (prompts, negatives))
-    settings = dict(max_new_tokens=options.new, min_new_tokens=options.new, do_sample=False, pad_token_id=0)
+    def generate(**more) -> Prompts:
+        mask = torch.ones_like(ids)
+        out = theirs.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, **new, **more)
+        return out[:, ids.shape[1] :].tolist()
 
-    def generate(**more) -> list[list[int]]:
-        return theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings, **more)[
-            :, ids.shape[1] :
-        ].tolist()
-
-    def hand_batched() -> list[list[int]]:
+    def hand_batched() -> Prompts:
         fed, cache, found = torch.cat((ids, others)), None, []
         for _ in range(options.new):
             out = theirs(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logs = out.past_key_values, out.logits[:, -1].float().log_softmax(-1)
-            tokens = (logs[len(ids) :] + G * (logs[: len(ids)] - logs[len(ids) :])).argmax(-1)
+            cache = out.past_key_values
+            positive, negative = out.logits[:, -1].float().log_softmax(-1).chunk(2)
+            tokens = (negative + G * (positive - negative)).argmax(-1)
             found.append(tokens.tolist())
             fed = torch.cat((tokens, tokens))[:, None]
         return [list(answer) for answer in zip(*found, strict=True)]
@@ -255,7 +211,8 @@ def reference_ladder(
     }
 
 
-def timed(call: Callable[[], list], device: str) -> float:
+def timed(call: Callable[[], object], device: str) -> float:
+    """Seconds of a call."""
     synchronize(device)
     started = time.perf_counter()
     call()
@@ -264,8 +221,9 @@ def timed(call: Callable[[], list], device: str) -> float:
 
 
 def copy_gb_per_second(device: str) -> float:
-    """Bytes read and written a second by a large copy."""
-    source = torch.ones((256 if device == "cpu" else 2048) * 2**20, dtype=torch.uint8, device=device)
+    """Bytes that a large copy reads and writes in a second, in GB."""
+    size = (256 if device == "cpu" else 2048) * 2**20
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = min(timed(lambda: [target.copy_(source)], device) for _ in range(5))
+    best = min(timed(lambda: target.copy_(source), device) for _ in range(5))
     return 2 * source.numel() / best / 1e9

@@ -11,34 +11,32 @@ from cfgsafe.kernels.results import show
 from cfgsafe.llama import LlamaConfig
 
 GIB = 2**30
-LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
+PARTS = ("weights", "kept", "working", "adapter", "total")
+COLUMNS = {"recomputed": "{recomputed}", "shared prefix": "{shared}", "tokens": "{tokens}"}
+COLUMNS |= {f"{part} GiB": f"{{{part}:.2f}}" for part in PARTS}
 
 
 @dataclass
 class Options:
-    """Peak memory of a training step of Llama-3.1-8B in bfloat16, by formula, with more and more blocks recomputed."""
+    """Peak memory of a training step of Llama-3.1-8B in bfloat16, by formula."""
 
     pairs: int = 2
-    """Pairs a step."""
+    """Pairs in a step."""
     prompt: int = 1900
-    """Tokens of a prompt."""
+    """Tokens of each prompt."""
     answer: int = 148
     """Tokens of each answer."""
     rank: int = 16
     """LoRA rank."""
     csv: str | None = None
-    """File to add the rows to."""
+    """CSV file to append the rows to."""
 
 
 def adapter_parameters(config: LlamaConfig, rank: int) -> int:
-    """Weights of an adapter of `rank` on the seven linear layers of each block."""
-    C, F, H, K = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-    )
-    query, key = H * config.head_dim, K * config.head_dim
+    """Number of weights of an adapter of `rank` on the seven linear layers of each block."""
+    C, F = config.hidden_size, config.intermediate_size
+    query = config.num_attention_heads * config.head_dim
+    key = config.num_key_value_heads * config.head_dim
     return rank * config.num_hidden_layers * (2 * (C + query) + 2 * (C + key) + 3 * (C + F))
 
 
@@ -47,29 +45,30 @@ def run(options: Options) -> None:
     weights = 2 * base_parameters(config)
     rows = []
     for recomputed in (0, 8, 16, 24, 32):
-        for share in (True, False):
-            tokens = options.pairs * (
-                options.prompt + 2 * options.answer if share else 2 * (options.prompt + options.answer)
-            )
-            reads = options.pairs * (options.prompt - 1 + 2 * options.answer)
-            adapter = adapter_parameters(config, options.rank)
-            step = step_bytes(
-                config,
-                slots=tokens,
-                reads=reads,
-                adapter=adapter,
-                rank=options.rank,
-                activation=2,
-                recomputed=recomputed,
-            )
-            row = {"recomputed": recomputed, "shared": share, "tokens": tokens, "weights": weights / GIB}
-            row |= {name: getattr(step, name) / GIB for name in ("kept", "working", "adapter")}
-            rows.append(row | {"total": (weights + step.total) / GIB})
-    columns = {
-        "recomputed": "{recomputed}",
-        "shared prefix": "{shared}",
-        "tokens": "{tokens}",
-        "weights GiB": "{weights:.2f}",
+        for shared in (True, False):
+            row = {"recomputed": recomputed, "shared": shared}
+            rows.append(row | memory(config, options, weights, recomputed, shared))
+    show(rows, COLUMNS, "cpu", options.csv)
+
+
+def memory(config: LlamaConfig, options: Options, weights: int, recomputed: int, shared: bool) -> dict:
+    """Tokens of a step and its memory in GiB; `shared`: a prompt is computed once for both answers."""
+    prompts = 1 if shared else 2
+    tokens = options.pairs * (prompts * options.prompt + 2 * options.answer)
+    step = step_bytes(
+        config,
+        slots=tokens,
+        reads=options.pairs * (options.prompt - 1 + 2 * options.answer),
+        adapter=adapter_parameters(config, options.rank),
+        rank=options.rank,
+        activation=2,
+        recomputed=recomputed,
+    )
+    return {
+        "tokens": tokens,
+        "weights": weights / GIB,
+        "kept": step.kept / GIB,
+        "working": step.working / GIB,
+        "adapter": step.adapter / GIB,
+        "total": (weights + step.total) / GIB,
     }
-    columns |= {f"{name} GiB": f"{{{name}:.2f}}" for name in ("kept", "working", "adapter", "total")}
-    show(rows, columns, "cpu", options.csv)

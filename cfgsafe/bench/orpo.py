@@ -1,11 +1,12 @@
-"""A training step of ours against TRL + PEFT: seconds, real tokens a second, peak memory above the model's own.
+"""A training step of ours and of TRL + PEFT: seconds, real tokens a second, peak memory above the model's.
 
-Every variant runs in a process of its own, on the same checkpoint (random weights, made here) and the same rows, for the same steps;
-the losses of the first step stand in the table, so that it shows whether they computed the same thing. TRL 0.11.4 needs an environment
-of its own:
+Every variant runs in a process of its own, on the same checkpoint of random weights and the same rows,
+for the same number of steps. The table has the losses of the first step, which shows whether all
+variants computed the same. TRL 0.11.4 needs an environment of its own:
 
-    python3 -m venv trl && trl/bin/pip install "torch==2.13.*" trl==0.11.4 transformers==4.45.2 peft==0.13.2 "accelerate<1.1" \\
-        "datasets<4" "numpy<2.3" rich
+    python3 -m venv trl
+    trl/bin/pip install "torch==2.13.*" trl==0.11.4 transformers==4.45.2 peft==0.13.2 \\
+        "accelerate<1.1" "datasets<4" "numpy<2.3" rich
 
 Run it: python -m cfgsafe.bench orpo --trl trl/bin/python
 """
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
@@ -21,28 +23,29 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from cfgsafe.bench.shapes import SHAPES, base_parameters, random_model
+from cfgsafe.bench.shapes import ORPO_SHAPES, base_parameters, random_model
 from cfgsafe.checkpoint import DTYPES, save_checkpoint
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_jsonl, write_jsonl
 from cfgsafe.hub import BASE, PROMPTS
-from cfgsafe.kernels.results import show, spread
+from cfgsafe.kernels.results import show, spread, spread_columns
 from cfgsafe.llama import LlamaConfig
 from cfgsafe.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parents[2]
 OURS = ("dense", "chunked", "chunked + shared")
 
 
 @dataclass
 class Options:
-    """A training step of ours and of TRL + PEFT, on random weights."""
+    """Time a training step of ours and of TRL + PEFT, on random weights."""
 
     trl: str | None = None
     """Python of an environment with TRL 0.11.4."""
     shape: Literal["tiny", "small", "8b"] = "small"
     """tiny (2 layers of width 64), small (8 of width 512, 128,256 words) or 8b (Llama-3.1-8B)."""
     pairs: int = 2
-    """Pairs a step."""
+    """Pairs in a step."""
     prompt: int = 621
     """Tokens of each prompt."""
     answer: int = 47
@@ -50,17 +53,17 @@ class Options:
     rank: int = 16
     """LoRA rank."""
     steps: int = 5
-    """Steps to time, after one that is not."""
+    """Steps to time, after one that is not timed."""
     recompute: int = 0
-    """Blocks to recompute."""
+    """Blocks whose activations the backward recomputes."""
     memory_gib: float | None = None
     """Share of the GPU to use, in GiB."""
     device: str = "cpu"
     """Torch device."""
     dtype: str = "float32"
-    """Of the base: float32 or bfloat16."""
+    """Data type of the base model: float32 or bfloat16."""
     csv: str | None = None
-    """File to add the rows to."""
+    """CSV file to append the rows to."""
 
 
 def run(options: Options) -> None:
@@ -69,65 +72,67 @@ def run(options: Options) -> None:
         config = make_inputs(Path(folder), options)
         variants = [(name, sys.executable, "cfgsafe.bench.orpo_step") for name in OURS]
         if options.trl:
-            variants.append(("TRL + PEFT", str(Path(options.trl).absolute()), "cfgsafe.bench.trl_step"))
+            python = str(Path(options.trl).absolute())
+            variants.append(("TRL + PEFT", python, "cfgsafe.bench.trl_step"))
         for name, python, module in tqdm(variants, leave=False):
             settings = json.dumps({**asdict(options), "folder": folder, "variant": name})
-            root = Path(__file__).parent.parent
-            done = subprocess.run([python, "-m", module, settings], cwd=root, capture_output=True, text=True)
-            if done.returncode:  # out of memory, say: the others are still worth measuring
+            command = [python, "-m", module, settings]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:  # out of memory, for example: the others are still worth measuring
                 print(f"{name}: {(done.stderr.strip() or 'killed').splitlines()[-1]}", file=sys.stderr)
                 continue
-            rows.append({"variant": name, **row(json.loads(done.stdout.splitlines()[-1]), config, options)})
+            figures = json.loads(done.stdout.splitlines()[-1])
+            rows.append({"variant": name, **row(figures, config, options)})
     if not rows:
         raise InputError("no variant ran to its end")
-    slowest = rows[-1]
+    last = rows[-1]
     for line in rows:
-        line["time_ratio"] = line["p50"] / slowest["p50"]
-        line["memory_ratio"] = line["peak_gib"] / slowest["peak_gib"]
-    columns = {
-        "variant": "{variant}",
-        "s/step p20": "{p20:.3f}",
-        "p50": "{p50:.3f}",
-        "p80": "{p80:.3f}",
-        "real tokens/s": "{tokens_per_second:.0f}",
-    }
-    columns |= {
-        "TFLOP/s": "{tflops:.2f}",
-        "of matmul": "{share:.0%}",
-        "GiB above model": "{peak_gib:.2f}",
-        "first loss": "{loss:.5f}",
-    }
-    columns |= {f"time / {slowest['variant']}": "{time_ratio:.2f}", "memory /": "{memory_ratio:.2f}"}
+        line["time_ratio"] = line["p50"] / last["p50"]
+        line["memory_ratio"] = line["peak_gib"] / last["peak_gib"]
+    columns = {"variant": "{variant}", **spread_columns("s/step", 3)}
+    columns |= {"real tokens/s": "{tokens_per_second:.0f}", "TFLOP/s": "{tflops:.2f}"}
+    columns |= {"of matmul": "{share:.0%}", "GiB above model": "{peak_gib:.2f}", "first loss": "{loss:.5f}"}
+    columns |= {f"time / {last['variant']}": "{time_ratio:.2f}", "memory /": "{memory_ratio:.2f}"}
     show(rows, columns, options.device, options.csv)
 
 
-def row(result: dict, config: LlamaConfig, options: Options) -> dict:
-    """The row of a variant from what its process measured."""
-    times = spread(result["seconds"])
-    tflops = step_flops(config, options) / times["p50"] / 1e12
+def row(figures: dict, config: LlamaConfig, options: Options) -> dict:
+    """The row of a variant from the figures that its process printed."""
+    times = spread(figures["seconds"])
     tokens = options.pairs * 2 * (options.prompt + options.answer)
-    rate = {"tokens_per_second": tokens / times["p50"], "tflops": tflops, "share": tflops / result["ceiling"]}
-    return times | rate | {"peak_gib": result["peak_bytes"] / 2**30, "loss": result["loss"]}
+    tflops = step_flops(config, options) / times["p50"] / 1e12
+    return {
+        **times,
+        "tokens_per_second": tokens / times["p50"],
+        "tflops": tflops,
+        "share": tflops / figures["ceiling"],
+        "peak_gib": figures["peak_bytes"] / 2**30,
+        "loss": figures["loss"],
+    }
 
 
 def step_flops(config: LlamaConfig, options: Options) -> float:
-    """Floating-point operations a step cannot do without: each prompt once through the linear layers, forward and the gradient to the
-    inputs; attention and adapters left out."""
+    """Floating-point operations that no step can do without.
+
+    That is each prompt once through the linear layers, in the forward and in the backward to the inputs;
+    attention and adapters are left out.
+    """
     head = config.vocab_size * config.hidden_size
     blocks = base_parameters(config) - head * (1 if config.tie_word_embeddings else 2)
     tokens = options.pairs * (options.prompt + 2 * options.answer)
-    return 4 * (blocks * tokens + head * options.pairs * (options.prompt - 1 + 2 * options.answer))
+    reads = options.pairs * (options.prompt - 1 + 2 * options.answer)
+    return 4 * (blocks * tokens + head * reads)
 
 
 def make_inputs(folder: Path, options: Options) -> LlamaConfig:
-    """Write a checkpoint of random weights with the demo's tokenizer, and pairs.jsonl whose texts are longer than what is read of them."""
-    config = SHAPES[options.shape]
-    model = random_model(config, DTYPES[options.dtype], options.device)
-    save_checkpoint(folder / "model", model, tokenizer_from=BASE, dtype=DTYPES[options.dtype])
-    tokenizer = Tokenizer.load(BASE)
-    texts = cycle(
-        " ".join(message["content"] for message in row["messages"]) for _, row in read_jsonl(PROMPTS)
-    )
+    """Write a checkpoint of random weights with the demo's tokenizer, and pairs.jsonl.
+
+    The texts of the pairs are longer than what a step reads of them.
+    """
+    config, dtype = ORPO_SHAPES[options.shape], DTYPES[options.dtype]
+    model = random_model(config, dtype, options.device)
+    save_checkpoint(folder / "model", model, tokenizer_from=BASE, dtype=dtype)
+    tokenizer, texts = Tokenizer.load(BASE), cycle(_prompts())
 
     def text(tokens: int) -> str:
         words = ""
@@ -135,10 +140,15 @@ def make_inputs(folder: Path, options: Options) -> LlamaConfig:
             words += " " + next(texts)
         return words
 
-    count = options.pairs * (options.steps + 1)
-    sides = [
-        {"prompt": text(options.prompt), "chosen": text(options.answer), "rejected": text(options.answer)}
-        for _ in range(count)
-    ]
-    write_jsonl(folder / "pairs.jsonl", sides)
+    pairs = []
+    for _ in range(options.pairs * (options.steps + 1)):
+        prompt, chosen, rejected = text(options.prompt), text(options.answer), text(options.answer)
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    write_jsonl(folder / "pairs.jsonl", pairs)
     return config
+
+
+def _prompts() -> Iterator[str]:
+    """The texts of the demo's prompts."""
+    for _, row in read_jsonl(PROMPTS):
+        yield " ".join(message["content"] for message in row["messages"])

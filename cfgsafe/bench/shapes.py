@@ -1,4 +1,4 @@
-"""The shapes that benchmarks run, and models of random weights in them.
+"""The shapes that the benchmarks run, and models of random weights in these shapes.
 
 Run it: python -m cfgsafe.bench decode --shape small
 """
@@ -13,17 +13,21 @@ def llama_8b() -> LlamaConfig:
     return LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072)
 
 
-def base_parameters(config: LlamaConfig) -> int:
-    """Weights of the base, counted on a model without storage."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Llama(config).parameters())
-
-
-SHAPES = {
-    "tiny": LlamaConfig(4096, 64, 128, 2, 4, 2, 16, 8192),
-    "small": LlamaConfig(128256, 512, 1408, 8, 8, 8, 64, 8192),
+TINY = LlamaConfig(4096, 64, 128, 2, 4, 2, 16, 8192)
+# Both tables have the same names. Their small shapes differ in what costs time: decoding reads many
+# weights a token (224M parameters, tied), training computes many logits a token (a large vocabulary).
+DECODE_SHAPES = {
+    "tiny": TINY,
+    "small": LlamaConfig(128256, 768, 2048, 20, 12, 4, 64, 8192, tie_word_embeddings=True),
     "8b": llama_8b(),
 }
+ORPO_SHAPES = {"tiny": TINY, "small": LlamaConfig(128256, 512, 1408, 8, 8, 8, 64, 8192), "8b": llama_8b()}
+
+
+def base_parameters(config: LlamaConfig) -> int:
+    """Number of weights of the base, counted on a model without storage."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Llama(config).parameters())
 
 
 def random_model(config: LlamaConfig, dtype: torch.dtype, device: str) -> Llama:
@@ -32,9 +36,12 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device: str) -> Llama:
     with torch.device("meta"):
         model = Llama(config)
     model = model.to(dtype).to_empty(device=device)
+    model.frequencies = rope_frequencies(config).to(device)  # to_empty left it undefined
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() == 2 else torch.nn.init.ones_(parameter)
-    model.frequencies = rope_frequencies(config).to(device)
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+        else:
+            torch.nn.init.ones_(parameter)
     return model.requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""The TRL + PEFT variant of `python -m cfgsafe.bench orpo`: the reference's own trainer, run by the Python it is installed in.
+"""The TRL + PEFT variant of `python -m cfgsafe.bench orpo`, run by the Python that TRL is installed in.
 
 Run it: python -m cfgsafe.bench orpo --trl PYTHON
 """
@@ -21,11 +21,15 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 class Trainer(trl.ORPOTrainer):
+    """Takes the rows in their order, as our variants do."""
+
     def _get_train_sampler(self):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 class Clock(transformers.TrainerCallback):
+    """Seconds of each step."""
+
     def __init__(self, device):
         self.device, self.seconds = device, []
 
@@ -42,13 +46,14 @@ def main(settings):
     measure.cap(device, settings["memory_gib"])
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings["dtype"]]
     ceiling = measure.matmul_tflops(device, dtype)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    checkpoint = folder / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.pad_token = tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", torch_dtype=dtype).to(device)
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, torch_dtype=dtype).to(device)
     config = peft.LoraConfig(
         r=settings["rank"], lora_alpha=32, lora_dropout=0.0, target_modules=LAYERS, task_type="CAUSAL_LM"
     )
-    model = peft.get_peft_model(model, config)
+    model = peft.get_peft_model(base, config)
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     with tempfile.TemporaryDirectory() as out:
         arguments = trl.ORPOConfig(
@@ -79,8 +84,9 @@ def main(settings):
         trainer.train()
         peak = measure.peak(device) - before
     steps = [entry for entry in trainer.state.log_history if "nll_loss" in entry]
-    loss = steps[0]["nll_loss"] - 0.1 * steps[0]["log_odds_ratio"]  # what TRL logs as the loss is rounded
-    print(json.dumps({"seconds": clock.seconds[1:], "loss": loss, "peak_bytes": peak, "ceiling": ceiling}))
+    loss = steps[0]["nll_loss"] - 0.1 * steps[0]["log_odds_ratio"]  # the loss that TRL logs is rounded
+    figures = {"seconds": clock.seconds[1:], "loss": loss, "peak_bytes": peak, "ceiling": ceiling}
+    print(json.dumps(figures))
 
 
 main(json.loads(sys.argv[1]))
