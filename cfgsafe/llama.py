@@ -1,10 +1,10 @@
-"""Llama-3.1 in one file: RMSNorm, grouped-query attention, RoPE with llama3 scaling, SwiGLU, KV cache.
+"""Llama-3.1 in one file: RMSNorm, grouped-query attention, llama3 RoPE, SwiGLU, KV cache.
 
-Source: "The Llama 3 Herd of Models" (arXiv 2407.21783); module names and the half-split RoPE layout are
-those of the Hugging Face checkpoints, so a state dict maps one to one.
-Deviation: no padding mask exists. A cache slot *is* a position, and a query at position p sees the slots
-0..p of its own row; right padding therefore never reaches a real token, and rows of unequal length in one
-batch give what each gives alone.
+Source: "The Llama 3 Herd of Models" (arXiv 2407.21783). Module names and the half-split RoPE layout
+are those of the Hugging Face checkpoints, so that a state dict maps one to one.
+Deviation: there is no padding mask. A cache slot is a position, and a query at position p sees the
+slots 0..p of its own row. Right padding therefore never reaches a real token, and rows of unequal
+length in one batch give what each gives alone.
 Shapes: B rows, T tokens, S cache slots, H heads, K kv heads, D head dim, C hidden, V vocabulary.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --prompt "What is the capital of France?"
@@ -21,10 +21,20 @@ from torch.utils.checkpoint import checkpoint
 
 from cfgsafe.errors import CheckpointError
 
+SUPPORTED = {"model_type": "llama", "hidden_act": "silu", "quantization_config": None}
+SCALING_FIELDS = {
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "linear": ("factor",),
+}
+OLD_ROPE_THETA = 10000.0  # of Llama 1 and 2, whose config.json leaves it out
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The fields of a Hugging Face `LlamaConfig` that we read; two configs are equal when their weights fit each other."""
+    """The fields of a Hugging Face `LlamaConfig` that we read.
+
+    Two configs are equal when the weights of one fit the other.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -36,38 +46,32 @@ class LlamaConfig:
     max_position_embeddings: int = field(compare=False)
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    rope_scaling: dict | None = (
-        None  # {"rope_type": "llama3", "factor", "low_freq_factor", ...}, {"rope_type": "linear", "factor"} or None
-    )
+    rope_scaling: dict | None = None  # {"rope_type": ..., and the fields of SCALING_FIELDS}
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
     bos_token_id: int | None = field(default=None, compare=False)
     eos_token_id: int | list[int] | None = field(default=None, compare=False)
-    extra: dict = field(
-        default_factory=dict, compare=False
-    )  # other keys of config.json, written back untouched
+    extra: dict = field(default_factory=dict, compare=False)  # config.json's other keys
 
     @staticmethod
     def from_dict(raw: dict) -> "LlamaConfig":
-        """Read a `config.json`; both RoPE spellings (`rope_scaling` and `rope_parameters`). Raises CheckpointError naming the field."""
+        """Read a `config.json`, with either spelling of RoPE (`rope_scaling` or `rope_parameters`).
+
+        Raises CheckpointError naming the field.
+        """
         raw = dict(raw)
-        for name, supported in (
-            ("model_type", "llama"),
-            ("hidden_act", "silu"),
-            ("quantization_config", None),
-        ):
+        for name, supported in SUPPORTED.items():
             if raw.get(name, supported) != supported:
                 raise CheckpointError(
                     f"config.json: {name} {raw[name]!r} is not supported, only {supported!r} is"
                 )
-        if rope := raw.pop("rope_parameters", None):
-            raw |= {
-                "rope_theta": rope.get("rope_theta", 10000.0),
-                "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"},
-            }
+        rope = raw.pop("rope_parameters", None)
+        if rope:
+            raw["rope_theta"] = rope.get("rope_theta", OLD_ROPE_THETA)
+            raw["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         raw["rope_scaling"] = _read_scaling(raw.get("rope_scaling"))
-        raw.setdefault("rope_theta", 10000.0)  # Llama 1 and 2 leave it out
+        raw.setdefault("rope_theta", OLD_ROPE_THETA)
         raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw.get("num_attention_heads")
         for field_ in fields(LlamaConfig)[:5]:
             if not isinstance(raw.get(field_.name), int):
@@ -78,44 +82,41 @@ class LlamaConfig:
             raise CheckpointError(
                 "config.json: head_dim must be even and num_attention_heads a multiple of num_key_value_heads"
             )
-        known = {f.name for f in fields(LlamaConfig)} - {"extra"}
-        extra = {key: value for key, value in raw.items() if key not in known}
-        return LlamaConfig(**{key: value for key, value in raw.items() if key in known}, extra=extra)
+        names = {field_.name for field_ in fields(LlamaConfig)} - {"extra"}
+        known = {key: value for key, value in raw.items() if key in names}
+        extra = {key: value for key, value in raw.items() if key not in names}
+        return LlamaConfig(**known, extra=extra)
 
     def to_dict(self) -> dict:
         """The `config.json` that `transformers` and we read back."""
         own = asdict(self)
         extra = own.pop("extra")
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            **extra,
-            **own,
-        }
+        kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+        return {**kind, **extra, **own}
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Every token id that ends an answer."""
-        ids = self.eos_token_id
-        return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
-
-
-SCALING_FIELDS = {
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "linear": ("factor",),
-}
+        if self.eos_token_id is None:
+            return frozenset()
+        if isinstance(self.eos_token_id, int):
+            return frozenset([self.eos_token_id])
+        return frozenset(self.eos_token_id)
 
 
 def _read_scaling(scaling: dict | None) -> dict | None:
-    """The `rope_scaling` of a config.json, None where it asks for nothing. Raises CheckpointError naming type or field."""
-    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    """The `rope_scaling` of a config.json; None when it asks for no scaling.
+
+    Raises CheckpointError naming the type or the field.
+    """
+    if scaling is None:
+        return None
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return None
     if kind not in SCALING_FIELDS:
-        raise CheckpointError(
-            f"config.json: rope_type {kind!r} is not supported; {', '.join(SCALING_FIELDS)} and default are"
-        )
+        known = ", ".join(SCALING_FIELDS)
+        raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; {known} and default are")
     for name in SCALING_FIELDS[kind]:
         if not isinstance(scaling.get(name), (int, float)):
             raise CheckpointError(f"config.json: rope_scaling of type {kind!r} needs the number {name!r}")
@@ -125,12 +126,12 @@ def _read_scaling(scaling: dict | None) -> dict | None:
 def rope_frequencies(config: LlamaConfig) -> Tensor:
     """Inverse frequencies, (D/2,) float32, on the CPU.
 
-    linear scaling divides them by `factor`; llama3 (Llama 3.1) keeps wavelengths shorter than original/high_freq_factor, divides
-    those longer than original/low_freq_factor by `factor`, and interpolates between.
+    Scaling of type linear divides them by `factor`. Type llama3 (Llama 3.1) keeps wavelengths that
+    are shorter than original / high_freq_factor, divides those longer than original /
+    low_freq_factor by `factor`, and interpolates between the two.
     """
-    even = torch.arange(
-        0, config.head_dim, 2, dtype=torch.int64, device="cpu"
-    )  # arithmetic on the meta device imports torch._dynamo
+    # On the CPU, because arithmetic on the meta device imports torch._dynamo.
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu")
     frequency = 1.0 / config.rope_theta ** (even.float() / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
@@ -160,17 +161,22 @@ class KVCache:
 
     @staticmethod
     def empty(config: LlamaConfig, rows: int, slots: int, *, device, dtype) -> "KVCache":
-        """A cache for `rows` rows of `slots` positions, allocated whole."""
+        """A cache for `rows` rows of `slots` positions, allocated at once."""
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
-        return KVCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+        keys = torch.zeros(shape, device=device, dtype=dtype)
+        values = torch.zeros(shape, device=device, dtype=dtype)
+        return KVCache(keys, values)
 
     @staticmethod
     def bytes_a_slot(config: LlamaConfig, dtype: torch.dtype) -> int:
-        """Memory of one position of one row."""
+        """Bytes of one position of one row."""
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
     def part(self, rows: int, slots: int, picked: Tensor | None = None) -> "KVCache":
-        """The first `slots` of the first `rows` rows, in the same memory; or of `picked` ones (n,), copied to be read."""
+        """The first `slots` of the first `rows` rows, in the same memory.
+
+        With `picked` (n,), it stands for those n rows: they are copied to be read.
+        """
         return KVCache(self.keys[:, :rows, :, :slots], self.values[:, :rows, :, :slots], picked)
 
     def copy(self, target: int, source: "KVCache", row: int, slots: int) -> None:
@@ -181,17 +187,26 @@ class KVCache:
     def write(
         self, layer: int, positions: Tensor, k: Tensor, v: Tensor, *, alone: bool
     ) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) at `positions` (B, T); return all of the layer's rows, (B, K, S, D) twice, or k and v `alone`."""
+        """Store k and v (B, K, T, D) at `positions` (B, T).
+
+        Returns keys and values of all slots of the rows, (B, K, S, D) each; or just k and v if
+        `alone`.
+        """
         keys, values = self.keys[layer], self.values[layer]
         keys[self.rows, :, positions] = k.transpose(1, 2)
         values[self.rows, :, positions] = v.transpose(1, 2)
         if alone:
             return k, v
-        return (keys, values) if self.picked is None else (keys[self.picked], values[self.picked])
+        if self.picked is None:
+            return keys, values
+        return keys[self.picked], values[self.picked]
 
 
 class Linear(nn.Linear):
-    """As nn.Linear; a few rows in bfloat16 on a CPU are computed as W x^T, which oneDNN does in two thirds of the time of x W^T."""
+    """nn.Linear, faster for a few rows in bfloat16 on a CPU.
+
+    It computes them as W x^T, which takes oneDNN two thirds of the time of x W^T.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
@@ -217,12 +232,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        C, H, K, D = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        C, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = D
         self.q_proj = Linear(C, H * D, bias=config.attention_bias)
         self.k_proj = Linear(C, K * D, bias=config.attention_bias)
@@ -230,28 +241,30 @@ class Attention(nn.Module):
         self.o_proj = Linear(H * D, C, bias=config.attention_bias)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, store) -> Tensor:
+        """Attention of x (B, T, C) over itself, or over the keys and values that `store` returns.
+
+        The last Q tokens attend where the float `mask` (B, 1, G Q, S) says, G = H / K; those before
+        them attend to themselves and to the tokens left of them.
+        """
         B, T, _ = x.shape
-        q, k, v = (
-            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, *rope), rotate(k, *rope)  # (B, H, T, D), (B, K, T, D)
         if store is not None:
             k, v = store(k, v)  # (B, K, S, D)
-        K, G = k.shape[1], q.shape[1] // k.shape[1]
+        K = k.shape[1]
+        G = q.shape[1] // K
         Q = 0 if mask is None else mask.shape[2] // G
         parts = []
         if T > Q:
-            before = slice(0, T - Q)
-            parts.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, before], k[:, :, before], v[:, :, before], is_causal=True, enable_gqa=True
-                )
-            )
-        if Q:  # the G query heads of a kv head side by side, so that keys and values are not copied for each
-            out = F.scaled_dot_product_attention(
-                q[:, :, T - Q :].reshape(B, K, G * Q, -1), k, v, attn_mask=mask
-            )
+            causal = slice(0, T - Q)
+            q_, k_, v_ = q[:, :, causal], k[:, :, causal], v[:, :, causal]
+            out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=True)
+            parts.append(out)
+        if Q:  # the G query heads of a kv head side by side: keys and values are not copied for each
+            q_ = q[:, :, T - Q :].reshape(B, K, G * Q, -1)
+            out = F.scaled_dot_product_attention(q_, k, v, attn_mask=mask)
             parts.append(out.view(B, K * G, Q, -1))
         out = torch.cat(parts, 2) if len(parts) > 1 else parts[0]  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
@@ -284,16 +297,15 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        drawn = torch.randn(
-            config.vocab_size, config.hidden_size
-        )  # as nn.Embedding does, but without torch._dynamo on the meta device
+        # As nn.Embedding does, which on the meta device imports torch._dynamo.
+        drawn = torch.randn(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(drawn, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Llama(nn.Module):
-    """A Llama-3.1 causal language model; `forward` gives hidden states, `head` turns them into logits."""
+    """A Llama-3.1 language model; `forward` gives hidden states, `head` turns them into logits."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -302,13 +314,11 @@ class Llama(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.shares: dict[
-            str, float | Tensor
-        ] = {}  # attached adapter -> how much of it each row takes (cfgsafe.lora)
-        self.recomputed = 0  # blocks whose activations the backward computes again, to save memory
-        self.register_buffer(
-            "frequencies", rope_frequencies(config).to(self.lm_head.weight.device), persistent=False
-        )
+        self.shares: dict[str, float | Tensor] = {}  # adapter -> its share in each row (cfgsafe.lora)
+        self.recomputed = 0  # blocks whose activations the backward computes again
+        self.frequencies: Tensor
+        frequencies = rope_frequencies(config).to(self.lm_head.weight.device)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(
         self,
@@ -317,10 +327,13 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states (B, T, C) of `tokens` (B, T) at `positions` (B, T), by default 0..T-1.
+        """Final hidden states (B, T, C) of `tokens` (B, T) at `positions` (B, T), by default
+        0..T-1.
 
-        With a cache, the tokens are stored in it; with positions they also attend to what it holds at lower ones. Otherwise a token
-        attends to itself and those left of it, but for the last Q of a row where `mask` (B, 1, Q, T) says what they attend to.
+        A token attends to itself and to the tokens left of it. Two arguments change that:
+        `positions` with a `cache`: it attends to all that the cache holds up to its position.
+        `mask` (B, 1, Q, T), bool: the last Q tokens attend to the tokens that are True.
+        Keys and values are stored in the cache, if there is one.
         """
         fresh = positions is None
         if positions is None:
@@ -331,9 +344,11 @@ class Llama(nn.Module):
         if cache is not None and not fresh:
             slots = torch.arange(cache.keys.shape[3], device=tokens.device)
             mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
-        if mask is not None:  # as Attention wants it, added to its scores
-            mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
-            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
+        if mask is not None:  # added to the scores of the G query heads of a kv head
+            G = self.config.num_attention_heads // self.config.num_key_value_heads
+            mask = mask.repeat(1, 1, G, 1)
+            scores = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
+            mask = scores.masked_fill_(~mask, -math.inf)
         for number, block in enumerate(self.model.layers):
             store = None if cache is None else partial(cache.write, number, positions, alone=fresh)
             if number < self.recomputed and torch.is_grad_enabled():
