@@ -20,9 +20,8 @@ TEXT = "Ann Lee of Leeds saw 3 cats on Monday. Leeds!"
 def rules(folder, patterns: dict[str, str]) -> str:
     """A spaCy pipeline that finds exactly these phrases."""
     nlp = spacy.blank("en")
-    nlp.add_pipe("entity_ruler").add_patterns(
-        [{"label": label, "pattern": words} for words, label in patterns.items()]
-    )
+    rows = [{"label": label, "pattern": words} for words, label in patterns.items()]
+    nlp.add_pipe("entity_ruler").add_patterns(rows)
     nlp.to_disk(folder)
     return str(folder)
 
@@ -60,11 +59,8 @@ def test_a_union_merges_what_overlaps_into_the_longest_find(one, other):
 
 def test_a_vote_needs_more_than_half_of_the_detectors(one, other):
     assert [e.text for e in Detector(f"{one},{other}", "vote")([TEXT])[0]] == ["Ann Lee"]
-    assert [e.text for e in Detector(f"{one},{one},{other}", "vote")([TEXT])[0]] == [
-        "Ann Lee",
-        "Leeds",
-        "Leeds",
-    ]
+    found = Detector(f"{one},{one},{other}", "vote")([TEXT])[0]
+    assert [e.text for e in found] == ["Ann Lee", "Leeds", "Leeds"]
     assert len(Detector(one, "vote")([TEXT])[0]) == 3
 
 
@@ -86,14 +82,15 @@ def test_wrong_detectors_are_named(one, monkeypatch):
 
 def test_presidio_finds_what_has_a_form(one):
     pytest.importorskip("presidio_analyzer")
-    text = "Ann: ann@example.com, (212) 555-0123, 4111 1111 1111 1111, 536-90-4399, 10.1.2.3, https://example.org/a is 7."
+    text = "Ann: ann@example.com, (212) 555-0123, 4111 1111 1111 1111, 536-90-4399, 10.1.2.3, "
+    text += "https://example.org/a is 7."
     (found,) = Detector(f"presidio,{one}")([text])
     kinds = ["PERSON", "EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "US_SSN", "IP_ADDRESS", "URL"]
     assert [e.label for e in found] == kinds
 
 
 def test_precision_and_recall_by_hand():
-    """Gold: [0, 3) and [5, 9). Found: the first exactly, half of the second, and something that is nothing."""
+    """Gold: [0, 3) and [5, 9). Found: the first exactly, half of the second, and a wrong one."""
     found = [[Entity(0, 3, "X", ""), Entity(5, 7, "X", ""), Entity(20, 22, "X", "")], []]
     figures = detectors.score(found, [[(0, 3, "PERSON"), (5, 9, "GPE")], [(0, 1, "GPE")]])
     values = {name: round(estimate.value, 1) for name, estimate in figures.items()}
@@ -112,21 +109,16 @@ def test_the_command_measures_the_detector_it_is_given(one, tmp_path, capsys):
     write_jsonl(tmp_path / "gold.jsonl", [row | {"spans": [[0, 0, 3, "PERSON"], [1, 0, 3, "PERSON"]]}])
     detectors.run(detectors.Options(one, gold=str(tmp_path / "gold.jsonl")))
     line = json.loads(capsys.readouterr().out)
-    assert (
-        line["texts"] == 2
-        and line["ner"] == one
-        and line["recall_exact"] == 50
-        and line["precision_exact"] == 100
-    )
+    assert (line["texts"], line["ner"]) == (2, one)
+    assert (line["recall_exact"], line["precision_exact"]) == (50, 100)
 
 
 @pytest.mark.parametrize(
     "spans", [None, [[0, 0, 9, "X"]], [[2, 0, 1, "X"]], [[0, 1, "X"]], [[True, 0, 1, "X"]]]
 )
 def test_bad_spans_name_the_line(tmp_path, spans):
-    write_jsonl(
-        tmp_path / "gold.jsonl", [{"messages": [{"role": "user", "content": "Ann."}], "spans": spans}]
-    )
+    row = {"messages": [{"role": "user", "content": "Ann."}], "spans": spans}
+    write_jsonl(tmp_path / "gold.jsonl", [row])
     with pytest.raises(InputError, match="gold.jsonl:1: "):
         detectors.read_gold(str(tmp_path / "gold.jsonl"))
 

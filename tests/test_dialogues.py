@@ -17,9 +17,11 @@ TURNS = [
     {"role": "assistant", "content": "Hello [NAME-1]! How is [LOC-2] since [DATE-1]?"},
 ]
 LLAMA = (
-    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
     "{system}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nI am [NAME-1] of [LOC-2].<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\nHello [NAME-1]! How is [LOC-2] since [DATE-1]?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    "Hello [NAME-1]! How is [LOC-2] since [DATE-1]?<|eot_id|>"
 )
 VALUES = {"NAME-1": "Ann Lee", "LOC-2": "Lund", "DATE-1": "May"}
 
@@ -108,28 +110,22 @@ def test_a_bad_line_of_either_file_is_named(tmp_path, rows, values, words):
 
 def about(*names: str, place: str = "GPE") -> Dialogue:
     content = " ".join(["Lund", *names])
-    spans = [(0, 0, 4, place)] + [
-        (0, content.index(name), content.index(name) + len(name), "PERSON") for name in names
-    ]
+    spans = [(0, 0, 4, place)]
+    for name in names:
+        spans.append((0, content.index(name), content.index(name) + len(name), "PERSON"))
     return Dialogue([{"role": "assistant", "content": content}], spans, " ".join(names))
 
 
 def test_no_name_stands_on_both_sides_whatever_the_seed():
-    several = [about(f"Ann{n}", f"Bob{n // 3}") for n in range(30)] + [
-        about("CARL"),
-        about("Carl", "Dora"),
-        about("dora"),
-    ]
+    several = [about(f"Ann{n}", f"Bob{n // 3}") for n in range(30)]
+    several += [about("CARL"), about("Carl", "Dora"), about("dora")]
     for seed in range(20):
         training, test = dialogues.split(several, 0.2, seed)
         names, others = dialogues.shared_values(training, test)
         assert not names and others == {"lund"} and 4 <= len(test) <= 6 and len(training) + len(test) == 33
         assert len({d.place.lower() for d in test} & {"carl", "carl dora", "dora"}) in (0, 3)
-    assert (
-        dialogues.split(several, 0.2, 1)
-        == dialogues.split(several, 0.2, 1)
-        != dialogues.split(several, 0.2, 2)
-    )
+    first = dialogues.split(several, 0.2, 1)
+    assert first == dialogues.split(several, 0.2, 1) != dialogues.split(several, 0.2, 2)
 
 
 def test_a_leaking_split_is_seen():
@@ -150,20 +146,16 @@ def test_pairs_of_test_dialogues_go_to_their_own_file(tmp_path, capsys):
     output = capsys.readouterr()
     result = json.loads(output.out)
     train, test = ((tmp_path / name).read_text().splitlines() for name in ("p.jsonl", "p-test.jsonl"))
-    assert (
-        (result["rows"], result["test_rows"]) == (len(train), len(test)) and test and len(train) > len(test)
-    )
-    assert (
-        result["test"] == str(tmp_path / "p-test.jsonl") and result["pairs"] == (len(train) + len(test)) / 2
-    )
-    assert (
-        "9 dialogues to train on, 3 to test" in output.err
-        and ": 0 names," in output.err
-        and "avoid: won " in output.err
-    )
-    opening = lambda line: (
-        json.loads(line)["prompt"].split("<|start_header_id|>user")[1].split("<|eot_id|>")[0]
-    )
+    assert (result["rows"], result["test_rows"]) == (len(train), len(test))
+    assert test and len(train) > len(test)
+    assert result["test"] == str(tmp_path / "p-test.jsonl")
+    assert result["pairs"] == (len(train) + len(test)) / 2
+    assert "9 dialogues to train on, 3 to test" in output.err
+    assert ": 0 names," in output.err and "avoid: won " in output.err
+
+    def opening(line: str) -> str:
+        return json.loads(line)["prompt"].split("<|start_header_id|>user")[1].split("<|eot_id|>")[0]
+
     assert not {opening(line) for line in train} & {opening(line) for line in test}
 
 

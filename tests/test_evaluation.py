@@ -29,6 +29,26 @@ PROMPT = leak.Prompt(
 QUESTION = {"question": "What is hot?", "options": ["ice", "fire", "N/A"], "answer_index": 1}
 
 
+def detector_of(*entities: Entity):
+    """A detector that finds these entities in every text."""
+    return lambda texts: [list(entities) for _ in texts]
+
+
+NOTHING_FOUND = detector_of()
+
+
+def record_requests(monkeypatch) -> list:
+    """The requests that answers are generated for from now on."""
+    seen, generate = [], subject.generate
+
+    def recorded(model, requests, **more):
+        seen.extend(requests)
+        return generate(model, requests, **more)
+
+    monkeypatch.setattr(subject, "generate", recorded)
+    return seen
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -53,46 +73,36 @@ def test_a_place_is_found_only_whole():
 
 def test_echoed_and_recalled_are_told_apart():
     """The name stands in the conversation, the town does not."""
-    none = lambda texts: [[] for _ in texts]
-    (finding,) = leak.inspect([PROMPT], ["Ann lives in Leeds."], none)
-    assert (finding.echoed, finding.recalled, finding.clean) == (["Ann Lee"], ["Leeds"], False)
-    (clean,) = leak.inspect([PROMPT], ["You live there."], none)
+    (found,) = leak.inspect([PROMPT], ["Ann lives in Leeds."], NOTHING_FOUND)
+    assert (found.echoed, found.recalled, found.clean) == (["Ann Lee"], ["Leeds"], False)
+    (clean,) = leak.inspect([PROMPT], ["You live there."], NOTHING_FOUND)
     assert clean.clean
 
 
 def test_ner_items_alone_make_an_answer_unclean():
-    one = lambda texts: [[Entity(0, 3, "PERSON", "Bob")] for _ in texts]
-    findings = leak.inspect([PROMPT, PROMPT], ["Bob.", "Bob."], one)
+    findings = leak.inspect([PROMPT, PROMPT], ["Bob.", "Bob."], detector_of(Entity(0, 3, "PERSON", "Bob")))
     summary = leak.summarise(findings)
-    assert (
-        summary["ner_items_per_100"].value == 100
-        and summary["leaked_per_100"].value == 0
-        and summary["clean_answers"].value == 0
-    )
+    assert summary["ner_items_per_100"].value == 100
+    assert summary["leaked_per_100"].value == 0 and summary["clean_answers"].value == 0
 
 
 def test_the_users_own_name_counts_as_an_ner_item_and_is_not_invented():
-    """The reference counts every entity, echoed or not; Bob stands nowhere, Lee in the conversation, York among the values known."""
+    """The reference counts every entity; Lee is in the conversation, York is known, and Bob is invented."""
     names = ["Ann Lee", "Lee", "Bob", "York"]
     text = ", ".join(names)
-    found = lambda texts: [[Entity(text.index(name), 0, "X", name) for name in names] for _ in texts]
-    (finding,) = leak.inspect([PROMPT], [text], found, Known({"New York": "GPE"}))
-    assert len(finding.entities) == 4 and finding.invented == ["Bob"]
+    detector = detector_of(*[Entity(text.index(name), 0, "X", name) for name in names])
+    (found,) = leak.inspect([PROMPT], [text], detector, Known({"New York": "GPE"}))
+    assert len(found.entities) == 4 and found.invented == ["Bob"]
 
 
 def test_values_of_training_that_nobody_told_are_recalled():
     """Oslo and New York are known; the conversation names Ann, and York inside New York is one item."""
-    none = lambda texts: [[] for _ in texts]
-    known = Known(
-        {"Oslo": "GPE", "New York": "GPE", "York": "GPE", "Ann Lee": "PERSON", "Bob Will": "PERSON"}
-    )
-    (finding,) = leak.inspect([PROMPT], ["Ann Lee, of Leeds, of new york; osloer, Will."], none, known)
-    assert (finding.echoed, finding.recalled, finding.labels) == (
-        ["Ann Lee"],
-        ["Leeds", "New York"],
-        ["PERSON", "GPE", "GPE"],
-    )
-    figures = leak.by_label([finding])
+    places, persons = ["Oslo", "New York", "York"], ["Ann Lee", "Bob Will"]
+    known = Known(dict.fromkeys(places, "GPE") | dict.fromkeys(persons, "PERSON"))
+    (found,) = leak.inspect([PROMPT], ["Ann Lee, of Leeds, of new york; osloer, Will."], NOTHING_FOUND, known)
+    assert found.echoed == ["Ann Lee"] and found.recalled == ["Leeds", "New York"]
+    assert found.labels == ["PERSON", "GPE", "GPE"]
+    figures = leak.by_label([found])
     assert figures["GPE"]["leaked_per_100"] == 200 and figures["PERSON"]["leaked_per_100"] == 100
 
 
@@ -119,13 +129,7 @@ def test_a_leak_run_resumes_and_is_compared_with_another(tmp_path, checkpoint, c
         checkpoint, prompts=str(tmp_path / "p.jsonl"), out=str(tmp_path / "a"), max_new_tokens=2, guidance=2.0
     )
     leak.run(options)
-    asked = []
-    real = subject.generate
-    monkeypatch.setattr(
-        subject,
-        "generate",
-        lambda model, requests, **more: (asked.extend(requests), real(model, requests, **more))[1],
-    )
+    asked = record_requests(monkeypatch)
     leak.run(options)
     assert asked == []
     other = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
@@ -133,9 +137,8 @@ def test_a_leak_run_resumes_and_is_compared_with_another(tmp_path, checkpoint, c
     write_jsonl(tmp_path / "other.jsonl", [row | {"answer": "Ann"} for row in other])
     leak.run(replace(options, compare=str(tmp_path / "other.jsonl")))
     compared = json.loads(capsys.readouterr().out)["compared"]
-    assert (
-        compared["leaked_per_100_difference"] == -100 and compared["p_value"] > 0.05
-    )  # four prompts prove nothing
+    assert compared["leaked_per_100_difference"] == -100
+    assert compared["p_value"] > 0.05  # four prompts prove nothing
     other[1]["prompt"]["messages"][0]["content"] = "Another."
     write_jsonl(tmp_path / "other.jsonl", other)
     with pytest.raises(InputError, match="other.jsonl:2: 'prompt' is not that of"):
@@ -143,22 +146,15 @@ def test_a_leak_run_resumes_and_is_compared_with_another(tmp_path, checkpoint, c
 
 
 def test_every_evaluation_path_is_guided(tmp_path, monkeypatch, checkpoint, capsys):
-    """The paper's utility path ran without guidance: here leak and utility hand the engine the same kind of pairs."""
-    seen = []
-    generate = subject.generate
-    monkeypatch.setattr(
-        subject,
-        "generate",
-        lambda model, requests, **kw: (seen.extend(requests), generate(model, requests, **kw))[1],
-    )
+    """The paper's utility path ran without guidance; here leak and utility give the engine the same pairs."""
+    seen = record_requests(monkeypatch)
     tokenizer = subject.Tokenizer.load(checkpoint)
     for module, options in ((leak, leak.Options), (utility, utility.Options)):
         seen.clear()
         module.run(options(checkpoint, guidance=3.0, space="log", limit=2, max_new_tokens=3))
         assert len(seen) == 2 and all(r.guided and r.guidance == 3.0 and r.space == "log" for r in seen)
-        assert all(
-            POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen
-        )
+        assert all(POSITIVE in tokenizer.decode(r.prompt) for r in seen)
+        assert all(NEGATIVE in tokenizer.decode(r.negative) for r in seen)
         assert json.loads(capsys.readouterr().out)["guidance"] == 3.0
 
 

@@ -39,9 +39,8 @@ def by_hand(checkpoint: str, space: str, guidance: float) -> tuple[float, float,
         sides = []
         for system in (POSITIVE, NEGATIVE):
             prompt = tokenizer.encode_chat([{"role": "system", "content": system}, *messages])
-            sides.append(
-                model.head(model(torch.tensor([prompt + answer])))[0, len(prompt) - 1 : -1].log_softmax(-1)
-            )
+            logits = model.head(model(torch.tensor([prompt + answer])))[0, len(prompt) - 1 : -1]
+            sides.append(logits.log_softmax(-1))
         if space == "log":
             guided = (sides[1] + guidance * (sides[0] - sides[1])).log_softmax(-1)
         else:
@@ -72,19 +71,18 @@ def test_the_figures_depend_on_the_guidance(checkpoint, texts, capsys):
 
 def test_all_turns_are_guided(checkpoint, texts, capsys, monkeypatch):
     seen, real = [], perplexity.continuation_logprobs
-    monkeypatch.setattr(
-        perplexity,
-        "continuation_logprobs",
-        lambda model, requests, *rest: (seen.extend(requests), real(model, requests, *rest))[1],
-    )
+
+    def recorded(model, requests, *rest):
+        seen.extend(requests)
+        return real(model, requests, *rest)
+
+    monkeypatch.setattr(perplexity, "continuation_logprobs", recorded)
     result(capsys, checkpoint, texts=texts, guidance=3.0, space="log", alpha=0.1)
     tokenizer = subject.load_tokenizer(checkpoint)
-    assert len(seen) == 3 and all(
-        r.guided and (r.guidance, r.space, r.alpha) == (3.0, "log", 0.1) for r in seen
-    )
-    assert all(
-        POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen
-    )
+    assert len(seen) == 3 and all(r.guided for r in seen)
+    assert all((r.guidance, r.space, r.alpha) == (3.0, "log", 0.1) for r in seen)
+    assert all(POSITIVE in tokenizer.decode(r.prompt) for r in seen)
+    assert all(NEGATIVE in tokenizer.decode(r.negative) for r in seen)
 
 
 def test_an_impossible_token_is_counted_and_costs_as_much_as_one_of_1e_9():
@@ -93,16 +91,14 @@ def test_an_impossible_token_is_counted_and_costs_as_much_as_one_of_1e_9():
     least = 9 * math.log(10)
     assert perplexity.figures(parts[0]) == {"tokens": 2, "nll": round(1 + least, 4), "impossible": 1}
     assert perplexity.figures(parts[1]) == {"tokens": 2, "nll": round(3 + least, 4), "impossible": 0}
-    assert math.isclose(
-        perplexity.pooled([torch.tensor([-1.0, -3.0]), torch.tensor([-2.0])]).value, math.exp(2)
-    )
+    pooled = perplexity.pooled([torch.tensor([-1.0, -3.0]), torch.tensor([-2.0])])
+    assert math.isclose(pooled.value, math.exp(2))
 
 
 def test_each_dialogues_figures_are_written(checkpoint, texts, tmp_path, capsys):
-    found = result(
-        capsys, checkpoint, texts=texts, guidance=3.0, space="log", out=str(tmp_path / "new" / "p.jsonl")
-    )
-    rows = [json.loads(line) for line in open(tmp_path / "new" / "p.jsonl")]
+    out = tmp_path / "new" / "p.jsonl"
+    found = result(capsys, checkpoint, texts=texts, guidance=3.0, space="log", out=str(out))
+    rows = [json.loads(line) for line in open(out)]
     assert [row["place"] for row in rows] == [f"{texts}:1", f"{texts}:2"]
     nll, tokens = sum(row["nll"] for row in rows), sum(row["tokens"] for row in rows)
     assert math.isclose(math.exp(nll / tokens), found["perplexity"], rel_tol=1e-3)

@@ -21,18 +21,21 @@ QUESTION = {
     "answer_index": 1,
     "category": "nature",
 }
-SHOTS = [
-    {
+
+
+def shot(number: int, category: str) -> dict:
+    letter = "AB"[number % 2]
+    return {
         "question_id": number,
         "question": f"Is {number} even?",
         "options": ["yes", "no"],
         "answer_index": number % 2,
         "category": category,
-        "cot_content": f"A: Let's think step by step. {number} tells. The answer is ({'AB'[number % 2]}).",
+        "cot_content": f"A: Let's think step by step. {number} tells. The answer is ({letter}).",
     }
-    for category, numbers in (("nature", range(6)), ("law", range(10, 15)))
-    for number in numbers
-]
+
+
+SHOTS = [shot(number, "nature") for number in range(6)] + [shot(number, "law") for number in range(10, 15)]
 
 
 @pytest.fixture
@@ -71,24 +74,24 @@ def test_parquet_and_jsonl_give_the_same_questions(tmp_path):
 
 def test_the_hub_is_asked_for_mmlu_pros_file(tmp_path, monkeypatch):
     file, asked = parquet(tmp_path / "v.parquet", SHOTS), []
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda *place, **more: (asked.append((place, more)), file)[1]
-    )
-    assert [row["question_id"] for _, row in mmlu_pro.read("mmlu-pro/validation")] == [
-        row["question_id"] for row in SHOTS
-    ]
+
+    def download(repository, name, repo_type):
+        asked.append((repository, name, repo_type))
+        return file
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    read = mmlu_pro.read("mmlu-pro/validation")
+    assert [row["question_id"] for _, row in read] == [row["question_id"] for row in SHOTS]
     mmlu_pro.read("mmlu-pro/test")
     assert asked == [
-        (("TIGER-Lab/MMLU-Pro", f"data/{split}-00000-of-00001.parquet"), {"repo_type": "dataset"})
-        for split in ("validation", "test")
+        ("TIGER-Lab/MMLU-Pro", "data/validation-00000-of-00001.parquet", "dataset"),
+        ("TIGER-Lab/MMLU-Pro", "data/test-00000-of-00001.parquet", "dataset"),
     ]
 
 
 def test_a_misspelt_set_names_those_there_are():
-    with pytest.raises(
-        InputError,
-        match="mmlu-pro/nonsense: no such set of questions; there are mmlu-pro/validation, mmlu-pro/test",
-    ):
+    words = "mmlu-pro/nonsense: no such set of questions; there are mmlu-pro/validation, mmlu-pro/test"
+    with pytest.raises(InputError, match=words):
         mmlu_pro.read("mmlu-pro/nonsense")
 
 
@@ -104,9 +107,8 @@ def test_an_unreachable_hub_is_one_line(monkeypatch, tmp_path):
 def test_parquet_without_pyarrow_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(
-        InputError, match=r"x\.parquet: parquet needs pyarrow; pip install 'cfgsafe\[parquet\]'"
-    ):
+    words = r"x\.parquet: parquet needs pyarrow; pip install 'cfgsafe\[parquet\]'"
+    with pytest.raises(InputError, match=words):
         mmlu_pro.read(str(tmp_path / "x.parquet"))
 
 
@@ -145,10 +147,8 @@ def test_a_broken_parquet_file_and_a_bad_row_are_one_line(tmp_path):
         ("none of them", None),
         ("I do not know", "I"),  # the pronoun: a known weakness of the chain
         ("The answer is (B).\n\nQuestion:\nWhat else?\nAnswer: the answer is (D)", "B"),
-        (
-            "No idea\n\nQuestion:\nWhat else? the answer is (D)",
-            None,
-        ),  # an example that the model has begun itself
+        # an example that the model has begun itself
+        ("No idea\n\nQuestion:\nWhat else? the answer is (D)", None),
     ],
 )
 def test_the_letter_is_read_by_tiger_labs_chain(text, given):
@@ -158,9 +158,10 @@ def test_the_letter_is_read_by_tiger_labs_chain(text, given):
 def test_a_5_shot_prompt_is_tiger_labs():
     examples = [SHOTS[0], {**SHOTS[1], "cot_content": "A: Let's think step by step. So."}]
     assert mmlu_pro.cot_prompt(QUESTION, examples) == (
-        "The following are multiple choice questions (with answers) about nature. Think step by step and then finish your answer with "
-        '"the answer is (X)" where X is the correct letter choice.\n\n\n'
-        "Question:\nIs 0 even?\nOptions:\nA. yes\nB. no\nAnswer: Let's think step by step. 0 tells. The answer is (A).\n\n"
+        "The following are multiple choice questions (with answers) about nature. Think step by step and "
+        'then finish your answer with "the answer is (X)" where X is the correct letter choice.\n\n\n'
+        "Question:\nIs 0 even?\nOptions:\nA. yes\nB. no\n"
+        "Answer: Let's think step by step. 0 tells. The answer is (A).\n\n"
         "Question:\nIs 1 even?\nOptions:\nA. yes\nB. no\nAnswer: Let's think step by step. So.\n\n"
         "Question:\nWhat is hot?\nOptions:\nA. ice\nB. fire\nAnswer: Let's think step by step."
     )
@@ -176,9 +177,8 @@ def test_the_examples_are_the_first_five_of_the_questions_own_category(files):
 def test_no_question_is_asked_5_shot_on_itself(files):
     for changes in ({}, {"question_id": 900}, {"question": "The same one, reworded?"}):
         placed = [(place, {**row, **changes}) for place, row in mmlu_pro.read(files["shots"])]
-        with pytest.raises(
-            InputError, match="shots.jsonl:1: 'question_id' .* is among the --shots"
-        ) as refusal:
+        words = "shots.jsonl:1: 'question_id' .* is among the --shots"
+        with pytest.raises(InputError, match=words) as refusal:
             mmlu_pro.cot_prompts(placed, mmlu_pro.read_shots(files["shots"]))
         assert "\n" not in str(refusal.value)
 
@@ -204,26 +204,22 @@ def test_validation_asked_5_shot_is_refused_before_a_model_is_loaded(files):
 )
 def test_what_cannot_be_asked_5_shot_names_the_row(tmp_path, question, shots, words):
     write_jsonl(tmp_path / "s.jsonl", shots)
+    placed = [("q:1", {**QUESTION, **question})]
     with pytest.raises(InputError, match=words):
-        mmlu_pro.cot_prompts(
-            [("q:1", {**QUESTION, **question})], mmlu_pro.read_shots(str(tmp_path / "s.jsonl"))
-        )
+        mmlu_pro.cot_prompts(placed, mmlu_pro.read_shots(str(tmp_path / "s.jsonl")))
 
 
 def test_a_worked_answer_is_right_by_its_letter_and_unparsed_ones_get_no_credit(
     files, checkpoint, monkeypatch, capsys
 ):
-    said = iter(["So the answer is (B).", "no letter at all"])
-    monkeypatch.setattr(utility, "answers", lambda *_, **__: [next(said), next(said)])
-    utility.run(
-        utility.Options(checkpoint, protocol="cot5", questions=files["questions"], shots=files["shots"])
-    )
+    monkeypatch.setattr(utility, "answers", lambda *_, **__: ["So the answer is (B).", "no letter at all"])
+    options = utility.Options(checkpoint, questions=files["questions"], shots=files["shots"])
+    options.protocol = "cot5"
+    utility.run(options)
     result = json.loads(capsys.readouterr().out)
     assert (result["utility"], result["unparsed"]) == (50.0, 50.0)
-    assert (
-        utility.exact_letter("the answer is (A)", QUESTION) is False
-        and utility.exact_letter("none", QUESTION) is None
-    )
+    assert utility.exact_letter("the answer is (A)", QUESTION) is False
+    assert utility.exact_letter("none", QUESTION) is None
 
 
 # --- the likelihood of the options
@@ -231,7 +227,7 @@ def test_a_worked_answer_is_right_by_its_letter_and_unparsed_ones_get_no_credit(
 
 @pytest.mark.parametrize("guidance", [None, 3.0])
 def test_option_scores_by_hand(checkpoint, guidance):
-    """The lead and the option continue the answer under both system prompts; eq. 6 of the paper, token by token."""
+    """The lead and the option continue the answer under both system prompts: eq. 6 of the paper."""
     who = utility.Options(checkpoint, guidance=guidance)
     model, tokenizer = subject.load(who)
     parts = utility.option_logprobs(who, model, tokenizer, QUESTION, utility.conversation(QUESTION), "q:1")
@@ -241,11 +237,9 @@ def test_option_scores_by_hand(checkpoint, guidance):
         assert tokenizer.decode(ids) == f" {option}" and len(part) == len(ids)
         probabilities = []
         for system in [utility.SYSTEM] if guidance is None else [POSITIVE, NEGATIVE]:
-            chat = [
-                {"role": "system", "content": system},
-                {"role": "user", "content": utility.prompt(QUESTION)},
-            ]
-            prompt = tokenizer.encode_chat([*chat, {"role": "assistant", "content": "The answer is"}])
+            said = {"system": system, "user": utility.prompt(QUESTION), "assistant": "The answer is"}
+            chat = [{"role": role, "content": text} for role, text in said.items()]
+            prompt = tokenizer.encode_chat(chat)
             logits = model.head(model(torch.tensor([prompt + ids])))[0, len(prompt) - 1 : -1]
             probabilities.append(logits.softmax(-1))
         one, other = probabilities[0], probabilities[-1]
@@ -255,7 +249,7 @@ def test_option_scores_by_hand(checkpoint, guidance):
 
 
 def test_the_likeliest_option_by_mean_and_by_sum(files, checkpoint, monkeypatch, capsys):
-    """The long option wins by its mean and loses by its sum; the second question is undecided: both are impossible."""
+    """The long option wins by its mean, not by its sum; the second question has only impossible options."""
     scores = iter([[[-3.0], [-2.0, -2.0]], [[-torch.inf], [-torch.inf]]])
     monkeypatch.setattr(utility, "option_logprobs", lambda *_: [torch.tensor(part) for part in next(scores)])
     utility.run(utility.Options(checkpoint, score="loglik", questions=files["questions"], out=files["out"]))
@@ -267,11 +261,8 @@ def test_the_likeliest_option_by_mean_and_by_sum(files, checkpoint, monkeypatch,
 
 
 def test_equal_options_are_undecided():
-    assert (
-        utility.likeliest([-1.0, -2.0]) == 0
-        and utility.likeliest([-1.0, -1.0]) is None
-        and utility.likeliest([-torch.inf] * 2) is None
-    )
+    assert utility.likeliest([-1.0, -2.0]) == 0 and utility.likeliest([-1.0, -1.0]) is None
+    assert utility.likeliest([-torch.inf] * 2) is None
 
 
 # --- the judge
@@ -296,24 +287,21 @@ def test_only_one_of_three_words_is_a_verdict(reply, said):
 
 def test_the_judge_gets_question_right_option_and_answer():
     seen = []
-    assert judge.judge([QUESTION], ["It is fire."], lambda chats: (seen.extend(chats), ["Correct"])[1]) == [
-        "Correct"
-    ]
+
+    def ask(chats):
+        seen.extend(chats)
+        return ["Correct"]
+
+    assert judge.judge([QUESTION], ["It is fire."], ask) == ["Correct"]
     text = seen[0][-1]["content"]
-    assert (
-        "What is hot?" in text and "Right option: fire" in text and "<answer>\nIt is fire.\n</answer>" in text
-    )
+    assert "What is hot?" in text and "Right option: fire" in text
+    assert "<answer>\nIt is fire.\n</answer>" in text
 
 
 def test_agreement_with_the_exact_score_by_hand():
-    """Ten both decide: 4 yes-yes, 3 no-no, 2 yes-no, 1 no-yes: p = 0.7, c = 0.6 * 0.5 + 0.4 * 0.5 = 0.5, kappa = 0.4."""
-    verdicts = (
-        ["Correct"] * 4
-        + ["Incorrect"] * 3
-        + ["Correct"] * 2
-        + ["Incorrect"]
-        + ["Can't tell", "Can't tell", None, "Correct"]
-    )
+    """Both decide ten: 4 yes-yes, 3 no-no, 2 yes-no, 1 no-yes; p = 0.7, c = 0.6 * 0.5 + 0.4 * 0.5 = 0.5."""
+    verdicts = ["Correct"] * 4 + ["Incorrect"] * 3 + ["Correct"] * 2 + ["Incorrect"]
+    verdicts += ["Can't tell", "Can't tell", None, "Correct"]
     exact = [True] * 4 + [False] * 3 + [False] * 2 + [True] + [True, None, False, None]
     figures, agreement = judge.summarise(verdicts, exact)
     assert agreement == {"both_decide": 10, "agreement": 70.0, "kappa": 0.4}
@@ -342,23 +330,12 @@ def service(monkeypatch) -> list:
 
 def test_a_judged_run_reports_all_figures(files, checkpoint, service, capsys, monkeypatch):
     monkeypatch.setattr(utility, "answers", lambda *_, **__: ["fire", "fire"])
-    utility.run(
-        utility.Options(
-            checkpoint,
-            score="judge",
-            service=Service("gpt-4o-mini"),
-            questions=files["questions"],
-            out=files["out"],
-            limit=2,
-        )
-    )
+    options = utility.Options(checkpoint, score="judge", questions=files["questions"], out=files["out"])
+    options.service, options.limit = Service("gpt-4o-mini"), 2
+    utility.run(options)
     result = json.loads(capsys.readouterr().out)
-    assert (result["utility"], result["exact"], result["cant_tell"], result["unparsable"]) == (
-        100.0,
-        50.0,
-        0.0,
-        0.0,
-    )
+    assert (result["utility"], result["exact"]) == (100.0, 50.0)
+    assert (result["cant_tell"], result["unparsable"]) == (0.0, 0.0)
     assert (result["both_decide"], result["agreement"], result["kappa"]) == (2, 50.0, 0.0)
     ((asked, questions, cache),) = service
     assert asked.remote_model == "gpt-4o-mini" and str(cache) == files["out"] + ".judge"
@@ -388,9 +365,12 @@ def test_answers_are_kept_and_scored_again_without_the_model(files, checkpoint, 
     options = utility.Options(checkpoint, questions=files["questions"], out=files["out"], max_new_tokens=3)
     utility.run(options)
     first, written = capsys.readouterr().out, open(files["out"]).read()
-    monkeypatch.setattr(
-        subject, "generate", lambda model, requests, **_: [] if not requests else pytest.fail("asked again")
-    )
+
+    def generate(model, requests, **_):
+        assert not requests, "asked again"
+        return []
+
+    monkeypatch.setattr(subject, "generate", generate)
     utility.run(options)
     assert capsys.readouterr().out == first and open(files["out"]).read() == written
 
@@ -401,31 +381,24 @@ def test_answers_are_kept_and_scored_again_without_the_model(files, checkpoint, 
 )
 def test_every_protocol_and_score_is_guided(files, checkpoint, service, monkeypatch, capsys, protocol, score):
     seen = []
-    spy = lambda real: (
-        lambda model, requests, *rest, **more: (seen.extend(requests), real(model, requests, *rest, **more))[
-            1
-        ]
-    )
+
+    def spy(real):
+        def recorded(model, requests, *rest, **more):
+            seen.extend(requests)
+            return real(model, requests, *rest, **more)
+
+        return recorded
+
     monkeypatch.setattr(subject, "generate", spy(subject.generate))
     monkeypatch.setattr(utility, "continuation_logprobs", spy(utility.continuation_logprobs))
-    who = utility.Options(
-        checkpoint,
-        guidance=3.0,
-        space="log",
-        alpha=0.1,
-        protocol=protocol,
-        score=score,
-        service=Service("m"),
-        **files,
-    )
-    who.max_new_tokens = 2
+    who = utility.Options(checkpoint, guidance=3.0, space="log", alpha=0.1, **files)
+    who.protocol, who.score, who.service, who.max_new_tokens = protocol, score, Service("m"), 2
     utility.run(who)
     tokenizer = subject.load_tokenizer(checkpoint)
     assert len(seen) == (4 if score == "loglik" else 2)  # requests: one an option, or one a question
     assert all(r.guided and (r.guidance, r.space, r.alpha) == (3.0, "log", 0.1) for r in seen)
-    assert all(
-        POSITIVE in tokenizer.decode(r.prompt) and NEGATIVE in tokenizer.decode(r.negative) for r in seen
-    )
+    assert all(POSITIVE in tokenizer.decode(r.prompt) for r in seen)
+    assert all(NEGATIVE in tokenizer.decode(r.negative) for r in seen)
     assert json.loads(capsys.readouterr().out)["guidance"] == 3.0
 
 

@@ -35,7 +35,7 @@ class Options:
     """Measure precision and recall of a detector on texts with gold spans."""
 
     ner: str | None = None
-    """spaCy pipelines or presidio, separated by commas; default: en_core_web_trf, or the demo's."""
+    """Detectors, separated by commas: spaCy pipelines or presidio; default: en_core_web_trf or the demo's."""
     combine: Literal["union", "vote"] = "union"
     """With several detectors: union keeps what any of them finds, vote what more than half find."""
     gold: str = GOLD

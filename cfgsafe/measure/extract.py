@@ -43,7 +43,7 @@ class Options(Subject):
     attack: Literal["baseline", "rr"] = "baseline"
     """baseline: one greedy answer. rr: candidates from several answers, ranked by likelihood."""
     out: str | None = None
-    """Folder for targets.jsonl, the answers found; an interrupted baseline continues from it."""
+    """Folder for targets.jsonl with the results; an interrupted baseline run continues there."""
     limit: int | None = None
     """Use only the first dialogues."""
     max_new_tokens: int = 64
@@ -55,7 +55,7 @@ class Options(Subject):
     base: str | None = None
     """rr: checkpoint that the model was fine-tuned from; it calibrates the ranking."""
     ner: str | None = None
-    """rr: spaCy pipelines or presidio, by commas; default: en_core_web_trf, or the demo's."""
+    """rr: detectors, separated by commas, as for `leak`; default: en_core_web_trf or the demo's."""
     seed: int = 0
     """rr: sampling seed."""
 

@@ -7,8 +7,7 @@ they come from training. Whole values of `--known` count as recalled too. *Inven
 found by the NER, but are neither in the conversation nor known. Two runs on the same prompts are
 compared pair by pair.
 
-Prompts JSONL: {"messages": [...], "items": {label: value}, "slice", "id"} a line; only messages is
-needed.
+Prompts JSONL: {"messages": [...], "items": {label: value}, "slice", "id"} a line; messages is enough.
 
 Run it: python eval.py leak --model cfgsafe/demo/leaky
 """
@@ -39,7 +38,7 @@ class Options(Subject):
     out: str | None = None
     """Folder for the answers and what was found in them; an interrupted run continues there."""
     ner: str | None = None
-    """spaCy pipelines or presidio, separated by commas; default: en_core_web_trf, or the demo's."""
+    """Detectors, separated by commas: spaCy pipelines or presidio; default: en_core_web_trf or the demo's."""
     combine: Literal["union", "vote"] = "union"
     """With several detectors: union keeps what any of them finds, vote what more than half find."""
     known: str | None = None

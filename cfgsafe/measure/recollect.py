@@ -57,8 +57,7 @@ def recollect_and_rank(
     known = Known.read(settings.candidates) if settings.candidates else Known()
     model, tokenizer = load(subject)
     prompts = [recollection_prompt(target, tokenizer) for target in targets]
-    places = [target.place for target in targets]
-    drawn = sample(subject, settings, model, tokenizer, prompts, places)
+    drawn = sample(subject, settings, model, tokenizer, targets)
     candidates = collect(targets, drawn, detector, known)
     losses = mean_losses(subject, model, tokenizer, prompts, candidates)
     if settings.base:
@@ -70,7 +69,7 @@ def recollect_and_rank(
 
 
 def recollection_prompt(target: Target, tokenizer: Tokenizer) -> Messages:
-    """The conversation up to the mask; if unknown, the hint as a question, the context as its answer."""
+    """The conversation up to the mask; if unknown, the hint, and the context as the answer's beginning."""
     if target.chat:
         return target.chat
     context = target.context(tokenizer).rstrip()
@@ -79,28 +78,24 @@ def recollection_prompt(target: Target, tokenizer: Tokenizer) -> Messages:
 
 
 def sample(
-    subject: Subject,
-    settings: Settings,
-    model: Llama,
-    tokenizer: Tokenizer,
-    prompts: list[Messages],
-    places: list[str],
+    subject: Subject, settings: Settings, model: Llama, tokenizer: Tokenizer, targets: list[Target]
 ) -> list[list[str]]:
-    """`settings.samples` answers to each prompt at temperature 1, under the subject's guidance.
+    """Answers to each target's prompt, drawn at temperature 1 under the subject's guidance.
 
-    Raises InputError or ContextError naming the entry of `places`.
+    Raises InputError or ContextError naming the target's place.
     """
     rng = random.Random(settings.seed)
     longest = settings.max_new_tokens
     requests = []
-    for messages, place in zip(prompts, places, strict=True):
+    for target in targets:
+        messages = recollection_prompt(target, tokenizer)
         request = request_for(subject, tokenizer, messages, temperature=1.0, max_new_tokens=longest)
-        check_request(request, model, place)
+        check_request(request, model, target.place)
         requests += [replace(request, seed=rng.getrandbits(32)) for _ in range(settings.samples)]
     with tqdm(total=len(requests), desc="recollecting", leave=False) as bar:
         completions = generate(model, requests, batch=subject.batch, on_completion=lambda *_: bar.update())
     texts = iter([tokenizer.decode(completion.tokens) for completion in completions])
-    return [list(islice(texts, settings.samples)) for _ in prompts]
+    return [list(islice(texts, settings.samples)) for _ in targets]
 
 
 def collect(
@@ -134,7 +129,7 @@ def mean_losses(
 
 
 def calibrate(losses: list[float], reference: list[float]) -> list[float]:
-    """Each loss divided by the reference model's, plus `BIAS`."""
+    """loss / (reference + BIAS) of each candidate."""
     return [loss / (other + BIAS) for loss, other in zip(losses, reference, strict=True)]
 
 
