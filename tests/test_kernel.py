@@ -1,16 +1,17 @@
-"""The Triton kernel in Triton's interpreter against the float64 reference, and its compilation for GPUs that are not here."""
+"""The Triton kernel, in Triton's interpreter, against the float64 reference; and its compilation for GPUs."""
 
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from cfgsafe.kernels import reference
-from cfgsafe.kernels.reference import Sampling
+from cfgsafe.kernels.reference import SPACES, Sampling
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -22,13 +23,16 @@ INF = float("inf")
 def sampling(pairs: int, seed: int = 0, **fixed) -> Sampling:
     """Random settings for `pairs` pairs, the positive rows first; about a sixth of them is not guided."""
     random = torch.Generator().manual_seed(seed)
-    pick = lambda *values: torch.tensor(values)[torch.randint(len(values), (pairs,), generator=random)]
+
+    def pick(*values: float) -> torch.Tensor:
+        return torch.tensor(values)[torch.randint(len(values), (pairs,), generator=random)]
+
     rows = torch.randperm(pairs, generator=random)
     settings = {
         "positive": rows,
         "negative": torch.where(pick(1, 1, 1, 1, 1, 0) == 1, rows + pairs, -1),
         "guidance": pick(0.0, 0.5, 1.0, 1.7, 3.0, 10.0),
-        "space": pick(1, 0).int(),
+        "space": pick(*reversed(range(len(SPACES)))).int(),
         "alpha": pick(0.0, 0.0, 0.1, 0.5),
         "temperature": pick(0.0, 0.7, 1.0),
         "top_k": torch.zeros(pairs, dtype=torch.int32),
@@ -58,64 +62,55 @@ def on_device(settings: Sampling) -> Sampling:
 
 
 def assert_equals_reference(logits: torch.Tensor, settings: Sampling, part: int | None = None) -> None:
-    """The same tokens, but where the two best scores lie closer than float32 can tell; and the same log-probability of the token."""
+    """The same log-probability of the token, and the same token.
+
+    Another token is right only if the scores of both lie closer than float32 can tell.
+    """
     tokens, logprobs = run(logits, settings, part)
     wanted, _ = reference.next_tokens(logits.double(), settings)
-    positive = logits.double()[settings.positive]
-    negative = torch.where(
-        (settings.negative >= 0)[:, None], logits.double()[settings.negative.clamp(min=0)], positive
-    )
-    everything = reference.guide(
-        positive,
-        negative,
-        settings.guidance,
-        torch.where(settings.negative >= 0, settings.space, 0),
-        settings.alpha,
-    )
+    everything = reference.guided_logprobs(logits.double(), settings)
     expected = everything.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
     assert torch.allclose(logprobs.double(), expected, atol=2e-3, rtol=1e-4, equal_nan=True)
+    noise = reference.gumbel(settings.seed, settings.step, logits.shape[1])
     for row in (tokens != wanted).nonzero()[:, 0].tolist():
-        heat = settings.temperature[row].item() or 1.0
-        scores = everything[row] / heat
+        scores = everything[row]
         if settings.temperature[row] > 0:
-            scores = (
-                scores
-                + reference.gumbel(
-                    settings.seed[row : row + 1], settings.step[row : row + 1], logits.shape[1]
-                )[0]
-            )
+            scores = scores / settings.temperature[row].item() + noise[row]
         assert abs(scores[tokens[row]] - scores[wanted[row]]) < 1e-3, (row, tokens[row], wanted[row])
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = [
-    (vocabulary, pairs, dtype)
-    for vocabulary in (7, 1000, 32000, 128256, 151936)
-    for pairs in (1, 3, 64)
-    for dtype in DTYPES
-]
-FAST = [case for case in SIZES if case[0] * case[1] <= 100_000 or case[1:] == (3, torch.bfloat16)]
+def random_logits(rows: int, vocabulary: int, seed: int) -> torch.Tensor:
+    return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "pairs", "dtype"),
-    [pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow]) for case in SIZES],
-)
+def sizes() -> list:
+    """Vocabulary, pairs and dtype; the large ones are slow."""
+    found = []
+    for vocabulary, pairs in product((7, 1000, 32000, 128256, 151936), (1, 3, 64)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            fast = vocabulary * pairs <= 100_000 or (pairs, dtype) == (3, torch.bfloat16)
+            found.append(pytest.param(vocabulary, pairs, dtype, marks=[] if fast else [pytest.mark.slow]))
+    return found
+
+
+@pytest.mark.parametrize(("vocabulary", "pairs", "dtype"), sizes())
 def test_equals_the_reference(vocabulary, pairs, dtype):
-    """The larger cases in larger parts, for the interpreter's sake; one and three pairs in those of the GPU."""
-    logits = (
-        3 * torch.randn(2 * pairs, vocabulary, generator=torch.Generator().manual_seed(vocabulary + pairs))
-    ).to(dtype)
-    assert_equals_reference(
-        logits,
-        sampling(pairs, seed=pairs),
-        32768 if pairs == 64 and vocabulary > 1000 and DEVICE == "cpu" else None,
-    )
+    """The largest cases in larger parts, because the interpreter is slow; the others in those of a GPU."""
+    logits = random_logits(2 * pairs, vocabulary, vocabulary + pairs).to(dtype)
+    large = pairs == 64 and vocabulary > 1000 and DEVICE == "cpu"
+    assert_equals_reference(logits, sampling(pairs, seed=pairs), 32768 if large else None)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_every_space_equals_the_reference(space):
+    """A space that the kernel does not know gives NaN and fails here."""
+    number = torch.full((16,), SPACES.index(space), dtype=torch.int32)
+    assert_equals_reference(random_logits(32, 500, 5), sampling(16, seed=5, space=number))
 
 
 @pytest.mark.parametrize("layout", ["columns of a wider tensor", "transposed", "every second"])
 def test_strides(layout):
-    noise = 3 * torch.randn(12, 6000, generator=torch.Generator().manual_seed(1))
+    noise = random_logits(12, 6000, 1)
     logits = {
         "columns of a wider tensor": noise[:, 100:3100],
         "transposed": noise[:, :3000].T.contiguous().T,
@@ -129,30 +124,31 @@ def test_strides(layout):
     ("k", "p"), [(1, 1.0), (5, 1.0), (0, 0.5), (0, 0.9), (40, 0.8), (1500, 1.0), (0, 0.0)]
 )
 def test_top_k_and_top_p(k, p):
-    logits = 3 * torch.randn(8, 1500, generator=torch.Generator().manual_seed(2))
-    settings = sampling(
-        4, top_k=torch.full((4,), k, dtype=torch.int32), top_p=torch.full((4,), p), truncates=True
-    )
+    logits = random_logits(8, 1500, 2)
+    top_k, top_p = torch.full((4,), k, dtype=torch.int32), torch.full((4,), p)
+    temperature = torch.tensor([0.0, 0.7, 1.0, 1.3])
+    settings = sampling(4, top_k=top_k, top_p=top_p, temperature=temperature, truncates=True)
     for step in range(2):
-        settings = replace(
-            settings, step=torch.full((4,), step), temperature=torch.tensor([0.0, 0.7, 1.0, 1.3])
-        )
-        ours, (theirs, _) = run(logits, settings, 512)[0], reference.next_tokens(logits.double(), settings)
+        settings = replace(settings, step=torch.full((4,), step))
+        ours, _ = run(logits, settings, 512)
+        theirs, _ = reference.next_tokens(logits.double(), settings)
         assert torch.equal(ours, theirs)
 
 
 def test_ties_at_the_border_of_top_k_all_stay():
     logits = torch.tensor([[0.0, 3.0, 1.0, 1.0, 1.0, -2.0]]).repeat(24, 1)
     settings = sampling(
-        24, negative=torch.full((24,), -1), alpha=torch.zeros(24), temperature=torch.full((24,), 5.0)
-    )
-    settings = replace(
-        settings, positive=torch.arange(24), top_k=torch.full((24,), 2, dtype=torch.int32), truncates=True
+        24,
+        positive=torch.arange(24),
+        negative=torch.full((24,), -1),
+        alpha=torch.zeros(24),
+        temperature=torch.full((24,), 5.0),
+        top_k=torch.full((24,), 2, dtype=torch.int32),
+        truncates=True,
     )
     tokens, _ = run(logits, settings)
-    assert set(tokens.tolist()) == {1, 2, 3, 4} and torch.equal(
-        tokens, reference.next_tokens(logits, settings)[0]
-    )
+    assert set(tokens.tolist()) == {1, 2, 3, 4}
+    assert torch.equal(tokens, reference.next_tokens(logits, settings)[0])
 
 
 CASES = {
@@ -169,10 +165,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("log_space", [True, False])
+@pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("case", CASES)
-def test_defined_cases(case, temperature, log_space):
+def test_defined_cases(case, temperature, space):
     logits = torch.tensor(CASES[case])
     for g in (0.0, 1.0, 3.0, 10.0):
         settings = sampling(
@@ -181,7 +177,7 @@ def test_defined_cases(case, temperature, log_space):
             negative=torch.tensor([1]),
             guidance=torch.tensor([g]),
             temperature=torch.tensor([temperature]),
-            space=torch.tensor([int(log_space)]),
+            space=torch.tensor([SPACES.index(space)], dtype=torch.int32),
             alpha=torch.tensor([0.9 if case == "nothing plausible is left" else 0.0]),
         )
         tokens, logprobs = run(logits, settings)
@@ -190,7 +186,7 @@ def test_defined_cases(case, temperature, log_space):
         assert torch.allclose(logprobs.double(), expected, atol=1e-3, equal_nan=True), g
         if "all -inf" in case and case.startswith("positive") or case == "all NaN":
             assert tokens.item() == -1 and logprobs.isnan().all()
-        elif case == "nothing plausible is left" and g > 1 and not log_space:
+        elif case == "nothing plausible is left" and g > 1 and space == "prob":
             assert tokens.item() == 0 and logprobs.item() == 0
         elif case == "NaN is never chosen":
             assert tokens.item() != 0
@@ -199,22 +195,21 @@ def test_defined_cases(case, temperature, log_space):
 
 
 def test_a_row_does_not_depend_on_the_batch():
-    logits = 3 * torch.randn(40, 5000, generator=torch.Generator().manual_seed(3))
+    logits = random_logits(40, 5000, 3)
     settings = sampling(20, seed=4)
     tokens, logprobs = run(logits, settings)
     for row in range(20):
-        alone = {
-            name: value[row : row + 1]
-            for name, value in vars(settings).items()
-            if isinstance(value, torch.Tensor)
-        }
-        token, logprob = run(logits, Sampling(**alone, truncates=False))
+        alone = dict(vars(settings))
+        for name, value in alone.items():
+            if isinstance(value, torch.Tensor):
+                alone[name] = value[row : row + 1]
+        token, logprob = run(logits, Sampling(**alone))
         assert token == tokens[row] and torch.equal(logprob, logprobs[row : row + 1])
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90])
 def test_compiles_without_spills(capability):
-    """Ahead of time, with no GPU: in a process of its own, because the interpreter's switch is read at import."""
+    """Ahead of time, without a GPU; in a process of its own, because the interpreter is chosen at import."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "cfgsafe.kernels.aot", str(capability)],

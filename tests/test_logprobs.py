@@ -24,10 +24,14 @@ def test_chunks_equal_dense(rows, dtype, tolerance):
     targets = torch.randint(2048, (7,))
     weights = torch.rand(7)
     results = []
-    for score in (
-        lambda h: head_logprobs(model, h, targets, rows * COPY_BYTES * 2048),
-        lambda h: token_logprobs(model.head(h), targets),
-    ):
+
+    def chunked(h: torch.Tensor) -> torch.Tensor:
+        return head_logprobs(model, h, targets, rows * COPY_BYTES * 2048)
+
+    def dense(h: torch.Tensor) -> torch.Tensor:
+        return token_logprobs(model.head(h), targets)
+
+    for score in (chunked, dense):
         hidden = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
         found = score(hidden)
         (found * weights).sum().backward()
