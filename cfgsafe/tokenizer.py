@@ -1,12 +1,15 @@
-"""Text to token ids and back, and the chat format, with user text that can never become a control token.
+"""Text to token ids and back, and the chat format; text of a user never becomes a control token.
 
-Source: `tokenizer.json` and the Jinja2 chat template of the checkpoint; the template is rendered in Jinja2's sandbox, with the filters and
-globals that transformers gives it.
-Deviation: `apply_chat_template(tokenize=True)` of transformers parses the whole rendered string, so that `<|eot_id|>` typed by a
-user ends the turn. Here the control tokens are renamed in the tokenizer to strings that nobody can know, new in each process; of a
-rendered conversation only the template's own control tokens are renamed likewise before it is encoded. What a user typed is therefore
-text to the tokenizer, whatever it is. Text without control tokens gets the same ids as in transformers. A template that passes over
-strings and reads lists of parts, as Llama-Guard-3-1B's, is given these; transformers would render a conversation without its texts.
+Source: `tokenizer.json` and the Jinja2 chat template of the checkpoint. The template is rendered in
+Jinja2's sandbox, with the filters and globals that transformers gives it.
+Deviation 1: `apply_chat_template(tokenize=True)` of transformers parses the whole rendered string,
+so that `<|eot_id|>` typed by a user ends the turn. Here the control tokens get new, secret names in
+the tokenizer, in each process others. In a rendered conversation only the template's own control
+tokens are renamed, before it is encoded. To the tokenizer, what a user typed is therefore always
+text. Text without control tokens gets the same ids as in transformers.
+Deviation 2: some templates ignore strings and read lists of parts, such as that of
+Llama-Guard-3-1B. They get lists of parts here; transformers would render a conversation without its
+texts.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --prompt "<|eot_id|> is text here"
 """
@@ -15,17 +18,21 @@ import itertools
 import json
 import re
 import secrets
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 from tokenizers import Tokenizer as Backend
 
 from cfgsafe.errors import CheckpointError, InputError
 from cfgsafe.files import read_json
 
+ROLES = ("system", "user", "assistant")
+PRIVATE_USE = range(0xF0000, 0x10FFFE)  # code points
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
 
-# Llama-3.1's format without tools. A date line pair opens every conversation, as in Meta's own template.
+# Llama-3.1's format without tools. Two lines with dates open every conversation, as in Meta's template.
 LLAMA31_TEMPLATE = """\
 {{- bos_token }}
 {%- set first = 0 %}
@@ -37,7 +44,8 @@ LLAMA31_TEMPLATE = """\
 {{- "<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n" }}
 {{- "Today Date: 26 Jul 2024\\n\\n" + system + "<|eot_id|>" }}
 {%- for message in messages[first:] %}
-{{- "<|start_header_id|>" + message.role + "<|end_header_id|>\\n\\n" + (message.content | trim) + "<|eot_id|>" }}
+{{- "<|start_header_id|>" + message.role + "<|end_header_id|>\\n\\n" \
++ (message.content | trim) + "<|eot_id|>" }}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}
@@ -48,56 +56,60 @@ LLAMA31_TEMPLATE = """\
 class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
-    `encode` takes text as data; `encode_prompt` takes a string that is already chat-formatted, whose control tokens
-    are meant; `encode_chat` renders messages, in which only the template's control tokens are.
-    `special` maps each control token, and any other token that was added to the vocabulary, to its id.
+    `encode` takes text. `encode_prompt` takes a chat-formatted string, in which control tokens are
+    control tokens. `encode_chat` takes messages, and only the template adds control tokens to them.
+    `special` maps each control token, and each other token that was added to the vocabulary, to its
+    id.
     """
 
     def __init__(self, files: dict, names: dict[str, str], template: str):
-        """Of the parsed `tokenizer.json`, the names of bos_token, eos_token and so on, and a Jinja2 template."""
+        """files: the parsed `tokenizer.json`; names: of bos_token, eos_token and so on; a Jinja2
+        template.
+
+        Raises CheckpointError when a control token is missing.
+        """
         self.special = {token["content"]: token["id"] for token in files["added_tokens"]}
         self.names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", **names}
-        nonce = secrets.token_hex(16)
-        self._renamed = {content: f"\ue000{nonce}:{number}\ue000" for content, number in self.special.items()}
+        secret = secrets.token_hex(16)
+        self._renamed = {}
+        for token, number in self.special.items():
+            self._renamed[token] = f"\ue000{secret}:{number}\ue000"
         self.backend = Backend.from_str(json.dumps(_rename(files, self._renamed)))
         self._template = _compile(template)
         self._in_parts = self._wants_parts()
-        self._pattern = re.compile(
-            "|".join(re.escape(s) for s in sorted(self.special, key=len, reverse=True))
-        )
-        self._first = re.compile(
-            "[" + "".join(re.escape(c) for c in sorted({s[0] for s in self.special})) + "]"
-        )
-        ends = (
-            {s[:k] for s in self.special for k in range(1, len(s))},
-            {s[k:] for s in self.special for k in range(1, len(s))},
-        )
-        self._beginnings, self._endings = map(tuple, ends)
-        self.end_of_turn = self._closing() or (
-            "<|eot_id|>" if "<|eot_id|>" in self.special else self.names["eos_token"]
-        )
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+        first_characters = sorted({token[0] for token in self.special})
+        self._first = re.compile("[" + "".join(map(re.escape, first_characters)) + "]")
+        beginnings, endings = set(), set()
+        for token in self.special:
+            for cut in range(1, len(token)):
+                beginnings.add(token[:cut])
+                endings.add(token[cut:])
+        self._beginnings, self._endings = tuple(beginnings), tuple(endings)
+        usual_end = "<|eot_id|>" if "<|eot_id|>" in self.special else self.names["eos_token"]
+        self.end_of_turn = self._closing() or usual_end
         for token in (self.names["bos_token"], self.end_of_turn):
             if token not in self.special:
                 raise CheckpointError(f"tokenizer.json: control token {token!r} is missing")
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":
-        """Read `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` of a checkpoint folder. Raises CheckpointError."""
+        """Read the tokenizer's files of a checkpoint folder. Raises CheckpointError.
+
+        They are `tokenizer.json`, `tokenizer_config.json` and, where there is one,
+        `chat_template.jinja`.
+        """
         folder = Path(folder)
-        files, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
-        template = config.get("chat_template") or LLAMA31_TEMPLATE
-        if isinstance(template, list):  # named templates
-            template = next(
-                (entry["template"] for entry in template if entry["name"] == "default"), LLAMA31_TEMPLATE
-            )
+        files = read_json(folder / "tokenizer.json")
+        config = read_json(folder / "tokenizer_config.json")
+        template = _default_template(config.get("chat_template") or LLAMA31_TEMPLATE)
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        text = lambda token: token["content"] if isinstance(token, dict) else token
-        names = {
-            key: text(token)
-            for key, token in config.items()
-            if key.endswith("_token") and isinstance(token, (str, dict))
-        }
+        names = {}
+        for key, token in config.items():
+            if key.endswith("_token") and isinstance(token, (str, dict)):
+                names[key] = token["content"] if isinstance(token, dict) else token
         try:
             return Tokenizer(files, names, template)
         except CheckpointError:
@@ -106,46 +118,59 @@ class Tokenizer:
             raise CheckpointError(f"{folder}: tokenizer files cannot be read ({error})") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; no control token can come out of it, no BOS is added."""
+        """Ids of plain text, without control tokens and without BOS."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Ids of a trusted, chat-formatted string: control tokens in it are control tokens, BOS is added if absent."""
+        """Ids of a trusted, chat-formatted string, in which control tokens are control tokens.
+
+        BOS is added if it is absent.
+        """
         bos = self.names["bos_token"]
         return self._encode_trusted(prompt if prompt.startswith(bos) else bos + prompt)
 
     def encode_chat(self, messages: Messages, *, go_on: bool = True) -> list[int]:
-        """Ids of a conversation up to where the model answers; with `go_on`, an assistant's message that ends it is continued."""
+        """Ids of a conversation up to where the model answers.
+
+        With `go_on`, an assistant's message at the end is continued. Raises InputError when the
+        template refuses the conversation.
+        """
         mark = _unused(messages)
-        render = lambda guard: self._chat_text(
-            [{**m, "content": guard(m["content"], mark)} for m in messages], go_on
-        )
-        text, strict = render(self._break_tokens), render(self._break_beginnings)
-        if self._pattern.findall(text) != self._pattern.findall(
-            strict
-        ):  # the template has put a control token together from pieces
-            text = strict
+        text = self._render_marked(messages, mark, self._mark_tokens, go_on)
+        strict = self._render_marked(messages, mark, self._mark_beginnings, go_on)
+        if self._pattern.findall(text) != self._pattern.findall(strict):
+            text = strict  # the template has put a control token together from pieces
         return self._encode_trusted(text, mark)
 
     def control_token_in(self, text: str) -> str | None:
-        """The first control token whose text stands in `text`."""
+        """The first control token in `text`, or None."""
         found = self._pattern.search(text)
         return found and found.group()
 
     def render_chat(self, messages: Messages) -> str:
-        """The conversation as one chat-formatted string, for files that hold strings (preference pairs).
+        """The conversation as one chat-formatted string, for files of strings (preference pairs).
 
-        Raises InputError when a message holds the text of a control token: in a flat string it would become one.
+        Raises InputError when a message has the text of a control token, which in a string would
+        become one.
         """
         for message in messages:
-            if found := self.control_token_in(message["content"]):
+            found = self.control_token_in(message["content"])
+            if found:
                 raise InputError(
-                    f"a {message['role']} message holds the control token text {found!r}, which a flat string cannot keep"
+                    f"a {message['role']} message holds the control token text {found!r}, "
+                    "which a flat string cannot keep"
                 )
         return self._chat_text(messages)
 
-    def _break_tokens(self, text: str, mark: str) -> str:
-        """`text` with a mark in each control token, and beside what a template could complete to one."""
+    def _render_marked(
+        self, messages: Messages, mark: str, guard: Callable[[str, str], str], go_on: bool
+    ) -> str:
+        """The rendered conversation, with `guard(content, mark)` as the content of each message."""
+        guarded = [{**message, "content": guard(message["content"], mark)} for message in messages]
+        return self._chat_text(guarded, go_on)
+
+    def _mark_tokens(self, text: str, mark: str) -> str:
+        """`text` with a mark in each control token, and next to what a template could complete to one."""
         text = self._pattern.sub(lambda found: found.group()[0] + mark + found.group()[1:], text)
         inner = text.strip()
         if inner.endswith(self._beginnings) or inner.startswith(self._endings):
@@ -153,22 +178,26 @@ class Tokenizer:
             text = text[:at] + mark + inner + mark + text[at + len(inner) :]
         return text
 
-    def _break_beginnings(self, text: str, mark: str) -> str:
-        """`text` with a mark behind each character that could begin a control token."""
+    def _mark_beginnings(self, text: str, mark: str) -> str:
+        """`text` with a mark after each character that could begin a control token."""
         return self._first.sub(lambda found: found.group() + mark, text)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; control tokens are left out."""
+        """The text of ids, without control tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def _chat_text(self, messages: Messages, go_on: bool = True) -> str:
+        """The rendered conversation, up to the answer or the end of the message to continue."""
         going_on = go_on and bool(messages) and messages[-1]["role"] == "assistant"
+        # The end of the message to continue is marked, and what the template closes it with is cut off.
+        # A template that trims also trims the blank after the mark.
         end = _unused(messages, skip=1) + " "
-        if going_on:  # cut what the template closes the turn with; a template that trims also trims the blank behind the mark
+        if going_on:
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}]
+        chat: list[dict] = list(messages)
         if self._in_parts:
-            messages = [{**m, "content": _parts(m["content"])} for m in messages]
-        text = self._render(messages, add_generation_prompt=not going_on)
+            chat = [{**message, "content": _parts(message["content"])} for message in messages]
+        text = self._render(chat, add_generation_prompt=not going_on)
         if going_on:
             cut = text.rfind(end.strip())
             if cut < 0:
@@ -178,7 +207,7 @@ class Tokenizer:
             text = text[:cut] if text[cut:].startswith(end) else text[:cut].rstrip()
         return text
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
         return self._template(
             messages=messages,
             tools=None,
@@ -187,19 +216,21 @@ class Tokenizer:
             **self.names,
         )
 
+    def _shows(self, text: str, content: object) -> bool:
+        """Whether a rendered conversation with the message `content` has `text` in it."""
+        messages = [{"role": "user", "content": content}]
+        return text in self._render(messages, add_generation_prompt=True)
+
     def _wants_parts(self) -> bool:
         """Whether the template shows a text in a list of parts, but not as a string."""
         probe = _unused([])
-        shown = lambda content: (
-            probe in self._render([{"role": "user", "content": content}], add_generation_prompt=True)
-        )
         try:
-            return not shown(probe) and shown(_parts(probe))
-        except Exception:  # a template may fail in any way at a conversation or content that it does not know
+            return not self._shows(probe, probe) and self._shows(probe, _parts(probe))
+        except Exception:  # a template may fail in any way on a conversation that it does not expect
             return False
 
     def _closing(self) -> str | None:
-        """The control token that the template puts right behind an answer."""
+        """The control token that the template puts right after an answer, or None."""
         answer = "\uf8ff"
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
         try:
@@ -210,57 +241,71 @@ class Tokenizer:
         return found and found.group()
 
     def _encode_trusted(self, text: str, mark: str = "") -> list[int]:
+        """Ids of `text`, in which control tokens without a `mark` are control tokens."""
         text = self._pattern.sub(lambda found: self._renamed[found.group()], text)
         return self.encode(text.replace(mark, "") if mark else text)
 
 
+def _default_template(template: str | list[dict]) -> str:
+    """The template itself, or the one called "default" in a list of named templates."""
+    if isinstance(template, str):
+        return template
+    for entry in template:
+        if entry["name"] == "default":
+            return entry["template"]
+    return LLAMA31_TEMPLATE
+
+
 def _rename(files: dict, renamed: dict[str, str]) -> dict:
-    """`tokenizer.json` with other names for its control tokens and nothing that adds any."""
-    added = [
-        {**token, "content": renamed.get(token["content"], token["content"])}
-        for token in files["added_tokens"]
-    ]
+    """`tokenizer.json` with other names for its control tokens, and without steps that add any."""
+    added = []
+    for token in files["added_tokens"]:
+        added.append({**token, "content": renamed.get(token["content"], token["content"])})
     model = dict(files["model"])
     if isinstance(model.get("vocab"), dict):
-        model["vocab"] = {renamed.get(token, token): number for token, number in model["vocab"].items()}
+        vocab = model["vocab"]
+        model["vocab"] = {renamed.get(token, token): number for token, number in vocab.items()}
     if model.get("unk_token") in renamed:
         model["unk_token"] = renamed[model["unk_token"]]
-    return {
-        **files,
-        "added_tokens": added,
-        "model": model,
-        "post_processor": None,
-        "truncation": None,
-        "padding": None,
-    }
+    off = {"post_processor": None, "truncation": None, "padding": None}
+    return {**files, "added_tokens": added, "model": model, **off}
 
 
-def _compile(template: str):
-    """`render` of a chat template with what transformers offers to templates."""
+def _compile(template: str) -> Callable[..., str]:
+    """The function that renders a chat template, with the filters and globals of transformers."""
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} marks answers for training; its content is rendered as it is."""
+        """{% generation %} ... {% endgeneration %} marks answers for training; it renders its content."""
 
         tags = {"generation"}
 
         def parse(self, parser) -> nodes.Node:
             line = next(parser.stream).lineno
-            return nodes.Scope(
-                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-            )
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters["tojson"] = lambda x, indent=None, **options: json.dumps(
-        x, indent=indent, **{"ensure_ascii": False, **options}
-    )
+    environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = _strftime_now
     return environment.from_string(template).render
+
+
+def _tojson(x: object, indent: int | None = None, **options) -> str:
+    return json.dumps(x, indent=indent, **{"ensure_ascii": False, **options})
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise InputError(f"the chat template refuses this conversation: {message}")
 
 
 def _parts(text: str) -> list[dict[str, str]]:
@@ -268,18 +313,22 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 
 def _unused(messages: Messages, skip: int = 0) -> str:
-    """A private-use character that no message holds; `skip` gives another one."""
-    text = "".join(m["content"] for m in messages)
-    free = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in text)
-    return next(itertools.islice(free, skip, None))
+    """A private-use character that is in no message; with `skip` a later one."""
+    text = "".join(message["content"] for message in messages)
+    unused = (character for character in map(chr, PRIVATE_USE) if character not in text)
+    return next(itertools.islice(unused, skip, None))
 
 
 def check_messages(messages: object, place: str) -> Messages:
-    """`messages` if it is a non-empty list of {"role", "content"} strings; raises InputError naming `place`."""
+    """`messages`, if it is a non-empty list of {"role": str, "content": str}; other keys are dropped.
+
+    Raises InputError naming `place`.
+    """
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{place}: 'messages' must be a non-empty list of objects with 'role' and 'content'")
+        wanted = "a non-empty list of objects with 'role' and 'content'"
+        raise InputError(f"{place}: 'messages' must be {wanted}")
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise InputError(f"{place}: messages[{number}].role must be system, user or assistant")
         if not isinstance(message.get("content"), str):
             raise InputError(f"{place}: messages[{number}].content must be a string")
@@ -290,7 +339,3 @@ def with_system(messages: Messages, system: str) -> Messages:
     """The same conversation under another system prompt."""
     rest = messages[1:] if messages[0]["role"] == "system" else messages
     return [{"role": "system", "content": system}, *rest]
-
-
-def _raise_exception(message: str):
-    raise InputError(f"the chat template refuses this conversation: {message}")
