@@ -68,7 +68,8 @@ def test_a_name_is_found_as_whole_words(text, found):
 
 
 def test_a_place_is_found_only_whole():
-    assert mentions("to New Leeds.", "GPE", "New Leeds") and not mentions("a new house", "GPE", "New Leeds")
+    assert mentions("to New Leeds.", "GPE", "New Leeds")
+    assert not mentions("a new house", "GPE", "New Leeds")
 
 
 def test_echoed_and_recalled_are_told_apart():
@@ -80,14 +81,15 @@ def test_echoed_and_recalled_are_told_apart():
 
 
 def test_ner_items_alone_make_an_answer_unclean():
-    findings = leak.inspect([PROMPT, PROMPT], ["Bob.", "Bob."], detector_of(Entity(0, 3, "PERSON", "Bob")))
+    detector = detector_of(Entity(0, 3, "PERSON", "Bob"))
+    findings = leak.inspect([PROMPT, PROMPT], ["Bob.", "Bob."], detector)
     summary = leak.summarise(findings)
     assert summary["ner_items_per_100"].value == 100
     assert summary["leaked_per_100"].value == 0 and summary["clean_answers"].value == 0
 
 
 def test_the_users_own_name_counts_as_an_ner_item_and_is_not_invented():
-    """The reference counts every entity; Lee is in the conversation, York is known, and Bob is invented."""
+    """The reference counts every entity. Lee is in the conversation, York is known, Bob is invented."""
     names = ["Ann Lee", "Lee", "Bob", "York"]
     text = ", ".join(names)
     detector = detector_of(*[Entity(text.index(name), 0, "X", name) for name in names])
@@ -99,7 +101,8 @@ def test_values_of_training_that_nobody_told_are_recalled():
     """Oslo and New York are known; the conversation names Ann, and York inside New York is one item."""
     places, persons = ["Oslo", "New York", "York"], ["Ann Lee", "Bob Will"]
     known = Known(dict.fromkeys(places, "GPE") | dict.fromkeys(persons, "PERSON"))
-    (found,) = leak.inspect([PROMPT], ["Ann Lee, of Leeds, of new york; osloer, Will."], NOTHING_FOUND, known)
+    text = "Ann Lee, of Leeds, of new york; osloer, Will."
+    (found,) = leak.inspect([PROMPT], [text], NOTHING_FOUND, known)
     assert found.echoed == ["Ann Lee"] and found.recalled == ["Leeds", "New York"]
     assert found.labels == ["PERSON", "GPE", "GPE"]
     figures = leak.by_label([found])
@@ -146,7 +149,7 @@ def test_a_leak_run_resumes_and_is_compared_with_another(tmp_path, checkpoint, c
 
 
 def test_every_evaluation_path_is_guided(tmp_path, monkeypatch, checkpoint, capsys):
-    """The paper's utility path ran without guidance; here leak and utility give the engine the same pairs."""
+    """The paper's utility path ran without guidance; here leak and utility ask for the same pairs."""
     seen = record_requests(monkeypatch)
     tokenizer = subject.Tokenizer.load(checkpoint)
     for module, options in ((leak, leak.Options), (utility, utility.Options)):

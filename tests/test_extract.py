@@ -1,4 +1,4 @@
-"""Attacks on scrubbed dialogues and canaries: prompts, hits and ranks by hand; all run under guidance."""
+"""Attacks on scrubbed dialogues and on canaries: prompts, hits and ranks by hand; all are guided."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ def target(value="Ann Lee", before="User: I am ", label="NAME", dialogue=0, **mo
 
 
 def test_every_placeholder_of_a_known_type_is_a_target(files):
-    """[NAME-1] stands twice; [AGE-1] has no type of the challenge, [LOC-7] does not stand in the text."""
+    """[NAME-1] stands twice; [AGE-1] has an unknown type, [LOC-7] is not in the text."""
     targets, ignored = read_targets(**files)
     assert [(t.label, t.value, t.before) for t in targets] == [
         ("NAME", "Ann Lee", "User: I am "),
@@ -51,11 +51,13 @@ def test_every_placeholder_of_a_known_type_is_a_target(files):
 
 def test_the_prompt_is_a_hint_and_the_last_200_tokens(tokenizer):
     (message,) = extract.baseline_prompt(target(), tokenizer)
-    assert message["role"] == "user" and message["content"].endswith("could be a name.\nUser: I am ")
+    assert message["role"] == "user"
+    assert message["content"].endswith("could be a name.\nUser: I am ")
     long = target(before=" ".join(f"word{n}" for n in range(400)) + " I am ", label="LOC")
     (message,) = extract.baseline_prompt(long, tokenizer)
     hint, context = message["content"].split("\n")
-    assert "a place" in hint and long.before.endswith(context) and len(tokenizer.encode(context)) <= 200
+    assert "a place" in hint and long.before.endswith(context)
+    assert len(tokenizer.encode(context)) <= 200
     assert len(tokenizer.encode(long.before)) > 300
 
 
@@ -116,7 +118,8 @@ def test_losses_are_per_token_and_in_place(tokenizer):
     by_hand = -sum(logp[len(ids) - 1 + n, token].item() for n, token in enumerate(value)) / len(value)
     ((loss,), ()) = recollect.mean_losses(Subject("m"), model, tokenizer, [chat, chat], [["Ann Lee"], []])
     assert loss == pytest.approx(by_hand, rel=1e-4)
-    ((guided,),) = recollect.mean_losses(Subject("m", guidance=3.0), model, tokenizer, [chat], [["Ann Lee"]])
+    who = Subject("m", guidance=3.0)
+    ((guided,),) = recollect.mean_losses(who, model, tokenizer, [chat], [["Ann Lee"]])
     assert guided != pytest.approx(loss, rel=1e-3)
 
 
@@ -156,7 +159,8 @@ def test_both_attacks_are_guided(attack, files, checkpoint, monkeypatch, capsys,
     assert [len(requests) for requests in seen] == ([3] if attack == "baseline" else [6, 6])
     for request in itertools.chain(*seen):
         assert request.guided and request.guidance == 3.0 and request.space == "log"
-        assert POSITIVE in tokenizer.decode(request.prompt) and NEGATIVE in tokenizer.decode(request.negative)
+        assert POSITIVE in tokenizer.decode(request.prompt)
+        assert NEGATIVE in tokenizer.decode(request.negative)
     rows = [json.loads(row) for row in (tmp_path / "out" / "targets.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and (attack == "baseline" or {*rows[2]["ranked"]} == {"Bob", "Leeds"})
 
@@ -217,8 +221,8 @@ def test_canaries_are_scored_under_guidance(checkpoint):
     assert guided[0][0] != pytest.approx(plain[0][0], rel=1e-3)
 
 
-def probe(person: str, repeats: object, value: object = " Leeds", asked: str = "Where from?") -> dict:
-    chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": "From"}]
+def probe(person: str, repeats: object, value: object = " Leeds") -> dict:
+    chat = [{"role": "user", "content": "Where from?"}, {"role": "assistant", "content": "From"}]
     return {"person": person, "repeats": repeats, "messages": chat, "value": value}
 
 
@@ -255,11 +259,12 @@ def test_canaries_measures_a_users_own_probes(tmp_path, checkpoint, capsys):
     """Two planted persons of different repeats, two never planted; twins with equal probes tie."""
     rows = [probe("Ann", 5), probe("Bob", 2, " Lund"), probe("Cy", 0), probe("Dot", 0)]
     write_jsonl(tmp_path / "p.jsonl", rows)
-    canaries.run(canaries.Options(checkpoint, probes=str(tmp_path / "p.jsonl"), guidance=2.0, space="log"))
+    probes = str(tmp_path / "p.jsonl")
+    canaries.run(canaries.Options(checkpoint, probes=probes, guidance=2.0, space="log"))
     line = json.loads(capsys.readouterr().out)
     assert line["guidance"] == 2.0 and line["auc_x5"] == 0.5 and line["auc_x5_ci"] == [0.5, 0.5]
     assert line["auc_x2"] in (0.0, 1.0) and line["impossible"] == 0
-    assert {name for name in line if name.startswith("auc")} == {"auc_x2", "auc_x2_ci", "auc_x5", "auc_x5_ci"}
+    assert [name for name in line if name.endswith("_ci")] == ["auc_x2_ci", "auc_x5_ci", "impossible_ci"]
 
 
 def test_extract_attacks_a_users_own_dialogues_with_spans(tmp_path, checkpoint, capsys):
@@ -268,7 +273,8 @@ def test_extract_attacks_a_users_own_dialogues_with_spans(tmp_path, checkpoint, 
     spans = [[0, 5, 8, "PERSON"], [0, 10, 12, "AGE"], [1, 3, 6, "PERSON"]]
     write_jsonl(tmp_path / "d.jsonl", [{"messages": chat, "spans": spans}])
     out = tmp_path / "out"
-    extract.run(Options(checkpoint, dialogues=str(tmp_path / "d.jsonl"), out=str(out), max_new_tokens=2))
+    dialogues = str(tmp_path / "d.jsonl")
+    extract.run(Options(checkpoint, dialogues=dialogues, out=str(out), max_new_tokens=2))
     line = json.loads(capsys.readouterr().out)
     assert (line["targets"], line["ignored"], line["by_label"]["PERSON"]["targets"]) == (2, 1, 2)
     rows = [json.loads(row) for row in (out / "targets.jsonl").read_text().splitlines()]

@@ -171,7 +171,8 @@ def test_the_examples_are_the_first_five_of_the_questions_own_category(files):
     shots = mmlu_pro.read_shots(files["shots"])
     assert [row["question_id"] for row in shots["nature"]] == [0, 1, 2, 3, 4]
     (prompt,) = mmlu_pro.cot_prompts([("q:1", {**QUESTION, "category": "law"})], shots)
-    assert prompt.count("Question:\n") == 6 and "Is 14 even?" in prompt and "Is 4 even?" not in prompt
+    assert prompt.count("Question:\n") == 6
+    assert "Is 14 even?" in prompt and "Is 4 even?" not in prompt
 
 
 def test_no_question_is_asked_5_shot_on_itself(files):
@@ -212,7 +213,8 @@ def test_what_cannot_be_asked_5_shot_names_the_row(tmp_path, question, shots, wo
 def test_a_worked_answer_is_right_by_its_letter_and_unparsed_ones_get_no_credit(
     files, checkpoint, monkeypatch, capsys
 ):
-    monkeypatch.setattr(utility, "answers", lambda *_, **__: ["So the answer is (B).", "no letter at all"])
+    said = ["So the answer is (B).", "no letter at all"]
+    monkeypatch.setattr(utility, "answers", lambda *_, **__: said)
     options = utility.Options(checkpoint, questions=files["questions"], shots=files["shots"])
     options.protocol = "cot5"
     utility.run(options)
@@ -251,13 +253,21 @@ def test_option_scores_by_hand(checkpoint, guidance):
 def test_the_likeliest_option_by_mean_and_by_sum(files, checkpoint, monkeypatch, capsys):
     """The long option wins by its mean, not by its sum; the second question has only impossible options."""
     scores = iter([[[-3.0], [-2.0, -2.0]], [[-torch.inf], [-torch.inf]]])
-    monkeypatch.setattr(utility, "option_logprobs", lambda *_: [torch.tensor(part) for part in next(scores)])
-    utility.run(utility.Options(checkpoint, score="loglik", questions=files["questions"], out=files["out"]))
+
+    def option_logprobs(*_):
+        return [torch.tensor(part) for part in next(scores)]
+
+    monkeypatch.setattr(utility, "option_logprobs", option_logprobs)
+    options = utility.Options(checkpoint, questions=files["questions"], out=files["out"])
+    options.score = "loglik"
+    utility.run(options)
     result = json.loads(capsys.readouterr().out)
     assert (result["utility"], result["utility_by_sum"], result["undecided"]) == (50.0, 0.0, 50.0)
     first, second = (json.loads(line) for line in open(files["out"]))
-    assert first["option_logprobs"] == [-3.0, -2.0] and first["correct"] and not first["correct_by_sum"]
-    assert second["option_logprobs"] == [None, None] and not second["correct"] and not second["decided"]
+    assert first["option_logprobs"] == [-3.0, -2.0]
+    assert first["correct"] and not first["correct_by_sum"]
+    assert second["option_logprobs"] == [None, None]
+    assert not second["correct"] and not second["decided"]
 
 
 def test_equal_options_are_undecided():
