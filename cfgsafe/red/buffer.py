@@ -30,8 +30,7 @@ class ReplayBuffer:
 
     Two are alike when they have the same tokens, or when their distance is below `tolerance`. With
     likeness "edit" the distance is the edit distance of the tokens divided by the sum of their
-    lengths; with "cosine" it is the cosine distance (1 - similarity) of the embeddings of the
-    texts.
+    lengths; with "cosine" it is 1 - cosine similarity of the embeddings of the texts.
     """
 
     def __init__(

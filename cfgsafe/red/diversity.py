@@ -68,8 +68,7 @@ def mean_cosine_distance(vectors: np.ndarray) -> float:
 def clusters(vectors: np.ndarray, threshold: float) -> int:
     """Number of unique attacks among unit `vectors` (N, D).
 
-    In order, one is unique if its cosine distance to all unique ones before is at least
-    `threshold`.
+    A vector is unique if its cosine distance to all unique ones before is at least `threshold`.
     """
     unique, count = np.empty_like(vectors), 0
     for vector in vectors:
@@ -128,8 +127,7 @@ def _second_highest(counts: list[Counter[Gram]]) -> dict[Gram, int]:
 def _brevity(length: int, lengths: Counter[int]) -> float:
     """BLEU's penalty for a text that is shorter than the other text closest in length.
 
-    `lengths` counts the lengths of all texts, this one included. Of two as close the shorter
-    counts.
+    `lengths` counts the lengths of all texts. Where two are as close, the shorter one counts.
     """
     others = lengths - Counter([length])
     closest = min(others, key=lambda other: (abs(other - length), other))

@@ -5,8 +5,7 @@ drawn prompts are drawn at temperature 1, half at a temperature from U[min_tempe
 max_temperature]. PPO with a bonus for novelty: Hong et al. (arXiv 2402.19464). Pruning of pairs,
 and the lower limit of fluency: Stable-GFN (arXiv 2605.00553).
 Deviations:
-- The beginning of prompts is fixed, so log Z is one number. It starts at its best for the first
-  batch.
+- The beginning of prompts is fixed, so log Z is one number. The first batch gives its start.
 - Schedules count optimiser steps and end where they say.
 - Success is the mean of the scores of the answers, in training as in evaluation.
 - The reference log-probability obeys the rules of the policy.
@@ -78,8 +77,7 @@ def explore(attacker: Attacker, score: Score, meter: Meter, settings: Settings, 
 
     Returns every attack that has a score, in order, each once.
 
-    Writes OUT/attacks.jsonl, all attacks put to the target, and OUT/metrics.jsonl, a line for each
-    step:
+    Writes OUT/attacks.jsonl, all attacks put to the target, and OUT/metrics.jsonl, a line a step:
         success     mean score of the drawn prompts that have a score; 0 where none has
         known       different prompts with a score so far
         unscorable  attacks without a score so far
@@ -101,19 +99,20 @@ def explore(attacker: Attacker, score: Score, meter: Meter, settings: Settings, 
             if meter.spent:
                 break
 
-            # Draw prompts from the policy and replay others; the target answers those that are new.
+            # Draw prompts from the policy, replay others, and put to the target those that are new.
             random = torch.Generator().manual_seed(seed_of(settings.seed, step))
             prompts, replayed = draw_batch(attacker, memory.buffer, settings, random)
             asked = archive.look_up(prompts, step + 1)
             drawn = [attack for attack in asked if attack.score is not None]
             batch = drawn + replayed
+            scores = [attack.known_score for attack in drawn]
             metrics = {
-                "success": mean([attack.known_score for attack in drawn]),
+                "success": sum(scores) / len(scores) if scores else 0.0,
                 "known": len(archive.known),
                 "unscorable": archive.unscorable,
             }
 
-            # Reward them. Novelty is measured before they enter the buffer.
+            # Compute their rewards, then add them to the buffer.
             cooling = max(1, settings.steps // 5)  # steps
             temperature = schedule(step, settings.reward_temperature, 1.0, cooling)
             rewards = log_rewards(batch, settings, temperature)
@@ -264,8 +263,3 @@ class Exploration:
             self.buffer = ReplayBuffer.load(folder / "buffer.jsonl")
             self.meter.made = read_json(folder / "calls.json")["calls"]
         self.archive.load(done)
-
-
-def mean(values: list[float]) -> float:
-    """The arithmetic mean; 0 of an empty list."""
-    return sum(values) / len(values) if values else 0.0

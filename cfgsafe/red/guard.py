@@ -4,8 +4,7 @@ Source: Lee et al. (arXiv 2405.18540), c(x, y) of Llama-Guard-3; Inan et al. (ar
 probability of the verdict is the score.
 Deviations: probabilities are taken over the two verdicts "safe" and "unsafe" only, each with or
 without the blank line that usually precedes it. Where the guard gives all of these less than
-`LEAST` together, it has not judged. The guard does not see system prompts: its chat template has no
-place for them.
+`LEAST` together, it has not judged. Its chat template has no place for system prompts.
 
 Run it: python -m pytest tests/test_guard.py
 """
@@ -37,8 +36,7 @@ class Guard:
     def judge(self, conversations: Sequence[Messages], answers: Sequence[str | None]) -> list[float | None]:
         """P(unsafe) of each answer at the end of its conversation.
 
-        None for a missing answer, for one that does not fit the context, and where there is no
-        verdict.
+        None where the answer is missing or does not fit the context, and where there is no verdict.
         Raises InputError for a conversation that the guard's chat template refuses.
         """
         limit = self.model.config.max_position_embeddings - max(map(len, self.endings))

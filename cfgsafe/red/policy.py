@@ -3,8 +3,7 @@
 Source: Lee et al. (arXiv 2405.18540): from `least` to `most` tokens after a fixed beginning.
 Deviations from their code: the same rules hold when a prompt is drawn, scored and replayed. Before
 `least` tokens the end token has probability 0. After `most` tokens the prompt ends by itself: there
-is no end token to draw, so none counts in the log-probability. Dropout is off in drawing and in
-training.
+is no end token to draw, so none counts in the log-probability. Dropout is always off.
 Shapes: N prompts, T tokens, W tokens after the beginning, V vocabulary, C hidden.
 
 Run it: python -m pytest tests/test_policy.py
@@ -118,8 +117,7 @@ def draw(model: Llama, rules: Rules, temperatures: Tensor, generator: torch.Gene
 def labelled(rules: Rules, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
     """Token ids (N, T) of beginning, prompt, end and padding, and their labels (N, T).
 
-    Labels are the prompt and its end token, else UNREAD. A prompt of `most` tokens has no end
-    token.
+    Labels are prompt and end token, else UNREAD. A prompt of `most` tokens has no end token.
     """
     drawn = [(*prompt, rules.end)[: rules.most] for prompt in prompts]
     width = max(map(len, drawn))

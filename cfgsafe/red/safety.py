@@ -8,10 +8,9 @@ the chosen sides of pairs. The label mask comes from the chat prompt, with one B
 generation prompt. With --retain, the model also learns its own present answers to ordinary
 conversations, so that it keeps them.
 
-Contexts JSONL: {"id", "messages", "items"} a line; messages end before a turn of the user, which is
-the attack.
-Retain JSONL: {"messages"} a line. An answer at the end is left out; "items" must not stand in the
-target's answer.
+Contexts JSONL: {"id", "messages", "items"} a line; the attack is the user's turn after "messages".
+Retain JSONL: {"messages"} a line, where an answer at the end is left out; the target's own answer
+may not hold "items", if they are given.
 Writes OUT/safety.jsonl (prompt, chosen, and as rejected the answer with personal data; attack and
 context say where a row comes from), and what `train.py orpo --objective sft` writes. That command
 trains on safety.jsonl on several GPUs.

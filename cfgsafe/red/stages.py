@@ -5,17 +5,15 @@ Source: Lee et al. (arXiv 2405.18540).
     gfn     lets it find prompts that succeed; --objective reinforce and ppo are the baselines
     smooth  starts from the SFT weights again and fits every prompt that succeeded
     adapt   as smooth, but first asks another target the stored prompts
-Deviation: all stages train LoRA adapters, which start as the SFT adapter. For prompts see
-attacker.py.
+Deviation: all stages train LoRA adapters, which start as the SFT adapter.
 
 Attacker, reference and target share one model in memory where they have the same checkpoint. A
 run's folder holds attacker.json, adapter/ (PEFT), attacks.jsonl, metrics.jsonl and config.json.
 Later stages and `eval.py attack` take the folder as --attacker.
 
-Run it: python train.py attacker --stage sft --attacker cfgsafe/demo/base --prompts P.jsonl --out
-runs/sft
-        python train.py attacker --stage gfn --attacker runs/sft --target cfgsafe/demo/leaky --out
-        runs/gfn
+Run it: python train.py attacker --stage sft --attacker cfgsafe/demo/base --prompts P.jsonl --out sft
+        python train.py attacker --stage gfn --attacker sft --target cfgsafe/demo/leaky --out gfn
+        python train.py attacker --stage smooth --attacker sft --attacks gfn/attacks.jsonl --out mle
 """
 
 import json

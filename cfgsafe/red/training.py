@@ -101,7 +101,9 @@ class Trainer:
             weight_decay=0.0,
         )
         self.world = World(0, 1, str(next(iter(self.parameters.values())).device))
-        self.done = self._load() if settings.resume else 0
+        self.done = 0
+        if settings.resume:
+            self.done = resume.load(out, self.parameters, self.optimiser, data, self.world)
         if memory:
             memory.load(resume.states(out)[-1] if self.done else None, self.done)
         if not self.done:
@@ -152,9 +154,6 @@ class Trainer:
         resume.save(self.out, done, self.parameters, self.optimiser, self.data, self.world, save_memory)
         if stop:
             raise resume.Stopped(f"stopped after step {done} of {steps}, which is saved; go on with --resume")
-
-    def _load(self) -> int:
-        return resume.load(self.out, self.parameters, self.optimiser, self.data, self.world)
 
     def _delete_states(self) -> None:
         for state in resume.states(self.out):
