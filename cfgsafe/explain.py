@@ -11,9 +11,9 @@ import json
 import torch
 from torch import Tensor
 
-from cfgsafe.decode import Completion, Request
 from cfgsafe.kernels.reference import log_probabilities
 from cfgsafe.llama import Llama
+from cfgsafe.request import Completion, Request
 from cfgsafe.rescore import continuation_states, guided_logprobs, side_logits
 from cfgsafe.tokenizer import Tokenizer
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from cfgsafe.kernels.reference import widen
 from cfgsafe.llama import Llama
 
-# Memory that a chunk of logits and its copies may take: the cache of a CPU, enough bandwidth on a GPU.
+# Memory of a chunk of logits and its copies: small enough for a CPU's cache, large enough for a GPU.
 LOGIT_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 COPY_BYTES = 8  # of a logit in bfloat16, the same in float32, and its probability in bfloat16
 
@@ -33,8 +33,8 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 def head_logprobs(model: Llama, hidden: Tensor, targets: Tensor, logit_bytes: int | None = None) -> Tensor:
     """log p of `targets` (N,) at final hidden states `hidden` (N, C), (N,) float32.
 
-    At most `logit_bytes` of logits exist at a time. A head that is trained, or carries an adapter, gets
-    its gradients too: its chunks are recomputed in the backward.
+    At most `logit_bytes` of logits exist at a time. A head that is trained, or carries an adapter,
+    gets its gradients, too: its chunks are recomputed in the backward.
     """
     head = model.lm_head
     logit_bytes = logit_bytes or LOGIT_BYTES.get(hidden.device.type, LOGIT_BYTES["cuda"])
@@ -50,11 +50,11 @@ def head_logprobs(model: Llama, hidden: Tensor, targets: Tensor, logit_bytes: in
 
 
 class _FrozenHead(torch.autograd.Function):
-    """As `token_logprobs` of hidden @ weight.T, `rows` hidden states at a time; no gradient for the weight."""
+    """log p of targets (N,) under hidden (N, C) @ weight (V, C).T, `rows` of them at a time."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
-        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (N, C): d log p / d h
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (N, C), d log p / d h
         parts = []
         for start in range(0, len(targets), rows):
             h, y = hidden[start : start + rows], targets[start : start + rows]

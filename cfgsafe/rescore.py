@@ -10,11 +10,11 @@ Run it: python infer.py --model M --prompt "Who am I?" --guidance 3 --explain
 import torch
 from torch import Tensor
 
-from cfgsafe.decode import Request
 from cfgsafe.guidance import SPACES
 from cfgsafe.kernels.reference import guide, log_probabilities
 from cfgsafe.llama import Llama
 from cfgsafe.lora import set_adapters
+from cfgsafe.request import Request
 
 
 def continuation_states(

@@ -1,9 +1,9 @@
 """Guided decoding from two passes a token to the engine, against transformers: tokens a second.
 
-All decode the same checkpoint of random weights from random prompts, greedily, without an end token, in
-log space, the only one that transformers has. A run is the prefill and all new tokens. The table has
-the median of several runs. GB/s counts the weights once a step, which no decoder can avoid; `copy`, the
-ceiling, is measured in the same run.
+All decode the same checkpoint of random weights from random prompts, greedily, without an end token,
+in log space, the only one that transformers has. A run is the prefill and all new tokens; the table
+has the median of several. GB/s counts the weights once a step, which no decoder can avoid; `copy`,
+the ceiling, is measured in the same run.
 
 Run it: python -m cfgsafe.bench decode                                      (CPU, against transformers)
         python -m cfgsafe.bench decode --device cuda --shape 8b --batches 1 8 32 --no-transformers
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cfgsafe.bench.shapes import DECODE_SHAPES, random_model
 from cfgsafe.checkpoint import DTYPES, read_model, save_checkpoint
-from cfgsafe.decode import Engine, Request
+from cfgsafe.decode import Engine
 from cfgsafe.errors import InputError
 from cfgsafe.guidance import next_tokens
 from cfgsafe.hub import BASE
@@ -30,9 +30,10 @@ from cfgsafe.kernels.measure import cap, synchronize
 from cfgsafe.kernels.reference import Sampling
 from cfgsafe.kernels.results import show, spread, spread_columns
 from cfgsafe.llama import KVCache, Llama
+from cfgsafe.request import Request
 
 G = 3.0
-TWO_PASSES = ("ours, two passes", "transformers, guidance_scale")  # these read the weights twice a step
+TWO_PASSES = ("ours, two passes", "transformers, guidance_scale")  # two reads of the weights a step
 COLUMNS = {"requests": "{requests}", "variant": "{variant}", **spread_columns("s", 3)}
 COLUMNS |= {"tokens/s": "{tokens_per_second:.1f}", "GB/s": "{gb_per_second:.1f}", "of copy": "{share:.0%}"}
 COLUMNS |= {"/ our unguided": "{of_unguided:.2f}", "/ transformers guided": "{of_transformers:.2f}"}
@@ -99,7 +100,7 @@ def run(options: Options) -> None:
 
 
 def load_models(options: Options) -> tuple[Llama, torch.nn.Module | None]:
-    """Our model of random weights and, if asked for, the one that transformers reads from its checkpoint."""
+    """Our model of random weights and, if asked for, the same read by transformers."""
     dtype, device = DTYPES[options.dtype], options.device
     model = random_model(DECODE_SHAPES[options.shape], dtype, device)
     if not options.transformers:

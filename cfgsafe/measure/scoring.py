@@ -8,9 +8,9 @@ Run it: python eval.py utility --help
 import torch
 from torch import Tensor
 
-from cfgsafe.decode import Request, check_request
 from cfgsafe.errors import ContextError
 from cfgsafe.llama import Llama
+from cfgsafe.request import Request, check_request
 from cfgsafe.rescore import continuation_states, guided_logprobs, side_logits
 
 TOKENS_AT_ONCE = 512  # rows of logits that exist at a time
