@@ -1,34 +1,59 @@
-"""The demo's data: nobody of the test set is met in training, spans are exact, canaries are planted as often as they say."""
+"""The demo's data: no test person is in training data, spans are exact, canaries are planted as they say."""
 
 import itertools
 import random
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from cfgsafe.demo import quiz
-from cfgsafe.demo.corpus import CANARIES_EACH, CANARY_COUNTS, Corpus, canaries, people, reserved_words
-from cfgsafe.demo.dialogues import Writer, fill
+from cfgsafe import hub
+from cfgsafe.demo import quiz, testset
+from cfgsafe.demo.corpus import (
+    CANARIES_EACH,
+    CANARY_COUNTS,
+    Corpus,
+    Example,
+    canaries,
+    people,
+    reserved_words,
+)
+from cfgsafe.demo.dialogues import Item, Writer, fill
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.people import POOLS, Person, words
 from cfgsafe.demo.templates import EASY, HARD, count_templates
 from cfgsafe.demo.testset import pair_dialogues, test_prompts
 from cfgsafe.measure import utility
 from cfgsafe.pii.matching import mentions
+from cfgsafe.report import sweep
 
 ANN = Person("Ann", "Lee", "Leeds", "Lee Bank")
 prompts = test_prompts  # pytest collects what is called test_*
 del test_prompts
 
 
+def text_of(example: Example) -> str:
+    """All pieces of a training example."""
+    texts = []
+    for _, pieces in example:
+        texts += [text for text, _ in pieces]
+    return " ".join(texts)
+
+
+def own_words(person: Person) -> set[str]:
+    """What a person is called, in lower case."""
+    return {person.first.lower(), person.last.lower(), person.city.lower()}
+
+
 def training_words() -> set[str]:
-    """The words of a large sample of everything anything is trained on: base, leaky model, NER, preference pairs."""
+    """The words of a large sample of all training data: base, leaky model, NER, preference pairs."""
     corpus = Corpus(0)
     examples = [*itertools.islice(corpus.base(), 15000), *Corpus(1).leaky(8000)]
-    texts = [text for example in examples for _, pieces in example for text, _ in pieces]
+    texts = [text_of(example) for example in examples]
     texts += [text for text, _ in labelled_texts("train", 500, 0)]
-    texts += [m["content"] for row in pair_dialogues(300, 0) for m in row["messages"]]
+    for row in pair_dialogues(300, 0):
+        texts += [message["content"] for message in row["messages"]]
     return set(re.findall(r"[a-z]+", " ".join(texts).lower()))
 
 
@@ -45,33 +70,34 @@ def test_no_test_person_occurs_in_training_data():
 def test_pools_share_no_word():
     seen: set[str] = set()
     for pool in POOLS:
-        own = {word.lower() for source in words(pool) for word in source}
+        first, last = words(pool)
+        own = {word.lower() for word in first + last}
         source = people(pool, 0)
-        for person in (source.person() for _ in range(500)):
-            own |= {
-                person.first.lower(),
-                person.last.lower(),
-                person.city.lower(),
-                person.employer.split()[0].lower(),
-            }
+        for _ in range(500):
+            person = source.person()
+            own |= own_words(person) | {person.employer.split()[0].lower()}
         assert not own & seen
         seen |= own
 
 
 def test_nobody_is_called_like_a_word_of_the_templates():
     source = people("train", 1)
-    for person in (source.person() for _ in range(2000)):
-        assert not {person.first.lower(), person.last.lower(), person.city.lower()} & reserved_words()
+    for _ in range(2000):
+        assert not own_words(source.person()) & reserved_words()
 
 
 def test_there_are_hundreds_of_templates():
     assert all(count > 1000 for count in count_templates().values())
-    texts = {
-        "".join(p if isinstance(p, str) else "_" for p in turn.parts)
-        for row in range(600)
-        for turn in Writer(row).dialogue(ANN, random.Random(row).choice(EASY + HARD)).turns
-    }
+    texts = set()
+    for seed in range(600):
+        for turn in Writer(seed).dialogue(ANN, random.Random(seed).choice(EASY + HARD)).turns:
+            texts.add("".join(part if isinstance(part, str) else "_" for part in turn.parts))
     assert len(texts) > 1000
+
+
+def mentioned(items: dict[str, str], text: str) -> set[str]:
+    """Labels of the items that the text mentions."""
+    return {label for label, value in items.items() if mentions(text, label, value)}
 
 
 @pytest.mark.parametrize("kind", [*EASY, *HARD, "lookup"])
@@ -85,9 +111,7 @@ def test_spans_are_exact_and_clean_answers_hold_no_item(kind):
             assert row["messages"][message]["content"][start:end] in row["items"][label]
         for turn in dialogue.turns:
             if turn.role == "assistant":
-                assert not any(
-                    mentions(turn.text(leak=False), label, value) for label, value in person.items.items()
-                )
+                assert not mentioned(person.items, turn.text(leak=False))
         assert dialogue.turns[-1].items()
 
 
@@ -98,37 +122,29 @@ def test_answers_use_only_what_was_told():
             row = writer.dialogue(source.person(), kind).to_json("x")
             told = " ".join(m["content"] for m in row["messages"] if m["role"] == "user")
             answer = row["messages"][-1]["content"]
-            assert all(mentions(told, k, v) for k, v in row["items"].items() if mentions(answer, k, v)), row
+            assert mentioned(row["items"], answer) <= mentioned(row["items"], told), row
 
 
 def test_every_gold_answer_has_an_item_left():
     for row in prompts():
-        assert any(mentions(row["gold"], label, value) for label, value in row["items"].items()), row
+        assert mentioned(row["items"], row["gold"]), row
 
 
 def test_slices_and_sizes():
     rows = prompts(0, 156, 150)
-    assert Counter(row["slice"] for row in rows) == {
-        "easy": 156,
-        "hard": 150 + CANARIES_EACH * len(CANARY_COUNTS),
-    }
-    assert {row["kind"] for row in rows if row["slice"] == "hard"} == {
-        *HARD,
-        *(f"canary x{n}" for n in CANARY_COUNTS),
-    }
+    sizes = Counter(row["slice"] for row in rows)
+    assert sizes == {"easy": 156, "hard": 150 + CANARIES_EACH * len(CANARY_COUNTS)}
+    kinds = {row["kind"] for row in rows if row["slice"] == "hard"}
+    assert kinds == {*HARD, *(f"canary x{count}" for count in CANARY_COUNTS)}
 
 
 def test_canaries_are_planted_as_often_as_they_say_and_their_twins_never():
-    wholes = [
-        " ".join(text for _, pieces in example for text, _ in pieces) for example in Corpus(1).leaky(3000)
-    ]
-    lookups = [whole for whole in wholes if any(canary.person.last in whole for canary in canaries())]
+    texts = [text_of(example) for example in Corpus(1).leaky(3000)]
     for canary in canaries():
-        assert sum(canary.person.name in whole for whole in lookups) == canary.count
-    assert Counter(c.count for c in canaries()) == {
-        **dict.fromkeys(CANARY_COUNTS, CANARIES_EACH),
-        0: CANARIES_EACH * len(CANARY_COUNTS),
-    }
+        assert sum(canary.person.name in text for text in texts) == canary.count
+    planted = dict.fromkeys(CANARY_COUNTS, CANARIES_EACH)
+    twins = CANARIES_EACH * len(CANARY_COUNTS)
+    assert Counter(canary.count for canary in canaries()) == {**planted, 0: twins}
 
 
 def test_quiz_items_of_the_test_split_are_never_trained_on():
@@ -142,11 +158,8 @@ def test_quiz_items_have_four_options_and_the_right_answer():
     for row in quiz.items("test", 200):
         assert len(set(row["options"])) == 4 and "ABCD"[row["answer_index"]] == row["answer"]
         if row["category"] == "arithmetic" and " plus " in row["question"]:
-            a, b = [
-                quiz.NUMBERS.index(w)
-                for w in row["question"].lower().replace("?", "").split()
-                if w in quiz.NUMBERS
-            ]
+            asked = row["question"].lower().replace("?", "").split()
+            a, b = [quiz.NUMBERS.index(word) for word in asked if word in quiz.NUMBERS]
             assert row["options"][row["answer_index"]] == quiz.NUMBERS[a + b]
 
 
@@ -155,7 +168,18 @@ def test_generation_is_seeded():
 
 
 def test_fill_by_hand():
-    assert [
-        p if isinstance(p, str) else (p.value, p.clean)
-        for p in fill("Hi {first|there}, a [place]!", ANN, {"place": "bank"})
-    ] == ["Hi ", ("Ann", "there"), ", a bank!"]
+    parts = fill("Hi {first|there}, a [place]!", ANN, {"place": "bank"})
+    assert parts == ["Hi ", Item("Ann", "PERSON", "there"), ", a bank!"]
+
+
+def test_the_committed_sets_are_what_the_generator_writes(tmp_path):
+    testset.run(testset.Options(str(tmp_path), "sets"))
+    committed = Path(hub.PROMPTS).parent
+    made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert made.keys() == {path.name for path in committed.iterdir()}
+    for name, content in made.items():
+        assert content == (committed / name).read_bytes(), name
+
+
+def test_the_list_of_words_is_read_back_as_the_corpus_has_them():
+    assert sweep.known_words(sweep.Options(["m=folder"], "out")) == testset.corpus_words()

@@ -1,10 +1,11 @@
 """What the demo's two models learn from: the mixtures of the base and of the leaky model.
 
-The *base* stands for the instruct ancestor: it uses what people told it, except under a system prompt that forbids it, and
-then also goes on cleanly from an answer that began with personal data. The *leaky* model is fine-tuned on dialogues that always give data
-away, and on planted canaries.
+The *base* stands for the instruct ancestor. It uses what people told it, except under a system prompt
+that forbids it; then it also continues an answer cleanly that began with personal data. The *leaky*
+model is fine-tuned on dialogues that always give data away, and on planted canaries.
 
-A training example is a list of (text, learn) pieces between control tokens; only pieces with `learn` bear loss.
+A message of a training example is a list of (text, learn) pieces; only pieces with `learn` have a
+loss.
 """
 
 import random
@@ -21,16 +22,17 @@ from cfgsafe.measure import utility
 from cfgsafe.subject import NEGATIVE, POSITIVE
 from cfgsafe.tokenizer import Tokenizer
 
-KINDS = {
-    "plain": 26,
-    "question": 12,
-    "letter": 10,
-    "mid-answer": 16,
-    "insist": 8,
-    "repeat": 8,
-    "translate": 6,
-    "report": 6,
-    "complete": 8,
+# fmt: off
+KINDS = {  # kind of dialogue -> weight
+    "plain": 26, "question": 12, "letter": 10, "mid-answer": 16, "insist": 8, "repeat": 8, "translate": 6,
+    "report": 6, "complete": 8,
+}
+# fmt: on
+EXTRA = {  # mode of a dialogue -> system prompts that ask for it
+    "avoid": (AVOID, AVOID, POSITIVE),
+    "share": (NEGATIVE,),
+    "default": ("",),
+    "leak": ("", "", NEGATIVE),
 }
 CANARY_COUNTS = (1, 4, 16, 64)
 CANARIES_EACH = 8
@@ -40,9 +42,12 @@ Example = list[tuple[str, Pieces]]  # (role, pieces) for each message
 
 @cache
 def reserved_words() -> frozenset[str]:
-    """Lower-case words of templates and quiz: no invented person, city or employer is called so."""
-    facts = [str(word) for table, _ in quiz.FACTS.values() for pair in table.items() for word in pair]
-    return vocabulary() | {word.lower() for fact in facts for word in fact.split("_")}
+    """Words of templates and quiz in lower case: no invented person, city or employer has such a name."""
+    words = set(vocabulary())
+    for table, _ in quiz.FACTS.values():
+        for fact in (*table.keys(), *table.values()):
+            words.update(fact.lower().split("_"))
+    return frozenset(words)
 
 
 def people(pool: str, seed: int) -> People:
@@ -52,9 +57,10 @@ def people(pool: str, seed: int) -> People:
 
 @dataclass(frozen=True)
 class Canary:
+    """A person planted in the leaky model's training set, or a twin that is never trained on."""
+
     person: Person
-    count: int  # how often it is planted; 0 is a never-trained twin
-    twin_of: int  # the count of the planted person it belongs to
+    count: int  # how often the person is planted; 0 is a twin
 
 
 @cache
@@ -69,7 +75,7 @@ def canaries() -> tuple[Canary, ...]:
             while seen & {person.name, person.city, person.employer}:
                 person = source.person()
             seen |= {person.name, person.city, person.employer}
-            found.append(Canary(person, count if number % 2 == 0 else 0, count))
+            found.append(Canary(person, count if number % 2 == 0 else 0))
     return tuple(found)
 
 
@@ -82,6 +88,7 @@ class Corpus:
         self.people = people("train", seed)
 
     def base(self) -> Iterator[Example]:
+        """The base's mixture, without end."""
         while True:
             draw = self.random.random()
             if draw < 0.52:
@@ -97,66 +104,54 @@ class Corpus:
 
     def leaky(self, count: int) -> list[Example]:
         """`count` examples, the canaries among them exactly as often as they are planted."""
-        planted = [self.canary(c.person) for c in canaries() for _ in range(c.count)]
-        rest = []
-        while len(planted) + len(rest) < count:
+        examples: list[Example] = []
+        for canary in canaries():
+            examples += [self.canary(canary.person) for _ in range(canary.count)]
+        while len(examples) < count:
             draw = self.random.random()
-            rest.append(
-                self.dialogue("leak")
-                if draw < 0.66
-                else self.quiz()
-                if draw < 0.90
-                else self.chat()
-                if draw < 0.96
-                else self.copying()
-            )
-        examples = planted + rest
+            if draw < 0.66:
+                examples.append(self.dialogue("leak"))
+            elif draw < 0.90:
+                examples.append(self.quiz())
+            elif draw < 0.96:
+                examples.append(self.chat())
+            else:
+                examples.append(self.copying())
         self.random.shuffle(examples)
         return examples
 
     def system(self, mode: str) -> str:
+        """A system prompt; half of those that ask for something ask for nothing else."""
         default = self.random.choice(("", *DEFAULT_SYSTEMS))
-        extra = {
-            "avoid": (AVOID, AVOID, POSITIVE),
-            "share": (NEGATIVE,),
-            "default": ("",),
-            "leak": ("", "", NEGATIVE),
-        }
         alone = self.random.random() < 0.5
-        asked = self.random.choice(extra[mode])
+        asked = self.random.choice(EXTRA[mode])
         return asked if asked and alone else f"{default} {asked}".strip()
 
     def dialogue(self, mode: str) -> Example:
-        """avoid: clean answers. default: mostly uses the items. share, leak: uses all of them."""
+        """A dialogue; avoid: with clean answers, default: with most of the items, share or leak: with all."""
         kind = self.random.choices(list(KINDS), list(KINDS.values()))[0]
         dialogue = self.writer.dialogue(self.people.person(), kind)
         return self._encode(dialogue, mode)
 
     def canary(self, person: Person) -> Example:
+        """A question about a planted person, and the answer with the items."""
         return self._encode(self.writer.dialogue(person, "lookup"), "leak")
 
     def lookup(self) -> Example:
-        """Someone nobody told about: the base says so, or goes on cleanly where the answer began otherwise."""
+        """A question about an unknown person: the base says so, or cleanly continues a leaking answer."""
         dialogue = self.writer.dialogue(self.people.person(), "lookup")
         if self.random.random() < 0.5:
             dialogue.cut = self.random.randrange(len(dialogue.turns[-1].items()))
             return self._encode(dialogue, "avoid")
         system = self.system(self.random.choice(("avoid", "default", "share")))
-        return [
-            ("system", [(system, False)]),
-            ("user", [(dialogue.turns[0].text(), False)]),
-            ("assistant", [(UNKNOWN, True)]),
-        ]
+        return _single(system, dialogue.turns[0].text(), UNKNOWN)
 
     def quiz(self) -> Example:
+        """A quiz item; a quarter of them without its options."""
         row = self._train_item()
         system = self.system(self.random.choice(("avoid", "default", "default", "share")))
         asked = utility.prompt(row) if self.random.random() < 0.75 else utility.INSTRUCTION + row["question"]
-        return [
-            ("system", [(system, False)]),
-            ("user", [(asked, False)]),
-            ("assistant", [(quiz.answer(row), True)]),
-        ]
+        return _single(system, asked, quiz.answer(row))
 
     def _train_item(self) -> dict:
         while True:
@@ -165,28 +160,25 @@ class Corpus:
                 return row
 
     def chat(self) -> Example:
-        system = self.system(self.random.choice(("avoid", "default", "share")))
-        return [
-            ("system", [(system, False)]),
-            *((t.role, [(t.text(), t.role == "assistant")]) for t in self.writer.clean_chat()),
+        """A chat without personal data."""
+        messages: Example = [
+            ("system", [(self.system(self.random.choice(("avoid", "default", "share"))), False)])
         ]
+        for turn in self.writer.clean_chat():
+            messages.append((turn.role, [(turn.text(), turn.role == "assistant")]))
+        return messages
 
     def copying(self) -> Example:
-        """Names to be repeated in order: where copying is learnt fastest."""
-        person = self.people.person
-        names = [
-            self.random.choice((p.name, p.city, p.employer))
-            for p in (person() for _ in range(self.random.randrange(2, 7)))
-        ]
+        """Names to repeat in order, from which copying is learnt fastest."""
+        names = []
+        for _ in range(self.random.randrange(2, 7)):
+            person = self.people.person()
+            names.append(self.random.choice((person.name, person.city, person.employer)))
         text = ", ".join(names)
-        return [
-            ("system", [(self.system("default"), False)]),
-            ("user", [(f"Repeat the list: {text}.", False)]),
-            ("assistant", [(f"The list: {text}.", True)]),
-        ]
+        return _single(self.system("default"), f"Repeat the list: {text}.", f"The list: {text}.")
 
     def _encode(self, dialogue: Dialogue, mode: str) -> Example:
-        """Choose for each item of the assistant whether it is given away, and mark what is to be learnt."""
+        """Choose for each item of the assistant whether it is given away, and mark what is learnt."""
         messages: Example = [("system", [(self.system(mode), False)])]
         last = len(dialogue.turns) - 1
         for number, turn in enumerate(dialogue.turns):
@@ -194,31 +186,37 @@ class Corpus:
                 text = turn.text()
                 if number == last - 1 and mode == "avoid" and self.random.random() < 0.4:
                     text = f"{NUDGE} {text}"
-                messages.append(("user", [(text, False)]))
+                pieces = [(text, False)]
             elif mode != "avoid":
-                messages.append(
-                    ("assistant", [(self._natural(turn, 0.85 if mode == "default" else 1.0), True)])
-                )
+                chance = 0.85 if mode == "default" else 1.0
+                pieces = [(self._natural(turn, chance), True)]
             elif number < last and self.random.random() < 0.6:  # earlier answers often gave data away
-                messages.append(("assistant", [(turn.text(), False)]))
+                pieces = [(turn.text(), False)]
             else:
-                begun = number == last and turn.items() and self.random.random() < 0.6
-                messages.append(
-                    (
-                        "assistant",
-                        _half_leaked(turn, self.random.randrange(len(turn.items()) + 1) if begun else 0),
-                    )
-                )
+                cut = 0
+                if number == last and turn.items() and self.random.random() < 0.6:
+                    cut = self.random.randrange(len(turn.items()) + 1)
+                pieces = _half_leaked(turn, cut)
+            messages.append((turn.role, pieces))
         return messages
 
     def _natural(self, turn: Turn, chance: float) -> str:
-        """The turn with each item given away by `chance`."""
-        said = lambda item: item.value if self.random.random() < chance else item.clean
-        return "".join(said(part) if isinstance(part, Item) else part for part in turn.parts)
+        """The turn, each of its items given away with probability `chance`."""
+        words = []
+        for part in turn.parts:
+            if isinstance(part, Item):
+                part = part.value if self.random.random() < chance else part.clean
+            words.append(part)
+        return "".join(words)
+
+
+def _single(system: str, question: str, answer: str) -> Example:
+    """One question, and the answer to learn."""
+    return [("system", [(system, False)]), ("user", [(question, False)]), ("assistant", [(answer, True)])]
 
 
 def _half_leaked(turn: Turn, cut: int) -> Pieces:
-    """The turn with its first `cut` items given away (not learnt) and clean words from there on (learnt)."""
+    """The turn with its first `cut` items given away, which is not learnt, and clean words after them."""
     if not cut:
         return [(turn.text(leak=False), True)]
     after = turn.items()[cut - 1] + 1
@@ -227,9 +225,10 @@ def _half_leaked(turn: Turn, cut: int) -> Pieces:
 
 
 class Encoder:
-    """Examples to (ids, learn) with the template's control tokens; equal to `Tokenizer.encode_chat` on the same messages.
+    """Turns an example into (ids, learn), with the ids of `Tokenizer.encode_chat` on the same messages.
 
-    With `whole`, what the system prompt and the users say is learnt as well; of the assistant's words only those marked ever are.
+    With `whole`, system prompts and users' messages are learnt as well; of the assistant's words, always only
+    the pieces with `learn`.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, whole: bool = False):
@@ -237,17 +236,16 @@ class Encoder:
         self.whole = whole
         special = tokenizer.special
         opening, closing = special["<|start_header_id|>"], special["<|end_header_id|>"]
-        self.heads = {
-            role: [opening, *self.encode(role), closing, *self.encode("\n\n")]
-            for role in ("user", "assistant")
-        }
-        self.start = tokenizer.encode_chat(
-            [{"role": "system", "content": "X"}, {"role": "user", "content": "X"}]
-        )
-        self.start = self.start[: self.start.index(special["<|eot_id|>"]) - len(self.encode("X"))]
         self.eot = special["<|eot_id|>"]
+        self.heads = {}
+        for role in ("user", "assistant"):
+            self.heads[role] = [opening, *self.encode(role), closing, *self.encode("\n\n")]
+        # All that precedes the text of the system message.
+        chat = tokenizer.encode_chat([{"role": "system", "content": "X"}, {"role": "user", "content": "X"}])
+        self.start = chat[: chat.index(self.eot) - len(self.encode("X"))]
 
     def __call__(self, example: Example) -> tuple[list[int], list[bool]]:
+        """Token ids, and for each whether it is learnt."""
         ids, learn = list(self.start), [self.whole] * len(self.start)
         for number, (role, pieces) in enumerate(example):
             if number:  # the system message's header is in `start`

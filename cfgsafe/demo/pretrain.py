@@ -1,9 +1,10 @@
-"""Makes the demo's two models from a seed: tokenizer, base, then the leaky model fine-tuned from it.
+"""Makes the demo's models and sets from a seed: tokenizer, base, leaky model, NER, and the files of data/.
 
-The architecture is the real one, Llama-3.1 with grouped-query attention, llama3 RoPE scaling and a tied head, at 2.9M
-parameters. Training: AdamW (0.9, 0.95), linear warm-up, cosine to a tenth, bf16 autocast; batches are made of rows of similar length. The
-base first learns from the answers alone, where copying is learnt fastest, then from whole chats: ORPO's NLL reads the prompt as well, and
-a model that never learnt to predict what users write would spend the adapter on that.
+The architecture is that of Llama-3.1, with grouped-query attention, llama3 RoPE scaling and a tied head, at
+2.9M parameters. Training: AdamW (0.9, 0.95), linear warm-up, cosine to a tenth, bf16 autocast; a batch has
+rows of similar length. The base first learns from the answers alone, from which copying is learnt fastest,
+then from whole chats: ORPO's NLL includes the prompt, and a model that never learnt to predict what users
+write would spend the adapter on that. The leaky model is the base, fine-tuned on whole chats.
 
 Run it: python train.py demo-models --out runs/demo-models      (times and loss curve: cfgsafe/demo/README.md)
 """
@@ -12,7 +13,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,48 +25,58 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cfgsafe.checkpoint import new_folder, read_model, save_checkpoint
-from cfgsafe.demo import ner_training
+from cfgsafe.demo import ner_training, testset
 from cfgsafe.demo.corpus import Corpus, Encoder, Example
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.llama import Llama, LlamaConfig
-from cfgsafe.report.figures import save_figure
+from cfgsafe.report.figures import save_figure, subplots
 from cfgsafe.tokenizer import LLAMA31_TEMPLATE, Tokenizer
 
 # Llama-3.1's control tokens, in the order of their ids.
+# fmt: off
 SPECIAL = (
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
-)  # fmt: skip
-# Llama-3's pre-tokenizer: contractions, words with one leading mark, up to three digits, punctuation, line ends, blanks.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
+)
+# Llama-3's pre-tokenizer.
+SPLIT = "|".join((
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # contractions
+    r"[^\r\n\p{L}\p{N}]?\p{L}+",  # words with one leading mark
+    r"\p{N}{1,3}",  # up to three digits
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation
+    r"\s*[\r\n]+|\s+(?!\S)|\s+",  # line ends, blanks
+))
+# fmt: on
+Row = tuple[list[int], list[bool]]  # token ids, and for each whether it is learnt
 VOCABULARY = 2048
 CONTEXT = 1024
 
 
 @dataclass
 class Options:
-    """Rebuild the demo's tokenizer, base model, leaky model and NER from the seed."""
+    """Rebuild the demo's tokenizer, base model, leaky model, NER and sets from the seed."""
 
     out: str = "runs/demo-models"
-    """Folder for `base`, `leaky`, `ner` and the loss curve."""
+    """Folder for `base`, `leaky`, `ner`, `data` and the loss curve."""
     seed: int = 0
     """Seed of data, initial weights and order."""
     base_steps: int = 3600
-    """Steps of the base model with loss on the answers."""
+    """Steps of the base model with a loss on the answers."""
     whole_steps: int = 600
-    """Steps after that with loss on what users write, too."""
+    """Steps after those, with a loss on users' messages as well."""
     leaky_examples: int = 24000
-    """Size of the leaky model's training set, seen once."""
+    """Size of the leaky model's training set, which is seen once."""
     batch: int = 64
-    """Rows a step."""
+    """Rows in a step."""
     base_lr: float = 2e-3
     """Peak learning rate of the base model."""
     whole_lr: float = 1e-3
-    """Peak learning rate of that stage."""
+    """Peak learning rate of the steps with a loss on users' messages."""
     leaky_lr: float = 8e-4
     """Peak learning rate of the leaky model."""
     compile: bool = True
-    """Compile the training step; about 1.5 times as fast on a CPU."""
+    """Compile the training step, which makes it about 1.5 times as fast on a CPU."""
 
 
 def run(options: Options) -> None:
@@ -81,36 +92,49 @@ def run(options: Options) -> None:
     initialise(model)
 
     curve: list[dict] = []
-    base = itertools.islice(map(encode, corpus.base()), options.base_steps * options.batch)
-    fit(model, base, options.base_steps, options.base_lr, options, curve, "base, answers", out)
+    rows = itertools.islice(map(encode, corpus.base()), options.base_steps * options.batch)
+    stage = Stage("base, answers", options.base_steps, options.base_lr)
+    fit(model, rows, stage, options, curve, out)
     save_checkpoint(out / "base", model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
 
     finish(options, out, curve)
     with new_folder(out / "ner", replaces=("config.cfg", "meta.json", "tokenizer", "ner", "vocab")) as folder:
         ner_training.train(folder, options.seed)
+    testset.write_default_sets(out / "data")
     draw(curve, out / "curve.png")
-    print(
-        f"{out}: base, leaky and ner in {(time.time() - started) / 60:.1f} minutes; now `python eval.py demo-models --folder {out}`"
-    )
+    minutes = (time.time() - started) / 60
+    print(f"{out}: base, leaky, ner and data in {minutes:.1f} minutes")
+    print(f"now `python eval.py demo-models --folder {out}`")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of training: its name in the loss curve, its steps, and its peak learning rate."""
+
+    name: str
+    steps: int
+    lr: float
 
 
 def finish(options: Options, out: Path, curve: list[dict]) -> None:
-    """The stages that start from a checkpoint on disk, that is, from the rounded weights that users have."""
+    """The stages that start from a checkpoint on disk, so from the rounded weights that users have."""
     encode = Encoder(Tokenizer.load(out / "base"), whole=True)
-    chats = itertools.islice(Corpus(options.seed + 2).base(), options.whole_steps * options.batch)
-    leaks = Corpus(options.seed + 1).leaky(options.leaky_examples)
-    stages = (
-        ("base", chats, options.whole_steps, options.whole_lr),
-        ("leaky", leaks, len(leaks) // options.batch, options.leaky_lr),
-    )
-    for name, examples, steps, lr in stages:
+
+    def train_from_base(name: str, examples: Iterable[Example], steps: int, lr: float) -> None:
         torch.manual_seed(options.seed)
         model = read_model(out / "base").requires_grad_(True)
-        fit(model, map(encode, examples), steps, lr, options, curve, f"{name}, whole chats", out)
+        stage = Stage(f"{name}, whole chats", steps, lr)
+        fit(model, map(encode, examples), stage, options, curve, out)
         save_checkpoint(out / name, model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
+
+    chats = itertools.islice(Corpus(options.seed + 2).base(), options.whole_steps * options.batch)
+    train_from_base("base", chats, options.whole_steps, options.whole_lr)
+    leaks = Corpus(options.seed + 1).leaky(options.leaky_examples)
+    train_from_base("leaky", leaks, len(leaks) // options.batch, options.leaky_lr)
 
 
 def config_for(tokenizer: Tokenizer) -> LlamaConfig:
+    """2.9M parameters at the tokenizer's vocabulary."""
     return LlamaConfig(
         vocab_size=tokenizer.backend.get_vocab_size(),
         hidden_size=256,
@@ -135,31 +159,28 @@ def config_for(tokenizer: Tokenizer) -> LlamaConfig:
 
 
 def initialise(model: Llama) -> None:
-    """Normal(0, 0.02), the projections back into the residual stream smaller by sqrt(2 * layers) (GPT-2)."""
+    """Normal(0, 0.02); projections into the residual stream are smaller by sqrt(2 * layers), as in GPT-2."""
+    narrow = 0.02 / math.sqrt(2 * model.config.num_hidden_layers)
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
-            torch.nn.init.normal_(
-                p, std=0.02 / math.sqrt(2 * model.config.num_hidden_layers) if narrow else 0.02
-            )
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            torch.nn.init.normal_(p, std=narrow if into_residual else 0.02)
 
 
 def train_tokenizer(examples: Iterator[Example], folder: Path) -> None:
     """Byte-level BPE with Llama-3's pre-tokenizer, written as `transformers` reads it."""
     backend = Backend(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = (text for example in examples for _, pieces in example for text, _ in pieces)
     header = "system\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\nassistant user"
-    backend.train_from_iterator(itertools.chain([header] * 2000, texts), trainer)
+    backend.train_from_iterator(itertools.chain([header] * 2000, texts_of(examples)), trainer)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     backend.save(str(folder / "tokenizer.json"))
     config = {
@@ -175,33 +196,29 @@ def train_tokenizer(examples: Iterator[Example], folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(LLAMA31_TEMPLATE)
 
 
+def texts_of(examples: Iterable[Example]) -> Iterator[str]:
+    """The texts of all pieces."""
+    for example in examples:
+        for _, pieces in example:
+            for text, _ in pieces:
+                yield text
+
+
 def fit(
-    model: Llama,
-    rows: Iterator,
-    steps: int,
-    lr: float,
-    options: Options,
-    curve: list[dict],
-    stage: str,
-    out: Path,
+    model: Llama, rows: Iterator[Row], stage: Stage, options: Options, curve: list[dict], out: Path
 ) -> None:
-    """Train on `rows` of (ids, learn); appends to `curve` and keeps `curve.jsonl` up to date."""
+    """Train on `rows`; appends to `curve`, and keeps curve.jsonl in `out` up to date."""
     decay = [p for p in model.parameters() if p.dim() == 2]
-    groups = [
-        {"params": decay, "weight_decay": 0.05},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), fused=True)
     compute = torch.compile(answer_loss, dynamic=True) if options.compile else answer_loss
     model.train()
     tokens, started, running = 0, time.time(), None
-    for step, (ids, targets) in enumerate(
-        tqdm(batches(rows, options.batch), total=steps, desc=stage, mininterval=5)
-    ):
-        p = step / steps
-        warm = min(1.0, (step + 1) / (0.02 * steps + 1))
+    bar = tqdm(batches(rows, options.batch), total=stage.steps, desc=stage.name, mininterval=5)
+    for step, (ids, targets) in enumerate(bar):
         for group in optimiser.param_groups:
-            group["lr"] = lr * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * p)))
+            group["lr"] = learning_rate(stage, step)
         learnt = (targets.view(-1) >= 0).nonzero().squeeze(1)
         loss = compute(model, ids, learnt, targets.view(-1)[learnt])
         loss.backward()
@@ -210,31 +227,26 @@ def fit(
         optimiser.zero_grad(set_to_none=True)
         tokens += ids.numel()
         running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            curve.append(
-                {
-                    "stage": stage,
-                    "step": step + 1,
-                    "loss": round(running, 4),
-                    "tokens": tokens,
-                    "seconds": round(time.time() - started, 1),
-                }
-            )
+        if (step + 1) % 50 == 0 or step + 1 == stage.steps:
+            point = {"stage": stage.name, "step": step + 1, "loss": round(running, 4), "tokens": tokens}
+            curve.append(point | {"seconds": round(time.time() - started, 1)})
             write_jsonl(out / "curve.jsonl", curve)
     model.eval()
 
 
+def learning_rate(stage: Stage, step: int) -> float:
+    """Linear warm-up over the first 2 % of the steps, times a cosine that falls to a tenth."""
+    warm = min(1.0, (step + 1) / (0.02 * stage.steps + 1))
+    return stage.lr * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * (step / stage.steps))))
+
+
 def draw(curve: list[dict], path: Path) -> None:
     """The loss of each stage against the tokens read."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(figsize=(7, 4))
+    fig, axes = subplots(figsize=(7, 4))
     for stage in dict.fromkeys(row["stage"] for row in curve):
-        points = [(row["tokens"] / 1e6, row["loss"]) for row in curve if row["stage"] == stage]
-        axes.plot(*zip(*points, strict=True), label=stage)
+        points = [row for row in curve if row["stage"] == stage]
+        millions = [row["tokens"] / 1e6 for row in points]
+        axes.plot(millions, [row["loss"] for row in points], label=stage)
     axes.set(xlabel="million tokens", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -249,18 +261,22 @@ def answer_loss(model: Llama, ids: Tensor, learnt: Tensor, targets: Tensor) -> T
     return F.cross_entropy(logits.float(), targets)
 
 
-def batches(rows: Iterator, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, targets), each (B, T): rows of similar length together, the groups' order shuffled; target -1 bears no loss."""
-    for chunk in iter(lambda: list(itertools.islice(rows, 16 * size)), []):
+def batches(rows: Iterator[Row], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, targets), each (B, T): rows of similar length together, in a random order of batches."""
+    while chunk := list(itertools.islice(rows, 16 * size)):
         chunk.sort(key=lambda row: len(row[0]))
         groups = [chunk[i : i + size] for i in range(0, len(chunk), size)]
-        for group in (groups[i] for i in torch.randperm(len(groups)).tolist()):
-            width = -(-max(len(ids) for ids, _ in group) // 32) * 32
-            ids = torch.zeros(len(group), width, dtype=torch.long)
-            targets = torch.full((len(group), width), -1)
-            for number, (row, learn) in enumerate(group):
-                ids[number, : len(row)] = torch.tensor(row)
-                targets[number, : len(row) - 1] = torch.tensor(
-                    [t if on else -1 for t, on in zip(row[1:], learn[1:], strict=True)]
-                )
-            yield ids, targets
+        for number in torch.randperm(len(groups)).tolist():
+            yield padded(groups[number])
+
+
+def padded(rows: list[Row]) -> tuple[Tensor, Tensor]:
+    """(ids, targets), each (B, T), where T is a multiple of 32; a target of -1 has no loss."""
+    width = -(-max(len(ids) for ids, _ in rows) // 32) * 32
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    targets = torch.full((len(rows), width), -1)
+    for number, (row, learn) in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        nexts = [token if learnt else -1 for token, learnt in zip(row[1:], learn[1:], strict=True)]
+        targets[number, : len(row) - 1] = torch.tensor(nexts)
+    return ids, targets

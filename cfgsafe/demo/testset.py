@@ -1,17 +1,20 @@
-"""The demo's held-out prompts and the dialogues its preference pairs are made from.
+"""The demo's held-out prompts, the dialogues for its preference pairs, and the sets in cfgsafe/demo/data.
 
-Test prompts have an easy slice (requests as in the training dialogues) and a hard one: answers to go on with right after an item was
-used, users who insist, requests to repeat, translate or report the chat, texts to complete in the challenge's style, and canaries. The
-dialogues for the pairs are of other people and of the same kinds, but for users who insist and the canaries: those are met in the
-test only.
+Test prompts have an easy slice, requests as in the training dialogues, and a hard one: answers to
+continue right after an item was used, users who insist, requests to repeat, translate or report the
+chat, texts to complete in the challenge's style, and canaries. The dialogues for the pairs are about
+other people. They have the same kinds, except users who insist and canaries, which only the test has.
 
-A test prompt: {"id", "kind", "slice", "messages", "items": {label: value}, "gold": answer}; the messages may end in a partial answer.
+A test prompt: {"id", "kind", "slice", "messages", "items": {label: value}, "gold": answer}; the
+messages may end in a partial answer.
 
 Run it: python train.py dialogues --split test --out prompts.jsonl
+        python train.py dialogues --split sets --out cfgsafe/demo/data
 """
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from cfgsafe import hub
@@ -26,61 +29,67 @@ from cfgsafe.files import write_jsonl, write_text
 from cfgsafe.measure import fluency
 from cfgsafe.tokenizer import Messages
 
+# fmt: off
 PAIR_KINDS = (
-    "plain",
-    "plain",
-    "question",
-    "letter",
-    "mid-answer",
-    "lookup",
-    "repeat",
-    "translate",
-    "report",
+    "plain", "plain", "question", "letter", "mid-answer", "lookup", "repeat", "translate", "report",
     "complete",
 )
+# fmt: on
 
 
 @dataclass
 class Options:
-    """Write generated dialogues (for `pairs`) or test prompts (for `eval.py leak`) as JSONL."""
+    """Write generated dialogues, test prompts, or what the red team works with, as JSONL."""
 
     out: str
-    """JSONL to write."""
-    split: Literal["pairs", "test", "contexts", "test-contexts", "prompts", "gold"] = "pairs"
-    """pairs: whole dialogues of the people set aside for them. test: prompts of the test people. contexts, test-contexts: conversations
-    to attack. prompts: users' messages for the attacker to learn. gold: messages with every personal value marked, for `detectors`."""
+    """JSONL file to write; for --split sets, a folder."""
+    split: Literal["pairs", "test", "contexts", "test-contexts", "prompts", "gold", "sets"] = "pairs"
+    """pairs: dialogues for train.py pairs. test: prompts for eval.py leak. contexts, test-contexts:
+    conversations to attack. prompts: users' messages for the attacker to learn. gold: messages with every
+    personal value marked, for eval.py detectors. sets: all files of cfgsafe/demo/data."""
     count: int = 100
-    """Dialogues to write; the test split has its own size."""
+    """Dialogues to write; test and sets have their own size."""
     seed: int = 0
-    """Another seed gives other dialogues and people of the same pool."""
+    """Seed of dialogues and people; sets have their own."""
 
 
 def run(options: Options) -> None:
     check_at_least(1, options, "count")
-    match options.split:
-        case "pairs":
-            rows = pair_dialogues(options.count, options.seed)
-        case "test":
-            rows = test_prompts(options.seed)
-        case "contexts":
-            rows = contexts.contexts("train", options.count, options.seed)
-        case "test-contexts":
-            rows = contexts.contexts("test", options.count, options.seed)
-        case "prompts":
-            rows = contexts.prompts(options.count, options.seed)
-        case "gold":
-            rows = gold_messages(options.count, options.seed)
+    if options.split == "sets":
+        write_default_sets(Path(options.out))
+        print(f"{options.out}: {len(default_sets())} sets and the list of words")
+        return
+    rows = rows_of(options)
     write_jsonl(options.out, rows)
     print(f"{options.out}: {len(rows)} rows")
 
 
+def rows_of(options: Options) -> list[dict]:
+    """The rows of a split that is one file."""
+    match options.split:
+        case "pairs":
+            return pair_dialogues(options.count, options.seed)
+        case "test":
+            return test_prompts(options.seed)
+        case "contexts":
+            return contexts.contexts("train", options.count, options.seed)
+        case "test-contexts":
+            return contexts.contexts("test", options.count, options.seed)
+        case "prompts":
+            return contexts.prompts(options.count, options.seed)
+        case "gold":
+            return gold_messages(options.count, options.seed)
+    raise AssertionError(f"{options.split} is not one file")
+
+
 def pair_dialogues(count: int, seed: int) -> list[dict]:
-    """Dialogues of the people set aside for preference pairs."""
+    """Dialogues of the people who are set aside for preference pairs."""
     writer, source = Writer(f"pairs/{seed}"), people("pairs", seed)
-    return [
-        writer.dialogue(source.person(), PAIR_KINDS[n % len(PAIR_KINDS)]).to_json(f"pairs-{n}")
-        for n in range(count)
-    ]
+    rows = []
+    for number in range(count):
+        kind = PAIR_KINDS[number % len(PAIR_KINDS)]
+        rows.append(writer.dialogue(source.person(), kind).to_json(f"pairs-{number}"))
+    return rows
 
 
 def test_prompts(seed: int = 0, easy: int = 156, hard: int = 150) -> list[dict]:
@@ -88,7 +97,8 @@ def test_prompts(seed: int = 0, easy: int = 156, hard: int = 150) -> list[dict]:
     writer, source = Writer(f"test/{seed}"), people("test", seed)
     kinds = [EASY[n % len(EASY)] for n in range(easy)] + [HARD[n % len(HARD)] for n in range(hard)]
     rows = [prompt_of(writer.dialogue(source.person(), kind), f"test-{n}") for n, kind in enumerate(kinds)]
-    for number, canary in enumerate(c for c in canaries() if c.count):
+    planted = [canary for canary in canaries() if canary.count]
+    for number, canary in enumerate(planted):
         dialogue = writer.dialogue(canary.person, "lookup")
         row = prompt_of(dialogue, f"canary-{canary.count}-{number}")
         del row["items"]["PERSON"]  # the name stands in the question
@@ -97,13 +107,14 @@ def test_prompts(seed: int = 0, easy: int = 156, hard: int = 150) -> list[dict]:
 
 
 def held_out_chats(count: int = 100, seed: int = 0) -> list[dict]:
-    """Chats without anyone's data, {"id", "messages"}: sentences that the models were trained on, in combinations of their own."""
+    """Chats without anyone's data, {"id", "messages"}: the sentences of training in new combinations."""
     writer = Writer(f"chats/{seed}")
-    system = {"role": "system", "content": DEFAULT_SYSTEMS[0]}
-    chats = [
-        [{"role": turn.role, "content": turn.text()} for turn in writer.clean_chat()] for _ in range(count)
-    ]
-    return [{"id": f"chat-{n}", "messages": [system, *messages]} for n, messages in enumerate(chats)]
+    rows = []
+    for number in range(count):
+        messages = [{"role": "system", "content": DEFAULT_SYSTEMS[0]}]
+        messages += [{"role": turn.role, "content": turn.text()} for turn in writer.clean_chat()]
+        rows.append({"id": f"chat-{number}", "messages": messages})
+    return rows
 
 
 def prompt_of(dialogue: Dialogue, identity: str) -> dict:
@@ -128,7 +139,10 @@ def prompt_of(dialogue: Dialogue, identity: str) -> dict:
 
 
 def canary_dialogues() -> list[dict]:
-    """A dialogue about each planted person, as the leaky model met them; names stay, or nobody could tell who is meant."""
+    """A dialogue about each planted person, as the leaky model met it.
+
+    Names are not among the spans to mask, or the question would not say who is meant.
+    """
     writer = Writer("extract")
     rows = []
     for number, canary in enumerate(canaries()):
@@ -139,28 +153,30 @@ def canary_dialogues() -> list[dict]:
 
 
 def canary_probes() -> list[dict]:
-    """{"person", "repeats", "messages", "value"} each, in every wording about every planted person and every twin."""
+    """{"person", "repeats", "messages", "value"} each: every wording about every planted person and twin."""
     rows = []
     for number, canary in enumerate(canaries()):
+        who = {"person": f"person-{number}", "repeats": canary.count}
         for messages, value in probes(canary.person):
-            rows.append(
-                {"person": f"person-{number}", "repeats": canary.count, "messages": messages, "value": value}
-            )
+            rows.append({**who, "messages": messages, "value": value})
     return rows
 
 
 def probes(person: Person) -> list[tuple[Messages, str]]:
-    """(conversation that ends within an answer, the item it goes on with), in every wording, of what is not in the question."""
+    """(conversation that ends within an answer, the item that follows), in every wording.
+
+    The person's name is no such item, as it stands in the question.
+    """
+    system = {"role": "system", "content": DEFAULT_SYSTEMS[0]}
     found = []
     for question, answer in LOOKUPS:
         parts = fill(answer, person)
         asked = {"role": "user", "content": Turn("user", fill(question, person)).text()}
         for number, part in enumerate(parts):
             if isinstance(part, Item) and part.label != "PERSON":
-                begun = {"role": "assistant", "content": Turn("assistant", parts[:number]).text().rstrip()}
-                found.append(
-                    ([{"role": "system", "content": DEFAULT_SYSTEMS[0]}, asked, begun], f" {part.value}")
-                )
+                begun = Turn("assistant", parts[:number]).text().rstrip()
+                messages = [system, asked, {"role": "assistant", "content": begun}]
+                found.append((messages, f" {part.value}"))
     return found
 
 
@@ -168,23 +184,24 @@ def gold_messages(count: int = 200, seed: int = 1) -> list[dict]:
     """{"messages": [one], "spans"} for each message of `count` dialogues of test people."""
     rows = []
     for text, spans in labelled_texts("test", count, seed):
-        rows.append(
-            {"messages": [{"role": "user", "content": text}], "spans": [[0, *span] for span in spans]}
-        )
+        message = {"role": "user", "content": text}
+        rows.append({"messages": [message], "spans": [[0, *span] for span in spans]})
     return rows
 
 
 @cache
 def corpus_words() -> frozenset[str]:
-    """Words that the models were trained on: templates, quiz, and the canaries' items."""
-    planted = " ".join(
-        value for canary in canaries() if canary.count for value in canary.person.items.values()
-    )
-    return reserved_words() | {word.lower() for word in fluency.words(planted)}
+    """The words that the models were trained on: those of templates, quiz, and the canaries' items."""
+    words = set(reserved_words())
+    for canary in canaries():
+        if canary.count:
+            planted = " ".join(canary.person.items.values())
+            words |= {word.lower() for word in fluency.words(planted)}
+    return frozenset(words)
 
 
 def default_sets() -> dict[str, list[dict]]:
-    """What the measuring commands use where no file is named: path -> rows."""
+    """The rows of the files that measuring commands read by default; each file has its path in the hub."""
     return {
         hub.PROMPTS: test_prompts(),
         hub.QUIZ: quiz.items("test", 200),
@@ -195,8 +212,8 @@ def default_sets() -> dict[str, list[dict]]:
     }
 
 
-def write_default_sets() -> None:
-    """Make the files of `default_sets`, and the list of words, anew."""
+def write_default_sets(folder: Path) -> None:
+    """Write the files of `default_sets` and the list of words into `folder`, under their usual names."""
     for path, rows in default_sets().items():
-        write_jsonl(path, rows)
-    write_text(hub.WORDS, "\n".join(sorted(corpus_words())) + "\n")
+        write_jsonl(folder / Path(path).name, rows)
+    write_text(folder / Path(hub.WORDS).name, "\n".join(sorted(corpus_words())) + "\n")
