@@ -1,8 +1,10 @@
 """Checkpoints in the Hugging Face layout, read strictly and written whole or not at all.
 
-A checkpoint is a folder with `config.json`, `model.safetensors` (or shards under `model.safetensors.index.json`), and the
-tokenizer's files. Every missing, unexpected or mis-shaped tensor is an error that names it. Safetensors only, never pickle.
-Tensors go to the device one by one, so a load needs the model's own memory and one tensor more.
+Source: the layout of Hugging Face: `config.json`, `model.safetensors` (or shards that
+`model.safetensors.index.json` lists), and the tokenizer's files.
+Deviation: each missing, unexpected or mis-shaped tensor is an error that names it; pickle is never
+read. Tensors go to the device one by one, so that loading needs the memory of the model and of one
+tensor more.
 
 Run it: python infer.py --model cfgsafe/demo/base --prompt "Hello!"
 """
@@ -33,29 +35,32 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OURS = ("*.safetensors", "*.json", "*.jinja")  # what we write
+OURS = ("*.safetensors", "*.json", "*.jinja")  # files that we write
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
+STORED = {"F32": 4, "BF16": 2, "F16": 2}  # data type in a safetensors file -> bytes of an element
+Change = Callable[[str, Tensor], Tensor]  # (name, tensor) -> its replacement, of the same shape and data type
 
 
 def read_config(folder: str | Path) -> LlamaConfig:
-    """The model's shape; `generation_config.json` may name more end tokens than `config.json`. Raises CheckpointError."""
+    """The configuration of a checkpoint's model. Raises CheckpointError.
+
+    The end tokens are those of `generation_config.json`, which may name more of them, if it has
+    any.
+    """
     folder = Path(folder)
     raw = read_json(folder / "config.json")
     if (folder / "generation_config.json").exists():
-        raw["eos_token_id"] = read_json(folder / "generation_config.json").get(
-            "eos_token_id", raw.get("eos_token_id")
-        )
+        generation = read_json(folder / "generation_config.json")
+        raw["eos_token_id"] = generation.get("eos_token_id", raw.get("eos_token_id"))
     return LlamaConfig.from_dict(raw)
 
 
 def weight_files(folder: str | Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it, for single and sharded checkpoints. Raises CheckpointError."""
+    """Tensor name -> the safetensors file that holds it. Raises CheckpointError."""
     folder = Path(folder)
     if (folder / INDEX).exists():
-        files = {
-            name: folder / file for name, file in read_json(folder / INDEX).get("weight_map", {}).items()
-        }
+        weight_map = read_json(folder / INDEX).get("weight_map", {})
+        files = {name: folder / file for name, file in weight_map.items()}
         for path in sorted(set(files.values())):
             if path.parent != folder or not path.exists():
                 raise CheckpointError(
@@ -70,7 +75,7 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
 
 @contextmanager
 def open_weights(path: Path):
-    """`safe_open` whose errors are CheckpointErrors that name the file."""
+    """Open a safetensors file as `safe_open` does. Raises CheckpointError naming the file."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -81,9 +86,9 @@ def open_weights(path: Path):
 
 
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) one by one."""
+    """Yield (name, tensor) for each tensor of a checkpoint. Raises CheckpointError."""
     for name, path in weight_files(folder).items():
-        with open_weights(path) as file:  # opened anew each time, so that no more of it stays mapped
+        with open_weights(path) as file:  # opened for each tensor, so that no more of it stays mapped
             if name not in file.keys():
                 raise CheckpointError(f"{path}: tensor {name!r}, which the index places there, is missing")
             tensor = file.get_tensor(name)
@@ -93,7 +98,10 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 def read_model(
     folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Llama:
-    """A `Llama` with the weights of `folder`, in eval mode, without gradients. Raises CheckpointError naming the tensor."""
+    """A `Llama` with the weights of `folder`, in eval mode, without gradients.
+
+    Raises CheckpointError naming the tensor that is missing, unexpected or of another shape.
+    """
     config = read_config(folder)
     with torch.device("meta"):
         model = Llama(config)
@@ -105,27 +113,33 @@ def read_model(
         if name not in expected:
             raise CheckpointError(f"{folder}: unexpected tensor {name!r}")
         if tensor.shape != expected[name]:
+            found_shape, asked = tuple(tensor.shape), tuple(expected[name])
             raise CheckpointError(
-                f"{folder}: tensor {name!r} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name])}"
+                f"{folder}: tensor {name!r} has shape {found_shape}, config.json asks for {asked}"
             )
         found[name] = tensor.to(device=device, dtype=dtype)
-    if missing := sorted(set(expected) - set(found)):
-        raise CheckpointError(
-            f"{folder}: missing tensor {missing[0]!r}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        )
+    missing = sorted(set(expected) - set(found))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{folder}: missing tensor {missing[0]!r}{more}")
     model.load_state_dict(found, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.frequencies = rope_frequencies(config).to(device)  # computed, not stored
+    model.frequencies = rope_frequencies(config).to(device)  # not stored in the file
     return model.requires_grad_(False).eval()
 
 
 def save_checkpoint(
     folder: str | Path, model: Llama, *, tokenizer_from: str | Path, dtype: torch.dtype
 ) -> None:
-    """Write `model` as a checkpoint folder that `transformers` loads; tokenizer files are copied from another one."""
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
+    """Write `model` as a checkpoint folder that `transformers` loads.
+
+    The tokenizer's files are copied from another checkpoint. Raises InputError when it cannot be
+    written.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[name] = parameter.detach().to("cpu", dtype).contiguous()
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         config = {**model.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
@@ -133,54 +147,61 @@ def save_checkpoint(
         copy_files(tokenizer_from, temporary, (*TOKENIZER_FILES, "generation_config.json"))
 
 
-def rewrite_checkpoint(
-    source: str | Path, target: str | Path, change: Callable[[str, Tensor], Tensor]
-) -> int:
-    """Write `source` to `target` with each tensor replaced by `change(name, tensor)` of its shape and dtype; returns their number.
+def rewrite_checkpoint(source: str | Path, target: str | Path, change: Change) -> int:
+    """Copy a checkpoint with each tensor replaced by `change(name, tensor)`; returns the number of
+    tensors.
 
-    Sharding, dtypes and all other files stay. One tensor is in memory at a time.
+    Shards, data types and all other files stay the same. One tensor is in memory at a time.
+    Raises CheckpointError, and InputError when `target` cannot be written.
     """
     source, count = Path(source), 0
     files = weight_files(source)
-    others = tuple(p.name for p in source.iterdir() if p.is_file() and p.suffix not in WEIGHT_SUFFIXES)
+    entries = [path for path in source.iterdir() if path.is_file()]
+    others = tuple(path.name for path in entries if path.suffix not in WEIGHT_SUFFIXES)
     with new_folder(target, replaces=(*OURS, *others)) as temporary:
         for path in sorted(set(files.values())):
             with open_weights(path) as file:
                 names = list(file.keys())
             count += len(names)
-            _stream(path, temporary / path.name, names, change)
+            _rewrite_file(path, temporary / path.name, names, change)
         copy_files(source, temporary, others)
     return count
 
 
-def _stream(source: Path, target: Path, names: list[str], change: Callable[[str, Tensor], Tensor]) -> None:
-    """Write a safetensors file tensor by tensor: 8 bytes of header length, the JSON header, the data end to end."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name in names:
-        with open_weights(source) as file:
-            part = file.get_slice(name)
-            shape, kind = part.get_shape(), part.get_dtype()
-        if kind not in STORED.values():
-            raise CheckpointError(
-                f"{source}: tensor {name!r} is stored as {kind}; supported are {', '.join(STORED.values())}"
-            )
-        size = torch.Size(shape).numel() * (4 if kind == "F32" else 2)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+def _rewrite_file(source: Path, target: Path, names: list[str], change: Change) -> None:
+    """Write a changed copy of a safetensors file, tensor by tensor.
+
+    The format: the length of the header in 8 bytes, the header in JSON, and the data of all
+    tensors.
+    """
+    header = _header(source, names)
     with open(target, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(len(header).to_bytes(8, "little") + header)
         for name in names:
             with open_weights(source) as file:
                 old = file.get_tensor(name)
             new = change(name, old).contiguous()
             assert new.shape == old.shape and new.dtype == old.dtype, name
-            out.write(
-                new.view(torch.uint8).numpy().data
-                if new.dim()
-                else new.reshape(1).view(torch.uint8).numpy().data
-            )
+            flat = new if new.dim() else new.reshape(1)
+            out.write(flat.view(torch.uint8).numpy().data)
+
+
+def _header(source: Path, names: list[str]) -> bytes:
+    """The header of a safetensors file with the tensors `names` of `source` in that order."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in names:
+        with open_weights(source) as file:
+            part = file.get_slice(name)
+            shape, kind = part.get_shape(), part.get_dtype()
+        if kind not in STORED:
+            known = ", ".join(STORED)
+            raise CheckpointError(f"{source}: tensor {name!r} is stored as {kind}; supported are {known}")
+        end = start + torch.Size(shape).numel() * STORED[kind]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 def copy_files(source: str | Path, target: Path, names: tuple[str, ...]) -> None:
@@ -192,19 +213,20 @@ def copy_files(source: str | Path, target: Path, names: tuple[str, ...]) -> None
 
 @contextmanager
 def new_folder(folder: str | Path, replaces: tuple[str, ...] = OURS) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well, and vanishes when it does not.
+    """Yield a temporary folder, which becomes `folder` when the block succeeds and is removed when
+    it fails.
 
-    An existing `folder` is replaced at the end, and only if all it holds is named as in `replaces`: nobody's other files are
-    lost. Raises InputError when it holds others or cannot be written.
+    An existing `folder` is replaced only if the names of all its files match `replaces`, so that
+    nobody loses other files. Raises InputError when there are others, or when it cannot be written.
     """
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: cannot be written (a file has that name); choose another folder")
-    if others := [
-        p.name
-        for p in (folder.iterdir() if folder.exists() else ())
-        if not any(p.match(pattern) for pattern in replaces)
-    ]:
+    others = []
+    for path in folder.iterdir() if folder.exists() else ():
+        if not any(map(path.match, replaces)):
+            others.append(path.name)
+    if others:
         raise InputError(f"{folder}: holds other files, such as {min(others)!r}; choose another folder")
     temporary = None
     try:
@@ -220,9 +242,8 @@ def new_folder(folder: str | Path, replaces: tuple[str, ...] = OURS) -> Iterator
         else:
             os.rename(temporary, folder)
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{folder}: cannot be written ({reason}); choose another folder") from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,8 +1,12 @@
-"""LoRA by module replacement: several adapters on one model, chosen per row of a batch; the PEFT layout on disk.
+"""LoRA by module replacement: several adapters on one model, chosen per row; the PEFT layout on
+disk.
 
-Source: Hu et al., "LoRA" (arXiv 2106.09685), y = W x + scale B A x with scale = alpha / R, or alpha / sqrt(R) (rsLoRA, arXiv 2312.03732);
-initialisation and file layout as in PEFT. Ternary weights: `cfgsafe.ternary`.
-Deviation: the adapter's weights and arithmetic stay in float32 whatever the base's dtype is, as PEFT's `autocast_adapter_dtype` does.
+Source: Hu et al., "LoRA" (arXiv 2106.09685): y = W x + scale B A x, scale = alpha / R, or alpha /
+sqrt(R) with rsLoRA (arXiv 2312.03732). Initialisation and files are as in PEFT. `cfgsafe.ternary`
+has ternary weights.
+Deviation: the weights and the arithmetic of the adapter are float32 whatever the base's data type
+is, as with PEFT's `autocast_adapter_dtype`.
+Shapes: B rows, R rank.
 
 Run it: python infer.py --model M --adapter A --prompt "Hello!"
 """
@@ -10,8 +14,10 @@ Run it: python infer.py --model M --adapter A --prompt "Hello!"
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +29,7 @@ from cfgsafe.files import read_json
 from cfgsafe.llama import Llama
 from cfgsafe.ternary import pack, ternary, unpack
 
+T = TypeVar("T")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAD = "lm_head"
 CONFIG = "adapter_config.json"
@@ -30,45 +37,31 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DEFAULT = "default"
 TIED = "the adapter sits on lm_head, which is tied to the embedding; it cannot be merged"
-# Settings of adapter_config.json that we honour, or that change nothing; any other one that is set is refused by name.
-HONOURED = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "cfgsafe_bits",
-}
-HARMLESS = {
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "auto_mapping",
-    "peft_version",
-    "megatron_core",
-}
-HARMLESS |= {"qalora_group_size", "runtime_config", "eva_config", "layers_pattern", "ensure_weight_tying"}
-INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change the base's weights
+# Settings of adapter_config.json that we follow, and others that change nothing. The rest is an error.
+FOLLOWED = set(
+    "peft_type r lora_alpha lora_dropout target_modules use_rslora rank_pattern alpha_pattern cfgsafe_bits "
+    "init_lora_weights".split()
+)
+HARMLESS = set(
+    "task_type base_model_name_or_path revision inference_mode auto_mapping peft_version megatron_core "
+    "qalora_group_size runtime_config eva_config layers_pattern ensure_weight_tying".split()
+)
+INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change the base
+PARTS = ("lora_A", "lora_B")
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Rank R, alpha and dropout of an adapter, and the linear layers it sits on."""
+    """Rank R, alpha and dropout of an adapter, and the linear layers that carry it."""
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] | str = (
-        TARGETS  # suffixes of layer names, or one regular expression for whole names
-    )
+    # Ends of layer names, or one regular expression for whole names.
+    targets: tuple[str, ...] | str = TARGETS
     rslora: bool = False
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict
-    )  # regular expression for the end of a layer's name -> its own rank
+    # Regular expression for the end of a layer's name -> the rank or alpha of that layer.
+    rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     bits: float | None = None  # 1.58: ternary weights
 
@@ -80,11 +73,17 @@ class LoRAConfig:
 
     def shape(self, name: str) -> tuple[int, float]:
         """(rank, scale) of the layer `name`."""
-        own = lambda pattern, default: next(
-            (v for key, v in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default
-        )
-        rank, alpha = own(self.rank_pattern, self.rank), own(self.alpha_pattern, self.alpha)
+        rank = _first_match(self.rank_pattern, name, self.rank)
+        alpha = _first_match(self.alpha_pattern, name, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _first_match(patterns: dict[str, T], name: str, default: T) -> T:
+    """The value of the first pattern that matches the end of a layer's name."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return value
+    return default
 
 
 class Update(nn.Module):
@@ -100,8 +99,10 @@ class Update(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """A and B as they are used: ternary ones are quantised, with a straight-through gradient."""
-        return (ternary(self.lora_A), ternary(self.lora_B)) if self.ternary else (self.lora_A, self.lora_B)
+        """A and B; ternary ones are quantised, with a straight-through gradient."""
+        if self.ternary:
+            return ternary(self.lora_A), ternary(self.lora_B)
+        return self.lora_A, self.lora_B
 
     def forward(self, x: Tensor) -> Tensor:
         return LowRank.apply(self.dropout(x), *self.weights(), self.scale)
@@ -113,7 +114,11 @@ class Update(nn.Module):
 
 
 class LowRank(torch.autograd.Function):
-    """scale B A x in the adapter's dtype. What the backward keeps of x is x itself, which q, k and v share, not a float32 copy for each."""
+    """scale B A x in the adapter's data type.
+
+    The backward needs x, and keeps x itself, which q, k and v share, instead of a float32 copy for
+    each.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -126,16 +131,21 @@ class LowRank(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, a, b, inner = ctx.saved_tensors
         to_inner = ctx.scale * (grad @ b)  # (..., R)
-        rows = lambda t: t.flatten(0, -2)
-        grad_a = rows(to_inner).T @ rows(x).to(a.dtype) if ctx.needs_input_grad[1] else None
-        grad_b = rows(grad).T @ rows(inner) if ctx.needs_input_grad[2] else None
-        return (to_inner @ a).to(x.dtype) if ctx.needs_input_grad[0] else None, grad_a, grad_b, None
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (to_inner @ a).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_a = to_inner.flatten(0, -2).T @ x.flatten(0, -2).to(a.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_b = grad.flatten(0, -2).T @ inner.flatten(0, -2)
+        return grad_x, grad_a, grad_b, None
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus the updates of the attached adapters.
 
-    `shares`, the model's own dictionary, says how much of each adapter each row takes: (B,), or one number for all rows.
+    `shares` is the dictionary of the model: the share of each adapter in each row, (B,), or one
+    number for all rows.
     """
 
     def __init__(self, base: nn.Linear, shares: dict[str, Tensor | float]):
@@ -159,9 +169,10 @@ class LoRALinear(nn.Module):
 def attach(
     model: Llama, config: LoRAConfig, name: str = DEFAULT, *, device: str | None = None
 ) -> list[nn.Parameter]:
-    """Put a fresh adapter on the layers `config` covers, in place, for all rows; only its parameters, which are returned, stay trainable.
+    """Put a fresh adapter on the layers that `config` covers, in place; all rows use it.
 
-    It lies on `device`, by default on that of the layer. Raises CheckpointError when the name is taken or no layer is covered.
+    Returns its parameters, the only ones that stay trainable. They are on `device`, by default on
+    that of each layer. Raises CheckpointError when the name is taken or no layer is covered.
     """
     model.requires_grad_(False)
     layers = adapted_layers(model)
@@ -171,7 +182,7 @@ def attach(
         raise CheckpointError(
             f"the model already carries an adapter {name!r}; detach it first or choose another name"
         )
-    parameters = []
+    parameters: list[nn.Parameter] = []
     for path, module in list(model.named_modules()):
         path = path.removesuffix(".base")
         if not isinstance(module, nn.Linear) or not config.covers(path):
@@ -180,7 +191,8 @@ def attach(
             layers[path] = LoRALinear(module, model.shares)
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layers[path])
-        update = Update(module, *config.shape(path), config, device or module.weight.device)
+        rank, scale = config.shape(path)
+        update = Update(module, rank, scale, config, torch.device(device or module.weight.device))
         layers[path].updates[name] = update
         parameters += [update.lora_A, update.lora_B]
     if not parameters:
@@ -192,7 +204,7 @@ def attach(
 
 
 def detach(model: Llama) -> None:
-    """Give the model its plain layers back, to the bit."""
+    """Take all adapters off; the layers are what they were before, to the bit."""
     for path, layer in adapted_layers(model).items():
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base)
@@ -200,37 +212,48 @@ def detach(model: Llama) -> None:
 
 
 def set_adapters(model: Llama, names: list[str | None] | None) -> None:
-    """Let row b of the following batches use the adapter names[b], or none; None: every row uses every attached adapter."""
+    """Let row b of the following batches use the adapter names[b], or none.
+
+    With None in place of the list, each row uses all attached adapters.
+    """
     for name in model.shares:
-        rows = [1.0] if names is None else [float(n == name) for n in names]
+        rows = [1.0] if names is None else [float(other == name) for other in names]
         uniform = len(set(rows)) == 1  # where all rows agree there is nothing to multiply
         model.shares[name] = rows[0] if uniform else torch.tensor(rows, device=model.device)
 
 
 def adapter_names(model: Llama) -> list[str]:
-    """The attached adapters."""
+    """Names of the attached adapters, sorted."""
     return sorted(model.shares)
 
 
 def adapted_layers(model: Llama) -> dict[str, LoRALinear]:
-    """Layer name -> the layers that carry adapters."""
+    """Layer name -> layer, for the layers that carry adapters."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def adapter_updates(model: Llama, name: str = DEFAULT) -> dict[str, Update]:
     """Layer name -> the update of adapter `name`."""
-    return {
-        path: layer.updates[name] for path, layer in adapted_layers(model).items() if name in layer.updates
-    }
+    updates = {}
+    for path, layer in adapted_layers(model).items():
+        update = layer.updates[name] if name in layer.updates else None
+        if isinstance(update, Update):
+            updates[path] = update
+    return updates
 
 
 def merge(model: Llama, name: str = DEFAULT) -> dict[str, Tensor]:
-    """Add adapter `name` to the weights, in float32, rounded once; the layers are plain again. Returns the old weights, for `unmerge`."""
-    if HEAD in adapter_updates(model, name) and model.config.tie_word_embeddings:
+    """Add adapter `name` to the weights, in float32, rounded once; then take all adapters off.
+
+    Returns the old weights, for `unmerge`. Raises CheckpointError when the head is tied and has an
+    adapter.
+    """
+    layers, updates = adapted_layers(model), adapter_updates(model, name)
+    if HEAD in updates and model.config.tie_word_embeddings:
         raise CheckpointError(TIED)
     before = {}
-    for path, update in adapter_updates(model, name).items():
-        weight = model.get_submodule(path).base.weight
+    for path, update in updates.items():
+        weight = layers[path].base.weight
         before[path] = weight.data
         weight.data = merged(weight.data, update)
     detach(model)
@@ -240,7 +263,7 @@ def merge(model: Llama, name: str = DEFAULT) -> dict[str, Tensor]:
 def unmerge(model: Llama, before: dict[str, Tensor]) -> None:
     """Put the old weights back, to the bit."""
     for path, weight in before.items():
-        model.get_submodule(path).weight.data = weight
+        model.get_parameter(f"{path}.weight").data = weight
 
 
 def merged(weight: Tensor, update: Update) -> Tensor:
@@ -249,12 +272,12 @@ def merged(weight: Tensor, update: Update) -> Tensor:
 
 
 def adapter_parameters(model: Llama, name: str = DEFAULT) -> dict[str, nn.Parameter]:
-    """PEFT's tensor name, without ".weight" -> the parameter, of adapter `name`."""
-    return {
-        f"{PREFIX}{path}.{part}": getattr(update, part)
-        for path, update in adapter_updates(model, name).items()
-        for part in ("lora_A", "lora_B")
-    }
+    """Name of the tensor in PEFT, without ".weight" -> parameter, for adapter `name`."""
+    parameters = {}
+    for path, update in adapter_updates(model, name).items():
+        for part in PARTS:
+            parameters[f"{PREFIX}{path}.{part}"] = update.get_parameter(part)
+    return parameters
 
 
 def save_adapter(
@@ -264,9 +287,14 @@ def save_adapter(
     write_adapter(folder, adapter_parameters(model, name), config, base=base)
 
 
-def write_adapter(folder: str | Path, weights: dict[str, Tensor], config: LoRAConfig, *, base: str) -> None:
-    """Write `weights`, named as in `adapter_parameters`, as a PEFT folder, whole or not at all; PEFT does not read ternary ones."""
-    tensors = {}
+def write_adapter(
+    folder: str | Path, weights: Mapping[str, Tensor], config: LoRAConfig, *, base: str
+) -> None:
+    """Write `weights`, named as in `adapter_parameters`, as a PEFT folder, whole or not at all.
+
+    PEFT itself does not read ternary weights. Raises InputError when the folder cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
     for key, weight in weights.items():
         weight = weight.detach().cpu()
         tensors |= pack(key, weight) if config.bits else {f"{key}.weight": weight.contiguous()}
@@ -287,33 +315,36 @@ def load_adapter(
     found = read_adapter_tensors(folder)
     attach(model, config, name, device=device)
     for path, update in adapter_updates(model, name).items():
-        for part in ("lora_A", "lora_B"):
-            fill(getattr(update, part), found, f"{PREFIX}{path}.{part}", update.ternary, folder)
+        for part in PARTS:
+            key = f"{PREFIX}{path}.{part}"
+            _fill(update.get_parameter(part), found, key, update.ternary, folder)
     if found:
-        raise CheckpointError(
-            f"{folder}: unexpected tensor {min(found)!r}; the adapter is for another base model"
-        )
+        name = min(found)
+        raise CheckpointError(f"{folder}: unexpected tensor {name!r}; the adapter is for another base model")
     model.requires_grad_(False).eval()
     return config
 
 
-def fill(parameter: nn.Parameter, found: dict[str, Tensor], key: str, is_ternary: bool, folder: Path) -> None:
-    """Move one stored weight out of `found` into `parameter`. Raises CheckpointError naming the tensor."""
+def _fill(
+    parameter: nn.Parameter, found: dict[str, Tensor], key: str, is_ternary: bool, folder: Path
+) -> None:
+    """Move one stored weight from `found` into `parameter`. Raises CheckpointError naming the tensor."""
     names = [f"{key}.ternary", f"{key}.scale"] if is_ternary else [f"{key}.weight"]
     for name in names:
         if name not in found:
             raise CheckpointError(f"{folder}: missing tensor {name!r}")
     stored = [found.pop(name) for name in names]
-    weight = unpack(*stored, parameter.shape) if is_ternary else stored[0]
+    weight = unpack(stored[0], stored[1], parameter.shape) if is_ternary else stored[0]
     if weight is None or weight.shape != parameter.shape:
-        asked = tuple(parameter.shape)
+        shape, asked = tuple(stored[0].shape), tuple(parameter.shape)
         raise CheckpointError(
-            f"{folder}: tensor {names[0]!r} has shape {tuple(stored[0].shape)}, the base model asks for {asked}"
+            f"{folder}: tensor {names[0]!r} has shape {shape}, the base model asks for {asked}"
         )
     parameter.data.copy_(weight)
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """Name -> tensor of a PEFT folder. Raises CheckpointError."""
     if not (folder / WEIGHTS).exists():
         raise CheckpointError(f"{folder / WEIGHTS}: not found; only safetensors adapters are read")
     with open_weights(folder / WEIGHTS) as file:
@@ -329,14 +360,12 @@ def read_adapter_config(folder: Path) -> LoRAConfig:
     if raw.get("init_lora_weights") not in INITIALISATIONS:
         kind = raw["init_lora_weights"]
         raise CheckpointError(
-            f"{path}: init_lora_weights={kind!r} changes the base's weights; convert the adapter to plain LoRA"
+            f"{path}: init_lora_weights={kind!r} changes the base's weights; "
+            "convert the adapter to plain LoRA"
         )
     for name, value in raw.items():
-        if (
-            name not in HONOURED | HARMLESS | {"init_lora_weights"}
-            and value
-            and (name, value) != ("bias", "none")
-        ):
+        known = name in FOLLOWED or name in HARMLESS or (name, value) == ("bias", "none")
+        if value and not known:
             raise CheckpointError(f"{path}: {name}={value!r} is not supported")
     rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
@@ -347,27 +376,24 @@ def read_adapter_config(folder: Path) -> LoRAConfig:
         raise CheckpointError(
             f"{path}: 'target_modules' must be a list of layer names or a regular expression"
         )
-    if (
-        odd := [t for t in targets if t.split(".")[-1] not in (*TARGETS, HEAD)]
-        if isinstance(targets, list)
-        else []
-    ):
-        raise CheckpointError(
-            f"{path}: target_modules names {odd[0]!r}; supported are {', '.join((*TARGETS, HEAD))}"
-        )
+    for target in targets if isinstance(targets, list) else ():
+        if target.split(".")[-1] not in (*TARGETS, HEAD):
+            supported = ", ".join((*TARGETS, HEAD))
+            raise CheckpointError(f"{path}: target_modules names {target!r}; supported are {supported}")
     return LoRAConfig(
-        rank,
-        alpha,
-        raw.get("lora_dropout") or 0.0,
-        targets if isinstance(targets, str) else tuple(targets),
-        bool(raw.get("use_rslora")),
-        raw.get("rank_pattern") or {},
-        raw.get("alpha_pattern") or {},
-        raw.get("cfgsafe_bits"),
+        rank=rank,
+        alpha=alpha,
+        dropout=raw.get("lora_dropout") or 0.0,
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        rslora=bool(raw.get("use_rslora")),
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+        bits=raw.get("cfgsafe_bits"),
     )
 
 
 def _config_json(config: LoRAConfig, base: str) -> dict:
+    """The `adapter_config.json` of an adapter, as PEFT reads it."""
     written = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -384,4 +410,6 @@ def _config_json(config: LoRAConfig, base: str) -> dict:
         "use_dora": False,
         "modules_to_save": None,
     }
-    return written | ({"cfgsafe_bits": config.bits} if config.bits else {})
+    if config.bits:
+        written["cfgsafe_bits"] = config.bits
+    return written

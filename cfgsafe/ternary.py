@@ -1,6 +1,7 @@
-"""Ternary weights for tiny adapters ("Bit-LoRA"): absmean quantisation, straight-through gradient, two bits a weight on disk.
+"""Ternary weights for tiny adapters ("Bit-LoRA"): absmean quantisation, and two bits a weight on disk.
 
-Source: Ma et al., BitNet b1.58 (arXiv 2402.17764), eq. 1-3: gamma = mean |W|, W' = gamma * round(clip(W / gamma, -1, 1)).
+Source: Ma et al., BitNet b1.58 (arXiv 2402.17764), eq. 1-3:
+    gamma = mean |W|, W' = gamma * round(clip(W / gamma, -1, 1)); the gradient passes straight through.
 
 Run it: python train.py orpo --lora-bits 1.58 --help
 """
@@ -12,9 +13,10 @@ BITS = 1.58
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Trits {-1, 0, 1} of `weight`, int8, and the scale gamma, a scalar.
+    """The trits {-1, 0, 1} of `weight`, int8, and the scale gamma, a scalar.
 
-    A weight that is ternary already keeps its trits and its scale, to the bit, so that what was stored loads exactly.
+    A weight that is ternary already keeps its trits and its scale to the bit, so that a stored adapter
+    loads exactly.
 
     >>> quantise(torch.tensor([0.0, 0.2, -2.0, 1.8]))
     (tensor([ 0,  0, -1,  1], dtype=torch.int8), tensor(1.))
@@ -34,7 +36,7 @@ def ternary(weight: Tensor) -> Tensor:
 
 
 def pack(key: str, weight: Tensor) -> dict[str, Tensor]:
-    """`key`.ternary, four weights a byte, and `key`.scale."""
+    """The tensors on disk: `key`.ternary with four weights in a byte, and `key`.scale."""
     trits, scale = quantise(weight)
     codes = (trits.flatten() + 1).to(torch.uint8)
     codes = torch.nn.functional.pad(codes, (0, -len(codes) % 4)).view(-1, 4)
@@ -43,8 +45,9 @@ def pack(key: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def unpack(packed: Tensor, scale: Tensor, shape: torch.Size) -> Tensor | None:
-    """The ternary weight of that shape, or None when the bytes are too few or too many."""
+    """The ternary weight of that shape; None when there are too few or too many bytes."""
     if len(packed) != -(-shape.numel() // 4):
         return None
-    codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], 1).flatten()[: shape.numel()]
-    return (codes.to(torch.float32) - 1).view(shape) * scale
+    codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], 1).flatten()
+    trits = codes[: shape.numel()].to(torch.float32) - 1
+    return trits.view(shape) * scale
