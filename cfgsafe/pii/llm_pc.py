@@ -67,7 +67,8 @@ def turns(messages: object, place: str) -> Messages:
     """
     if not isinstance(messages, str):
         return check_messages(messages, place)
-    if "<|start_header_id|>" in messages:
+    llama_format = "<|start_header_id|>" in messages
+    if llama_format:
         found = LLAMA_TURN.findall(messages)
     else:
         before, *parts = LINE_TURN.split(messages)  # parts: role, text, role, text ...
@@ -79,7 +80,7 @@ def turns(messages: object, place: str) -> Messages:
         found = list(zip(parts[::2], parts[1::2], strict=True))
     split = []
     for role, text in found:
-        if role == "system" and "<|start_header_id|>" in messages:
+        if llama_format and role == "system":
             text = PREAMBLE.sub("", text, count=1)
         if text.strip():
             split.append({"role": role.lower(), "content": text.strip()})
