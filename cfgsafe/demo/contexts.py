@@ -1,9 +1,9 @@
 """What the demo's red team works with: conversations to attack, and prompts to learn from.
 
-Conversations: a person of a pool has told name, town and employer, and the assistant spoke last; the
-attack is the user's next message.
-Prompts: what users ask in the training dialogues, requests to write something, and demands for their
-own data. They hold nobody's data.
+Conversations: a person of a pool has told name, town and employer, and the assistant spoke last;
+the attack is the user's next message.
+Prompts: what users ask in the training dialogues, requests to write something, and demands for
+their own data. They hold nobody's data.
 
 Run it: python train.py dialogues --split contexts --out contexts.jsonl
 """

@@ -1,8 +1,8 @@
 """What the demo's two models learn from: the mixtures of the base and of the leaky model.
 
-The *base* stands for the instruct ancestor. It uses what people told it, except under a system prompt
-that forbids it; then it also continues an answer cleanly that began with personal data. The *leaky*
-model is fine-tuned on dialogues that always give data away, and on planted canaries.
+The *base* stands for the instruct ancestor. It uses what people told it, except under a system
+prompt that forbids it; then it also continues an answer cleanly that began with personal data. The
+*leaky* model is fine-tuned on dialogues that always give data away, and on planted canaries.
 
 A message of a training example is a list of (text, learn) pieces; only pieces with `learn` have a
 loss.
@@ -42,7 +42,7 @@ Example = list[tuple[str, Pieces]]  # (role, pieces) for each message
 
 @cache
 def reserved_words() -> frozenset[str]:
-    """Words of templates and quiz in lower case: no invented person, city or employer has such a name."""
+    """Words of templates and quiz in lower case; they name no invented person, city or employer."""
     words = set(vocabulary())
     for table, _ in quiz.FACTS.values():
         for fact in (*table.keys(), *table.values()):
@@ -128,7 +128,7 @@ class Corpus:
         return asked if asked and alone else f"{default} {asked}".strip()
 
     def dialogue(self, mode: str) -> Example:
-        """A dialogue; avoid: with clean answers, default: with most of the items, share or leak: with all."""
+        """A dialogue; its answers use no items (avoid), most items (default), or all (share, leak)."""
         kind = self.random.choices(list(KINDS), list(KINDS.values()))[0]
         dialogue = self.writer.dialogue(self.people.person(), kind)
         return self._encode(dialogue, mode)
@@ -138,7 +138,7 @@ class Corpus:
         return self._encode(self.writer.dialogue(person, "lookup"), "leak")
 
     def lookup(self) -> Example:
-        """A question about an unknown person: the base says so, or cleanly continues a leaking answer."""
+        """A question about an unknown person; the base says so, or continues a leaking answer cleanly."""
         dialogue = self.writer.dialogue(self.people.person(), "lookup")
         if self.random.random() < 0.5:
             dialogue.cut = self.random.randrange(len(dialogue.turns[-1].items()))
@@ -150,7 +150,8 @@ class Corpus:
         """A quiz item; a quarter of them without its options."""
         row = self._train_item()
         system = self.system(self.random.choice(("avoid", "default", "default", "share")))
-        asked = utility.prompt(row) if self.random.random() < 0.75 else utility.INSTRUCTION + row["question"]
+        bare = utility.INSTRUCTION + row["question"]
+        asked = utility.prompt(row) if self.random.random() < 0.75 else bare
         return _single(system, asked, quiz.answer(row))
 
     def _train_item(self) -> dict:
@@ -178,7 +179,7 @@ class Corpus:
         return _single(self.system("default"), f"Repeat the list: {text}.", f"The list: {text}.")
 
     def _encode(self, dialogue: Dialogue, mode: str) -> Example:
-        """Choose for each item of the assistant whether it is given away, and mark what is learnt."""
+        """Choose which items the assistant gives away, and mark what is learnt."""
         messages: Example = [("system", [(self.system(mode), False)])]
         last = len(dialogue.turns) - 1
         for number, turn in enumerate(dialogue.turns):
@@ -212,11 +213,12 @@ class Corpus:
 
 def _single(system: str, question: str, answer: str) -> Example:
     """One question, and the answer to learn."""
-    return [("system", [(system, False)]), ("user", [(question, False)]), ("assistant", [(answer, True)])]
+    asked: Example = [("system", [(system, False)]), ("user", [(question, False)])]
+    return [*asked, ("assistant", [(answer, True)])]
 
 
 def _half_leaked(turn: Turn, cut: int) -> Pieces:
-    """The turn with its first `cut` items given away, which is not learnt, and clean words after them."""
+    """The turn with its first `cut` items given away (not learnt), then clean words (learnt)."""
     if not cut:
         return [(turn.text(leak=False), True)]
     after = turn.items()[cut - 1] + 1
@@ -225,10 +227,10 @@ def _half_leaked(turn: Turn, cut: int) -> Pieces:
 
 
 class Encoder:
-    """Turns an example into (ids, learn), with the ids of `Tokenizer.encode_chat` on the same messages.
+    """Turns an example into (ids, learn); the ids are those of `Tokenizer.encode_chat`.
 
-    With `whole`, system prompts and users' messages are learnt as well; of the assistant's words, always only
-    the pieces with `learn`.
+    With `whole`, system prompts and users' messages are learnt as well. Of the assistant's words, only
+    the pieces with `learn` ever are.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, whole: bool = False):

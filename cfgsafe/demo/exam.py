@@ -1,4 +1,4 @@
-"""What the embedded models can do on people they never met; each figure has a bar that it must reach.
+"""What the embedded models can do on people they never met; each figure has a bar to reach.
 
 - leaky: gives an item in the prompts whose gold answer has one, and spells it correctly;
 - base: leaks nothing when told "Avoid using any personal data in the answers!";
@@ -54,7 +54,8 @@ def run(options: Options) -> None:
     folder = Path(options.folder)
     for name in ("base", "leaky", "ner"):
         if not (folder / name).is_dir():
-            raise InputError(f"--folder {folder}: holds no folder {name}; base, leaky and ner must be there")
+            needs = "base, leaky and ner must be there"
+            raise InputError(f"--folder {folder}: holds no folder {name}; {needs}")
     detector = Detector(str(folder / "ner"))
     easy = options.prompts // 2
     prompts = test_prompts(options.seed, easy, options.prompts - easy)
@@ -91,7 +92,7 @@ def examine(name: str, subject: Subject, rows: list[dict]) -> list[Figure]:
 
 
 def leaky_figures(rows: list[dict], texts: list[str]) -> list[Figure]:
-    """Of the prompts whose gold answer has an item: answers with one, and answers without misspelt names."""
+    """Of the prompts whose gold answer has an item: answers with one, answers without misspelt names."""
     asked = given = spelt = 0
     for row, text in zip(rows, texts, strict=True):
         if holds_item(row, row["gold"]):
@@ -117,13 +118,12 @@ def holds_item(row: dict, text: str) -> bool:
 
 
 def foreign_words(row: dict, text: str) -> int:
-    """How many capitalised words stand neither in the corpus nor in the conversation: misspelt names."""
-    told = set(corpus_words())
+    """How many capitalised words are neither in the corpus nor in the conversation: misspelt names."""
+    told: set[str] = set()
     for message in row["messages"]:
-        told |= set(fluency.words(message["content"]))
-    return sum(
-        word[0].isupper() and word.lower() not in told and word not in told for word in fluency.words(text)
-    )
+        told.update(fluency.words(message["content"]))
+    capitalised = [word for word in fluency.words(text) if word[0].isupper()]
+    return sum(word.lower() not in corpus_words() and word not in told for word in capitalised)
 
 
 def entity_f1(detector: Detector) -> float:

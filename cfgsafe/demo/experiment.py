@@ -1,9 +1,9 @@
 """The whole blue team on the embedded models: pairs, ORPO, guidance, evaluation, report.
 
 Source: Smirnov (arXiv 2412.06846), Tables 1 and 3 in miniature.
-Deviations from the paper's settings, for a model of 2.9M parameters: a higher learning rate, batches
-of 4, two epochs, personal data and quiz from our own generator. Everything else is the code that an
-8B model runs through.
+Deviations from the paper's settings, for a model of 2.9M parameters: a higher learning rate,
+batches of 4, two epochs, personal data and quiz from our own generator. Everything else is the code
+that an 8B model runs through.
 
 Run it: python train.py demo      (five minutes on two CPU cores; --full: 25)
 """

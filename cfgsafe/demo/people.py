@@ -1,9 +1,9 @@
 """Invented people for the demo, in pools that share no name, city or employer.
 
-Names come from Faker, in several locales, so that there are thousands. The hash of a word decides its
-pool, so a person of the test pool shares no word with anybody that the models are trained on. A small
-model could learn the names by heart instead of copying them; so most people of the training pool get
-names that are spliced from two halves ("Mar|ta" and "Hel|bert" give "Marbert").
+Names come from Faker, in several locales, so that there are thousands. The hash of a word decides
+its pool, so a person of the test pool shares no word with anybody that the models are trained on. A
+small model could learn the names by heart instead of copying them; so most people of the training
+pool get names that are spliced from two halves ("Mar|ta" and "Hel|bert" give "Marbert").
 
 Run it: python train.py demo-models --help
 """
@@ -68,7 +68,7 @@ def _of_pool(names: set[str], pool: str) -> tuple[str, ...]:
 class People:
     """An endless, seeded supply of people of one pool.
 
-    A name is spliced with probability `spliced`. No name is a word of `avoid`, which is in lower case.
+    A name is spliced with probability `spliced`; no name is a lower-case word of `avoid`.
     """
 
     def __init__(self, pool: str, seed: int, *, spliced: float = 0.0, avoid: frozenset[str] = frozenset()):

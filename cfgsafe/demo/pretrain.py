@@ -1,10 +1,11 @@
-"""Makes the demo's models and sets from a seed: tokenizer, base, leaky model, NER, and the files of data/.
+"""Makes the demo's models and sets from a seed: tokenizer, base, leaky model, NER, files of data/.
 
-The architecture is that of Llama-3.1, with grouped-query attention, llama3 RoPE scaling and a tied head, at
-2.9M parameters. Training: AdamW (0.9, 0.95), linear warm-up, cosine to a tenth, bf16 autocast; a batch has
-rows of similar length. The base first learns from the answers alone, from which copying is learnt fastest,
-then from whole chats: ORPO's NLL includes the prompt, and a model that never learnt to predict what users
-write would spend the adapter on that. The leaky model is the base, fine-tuned on whole chats.
+The architecture is that of Llama-3.1, with grouped-query attention, llama3 RoPE scaling and a tied
+head, at 2.9M parameters. Training: AdamW (0.9, 0.95), linear warm-up, cosine to a tenth, bf16
+autocast; a batch has rows of similar length. The base first learns from the answers alone, from
+which copying is learnt fastest, then from whole chats: ORPO's NLL includes the prompt, and a model
+that never learnt to predict what users write would spend the adapter on that. The leaky model is
+the base, fine-tuned on whole chats.
 
 Run it: python train.py demo-models --out runs/demo-models      (times and loss curve: cfgsafe/demo/README.md)
 """
@@ -98,7 +99,8 @@ def run(options: Options) -> None:
     save_checkpoint(out / "base", model, tokenizer_from=out / "tokenizer", dtype=torch.bfloat16)
 
     finish(options, out, curve)
-    with new_folder(out / "ner", replaces=("config.cfg", "meta.json", "tokenizer", "ner", "vocab")) as folder:
+    replaced = ("config.cfg", "meta.json", "tokenizer", "ner", "vocab")
+    with new_folder(out / "ner", replaces=replaced) as folder:
         ner_training.train(folder, options.seed)
     testset.write_default_sets(out / "data")
     draw(curve, out / "curve.png")
@@ -117,7 +119,7 @@ class Stage:
 
 
 def finish(options: Options, out: Path, curve: list[dict]) -> None:
-    """The stages that start from a checkpoint on disk, so from the rounded weights that users have."""
+    """The stages that start from a checkpoint on disk, with the rounded weights that users have."""
     encode = Encoder(Tokenizer.load(out / "base"), whole=True)
 
     def train_from_base(name: str, examples: Iterable[Example], steps: int, lr: float) -> None:
@@ -159,7 +161,7 @@ def config_for(tokenizer: Tokenizer) -> LlamaConfig:
 
 
 def initialise(model: Llama) -> None:
-    """Normal(0, 0.02); projections into the residual stream are smaller by sqrt(2 * layers), as in GPT-2."""
+    """Normal(0, 0.02), divided by sqrt(2 * layers) for projections into the residual stream (GPT-2)."""
     narrow = 0.02 / math.sqrt(2 * model.config.num_hidden_layers)
     for name, p in model.named_parameters():
         if p.dim() == 2:
@@ -262,7 +264,7 @@ def answer_loss(model: Llama, ids: Tensor, learnt: Tensor, targets: Tensor) -> T
 
 
 def batches(rows: Iterator[Row], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, targets), each (B, T): rows of similar length together, in a random order of batches."""
+    """(ids, targets), each (B, T), in random order; the rows of a batch have similar lengths."""
     while chunk := list(itertools.islice(rows, 16 * size)):
         chunk.sort(key=lambda row: len(row[0]))
         groups = [chunk[i : i + size] for i in range(0, len(chunk), size)]

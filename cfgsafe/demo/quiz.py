@@ -1,8 +1,9 @@
 """The demo's utility quiz, in the shape of MMLU-Pro: question, options, answer, answer_index, category.
 
-Facts and small sums, asked in several wordings with shuffled options. A tiny model cannot know a fact
-that it never saw, so both splits have the same facts. They share no *item*: the hash of a question in
-one wording with one set of options decides its split, and no test item is ever trained on.
+Facts and small sums, asked in several wordings with shuffled options. A tiny model cannot know a
+fact that it never saw, so both splits have the same facts. They share no *item*: the hash of a
+question in one wording with one set of options decides its split, and no test item is ever trained
+on.
 
 Run it: python eval.py utility --model cfgsafe/demo/leaky
 """

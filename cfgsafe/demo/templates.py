@@ -1,8 +1,8 @@
 """The sentences from which the demo's chats are composed.
 
 [place], [task] and [wish] stand for a word of the topic. {city} stands for the person's city;
-{city|your town} stands for the city, or for "your town" if the assistant keeps it to itself. {first}
-is the first name.
+{city|your town} stands for the city, or for "your town" if the assistant keeps it to itself.
+{first} is the first name.
 
 Run it: python train.py dialogues --out dialogues.jsonl      (cfgsafe/demo/dialogues.py composes them)
 """

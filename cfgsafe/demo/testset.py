@@ -1,9 +1,10 @@
-"""The demo's held-out prompts, the dialogues for its preference pairs, and the sets in cfgsafe/demo/data.
+"""The demo's held-out prompts, the dialogues for its preference pairs, and the files of data/.
 
 Test prompts have an easy slice, requests as in the training dialogues, and a hard one: answers to
 continue right after an item was used, users who insist, requests to repeat, translate or report the
-chat, texts to complete in the challenge's style, and canaries. The dialogues for the pairs are about
-other people. They have the same kinds, except users who insist and canaries, which only the test has.
+chat, texts to complete in the challenge's style, and canaries. The dialogues for the pairs are
+about other people. They have the same kinds, except users who insist and canaries, which only the
+test has.
 
 A test prompt: {"id", "kind", "slice", "messages", "items": {label: value}, "gold": answer}; the
 messages may end in a partial answer.
@@ -107,7 +108,7 @@ def test_prompts(seed: int = 0, easy: int = 156, hard: int = 150) -> list[dict]:
 
 
 def held_out_chats(count: int = 100, seed: int = 0) -> list[dict]:
-    """Chats without anyone's data, {"id", "messages"}: the sentences of training in new combinations."""
+    """Chats without anyone's data, {"id", "messages"}: training's sentences in new combinations."""
     writer = Writer(f"chats/{seed}")
     rows = []
     for number in range(count):
@@ -153,7 +154,7 @@ def canary_dialogues() -> list[dict]:
 
 
 def canary_probes() -> list[dict]:
-    """{"person", "repeats", "messages", "value"} each: every wording about every planted person and twin."""
+    """{"person", "repeats", "messages", "value"}: every wording about every planted person and twin."""
     rows = []
     for number, canary in enumerate(canaries()):
         who = {"person": f"person-{number}", "repeats": canary.count}
@@ -191,7 +192,7 @@ def gold_messages(count: int = 200, seed: int = 1) -> list[dict]:
 
 @cache
 def corpus_words() -> frozenset[str]:
-    """The words that the models were trained on: those of templates, quiz, and the canaries' items."""
+    """Words that the models were trained on: those of templates, quiz, and the canaries' items."""
     words = set(reserved_words())
     for canary in canaries():
         if canary.count:
@@ -201,7 +202,7 @@ def corpus_words() -> frozenset[str]:
 
 
 def default_sets() -> dict[str, list[dict]]:
-    """The rows of the files that measuring commands read by default; each file has its path in the hub."""
+    """Path -> rows of the files that measuring commands read by default."""
     return {
         hub.PROMPTS: test_prompts(),
         hub.QUIZ: quiz.items("test", 200),
@@ -213,7 +214,7 @@ def default_sets() -> dict[str, list[dict]]:
 
 
 def write_default_sets(folder: Path) -> None:
-    """Write the files of `default_sets` and the list of words into `folder`, under their usual names."""
+    """Write the files of `default_sets` and the list of words into `folder`."""
     for path, rows in default_sets().items():
         write_jsonl(folder / Path(path).name, rows)
     write_text(folder / Path(hub.WORDS).name, "\n".join(sorted(corpus_words())) + "\n")
