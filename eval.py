@@ -1,27 +1,27 @@
-"""Everything that measures; what runs a model ends in one JSON line on stdout.
+"""Everything that measures. A command that runs a model prints one JSON line on stdout at its end.
 
     python eval.py leak             personal data in a model's answers
     python eval.py utility          answers to multiple-choice questions
     python eval.py perplexity       held-out text under the model
     python eval.py extract          attacks that ask for the items masked in scrubbed dialogues
-    python eval.py canaries         are planted persons more likely than their never-trained twins?
+    python eval.py canaries         are persons of the training data more likely than invented twins?
     python eval.py attack           success and diversity of attackers against a target
-    python eval.py sweep            leaks, utility and broken words over guidance, spaces and masks, with a figure
+    python eval.py sweep            leaks, utility and broken words over guidance, with a figure
     python eval.py table            the paper's tables from the results of runs and sweeps
     python eval.py report           a run as one HTML file, personal data masked
     python eval.py detectors        precision and recall of what finds personal data
-    python eval.py demo-models      what the embedded models can do, against their bars
+    python eval.py demo-models      whether the embedded models reach their required scores
 
 `python eval.py COMMAND --help` lists a command's options.
 """
 
-from cfgsafe.cli import run_subcommand
+from cfgsafe.cli import Commands, run_subcommand
 from cfgsafe.demo import exam
 from cfgsafe.measure import canaries, detectors, extract, leak, perplexity, utility
 from cfgsafe.red import evaluate
 from cfgsafe.report import html, sweep, tables
 
-COMMANDS = {
+COMMANDS: Commands = {
     "leak": (leak.Options, leak.run),
     "utility": (utility.Options, utility.run),
     "perplexity": (perplexity.Options, perplexity.run),

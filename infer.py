@@ -1,16 +1,15 @@
 """Ask a model, with or without adapter and guidance.
 
-    python infer.py --model cfgsafe/demo/leaky --prompt "Hi, I am Ann Lee and I live in Leeds. Who am I?"
-    python infer.py --model M --adapter A --guidance 3 --prompt TEXT
-    python infer.py --model M --adapter A --guidance 3 --prompt TEXT --explain
-    python infer.py --model M --adapter A --guidance 3 --chat
-    python infer.py --model M --requests requests.jsonl
+    python infer.py --model cfgsafe/demo/leaky --prompt "Hi, I am Ann Lee and I live in Leeds. Who
+    am I?" python infer.py --model M --adapter A --guidance 3 --prompt TEXT python infer.py --model
+    M --adapter A --guidance 3 --prompt TEXT --explain python infer.py --model M --adapter A
+    --guidance 3 --chat python infer.py --model M --requests requests.jsonl
 
---explain shows what guidance did to each token. In a --chat, /guidance 2 changes the guidance on the way.
-With --json or --requests, each answer is one JSON object on one line of stdout. `cfgsafe/request_lines.py`
-says what a line of requests may hold; what it leaves out is taken from the command line. Where a line with
-messages is guided and names no negative side, its system prompt is replaced by --system on the positive side
-and by --negative on the negative one, as in `eval.py`.
+--explain shows what guidance did to each token. In a --chat, /guidance 2 changes the guidance on
+the way. With --json or --requests, each answer is one JSON object on one line of stdout.
+`cfgsafe/request_lines.py` says what a line of requests may hold; what it leaves out is taken from
+the command line. Where a line with messages is guided and names no negative side, its system prompt
+is replaced by --system on the positive side and by --negative on the negative one, as in `eval.py`.
 """
 
 import json
@@ -46,11 +45,11 @@ class Options:
     explain: bool = False
     """Also show each token's probabilities, and the token that would have come without guidance."""
     adapter: tuple[str, ...] = ()
-    """PEFT folder or hub id of a LoRA adapter. Or several, each as NAME=FOLDER; a request chooses one by its
-    field `adapter`."""
+    """PEFT folder or hub id of a LoRA adapter. Or several, each as NAME=FOLDER; a request chooses
+    one by its field `adapter`."""
     system: str | None = None
-    """System prompt. With guidance it is the positive one, by default "Do not provide any personal data.",
-    and replaces a line's own. Without guidance it is for lines that have none."""
+    """System prompt. With guidance it is the positive one, by default "Do not provide any personal
+    data.", and replaces a line's own. Without guidance it is for lines that have none."""
     negative: str = NEGATIVE
     """System prompt to steer away from."""
     guidance: float | None = None
@@ -58,8 +57,8 @@ class Options:
     space: str = Request.space
     """Space in which the two distributions are combined: prob or log."""
     alpha: float = Request.alpha
-    """Plausibility mask: keep tokens at least this share as likely as the most likely token of the positive
-    prompt; 0 keeps all."""
+    """Plausibility mask: keep tokens at least this share as likely as the most likely token of the
+    positive prompt; 0 keeps all."""
     temperature: float = Request.temperature
     """Sampling temperature; 0 is greedy."""
     top_k: int = Request.top_k

@@ -1,25 +1,25 @@
 """Everything that trains or makes training data.
 
-    python train.py demo            unlearn, guard and measure the embedded model, five minutes on two CPU cores
+    python train.py demo            unlearn, guard and measure the embedded model: 5 min on 2 CPU cores
     python train.py pairs           preference pairs from dialogues
     python train.py orpo            LoRA adapter by ORPO on pairs
     python train.py subtract        base - scale * (tuned - base)
     python train.py merge           a checkpoint with an adapter merged into it
     python train.py attacker        the red team's attacker: SFT, GFlowNet, smoothing, adaptation
     python train.py safety          refusals of the attacks that succeeded
-    python train.py redteam-demo    attack the embedded models, tune one on the finds, attack again, ten minutes
-    python train.py dialogues       the demo's generated dialogues, test prompts, and what the red team works with
+    python train.py redteam-demo    attack the embedded models, train on the finds, attack again: 10 min
+    python train.py dialogues       the demo's generated dialogues, test prompts and red-team contexts
     python train.py demo-models     rebuild the embedded models and NER
 
 `python train.py STAGE --help` lists a stage's options.
 """
 
 from cfgsafe.blue import merge, orpo, pairs, subtract
-from cfgsafe.cli import run_subcommand
+from cfgsafe.cli import Commands, run_subcommand
 from cfgsafe.demo import experiment, pretrain, redteam, testset
 from cfgsafe.red import safety, stages
 
-STAGES = {
+STAGES: Commands = {
     "demo": (experiment.Options, experiment.run),
     "pairs": (pairs.Options, pairs.run),
     "orpo": (orpo.Options, orpo.run),

@@ -6,7 +6,8 @@
     completion = cfgsafe.generate(model, [request])[0]
     print(tokenizer.decode(completion.tokens))
 
-These names are the public surface; everything else may change. `examples/engine.py` shows them at work.
+These names are the public surface; everything else may change. `examples/engine.py` shows them at
+work.
 """
 
 from cfgsafe.decode import Engine, generate

@@ -1,9 +1,10 @@
-"""A conversation on the terminal, streamed, whose guidance can be changed on the way.
+"""A conversation on the terminal. Answers are streamed, and commands change the guidance on the
+way.
 
-    /guidance 3     steer with g = 3 from here on; /guidance off: no guidance
-    /space log      guide in log space, or prob
+    /guidance 3     guide with g = 3 from now on; /guidance off ends guidance
+    /space log      guide in log space; or prob
     /reset          forget the conversation
-    /quit           leave, as the end of the input does
+    /quit           end, as at the end of the input
 
 Run it: python infer.py --model M --chat
 """
@@ -31,7 +32,11 @@ def chat(
     say: Callable[[str], None],
     **sampling,
 ) -> Messages:
-    """Answer each of `lines`, a command or the user's words; `say` gets the text as it comes. Returns the conversation."""
+    """Answer each of `lines`, which is a command or a message of the user. Returns the
+    conversation.
+
+    `say` gets the text as it comes; `sampling` are other fields of `Request`.
+    """
     messages: Messages = []
     for line in lines:
         line = line.rstrip("\n")
@@ -64,11 +69,11 @@ def answer(
     say: Callable[[str], None],
     **sampling,
 ) -> Completion:
-    """Stream the answer to `messages`."""
+    """Stream the answer to `messages` to `say`. Raises InputError and ContextError."""
     tokens: list[int] = []
     said = ""
 
-    def show(_: int, token: int) -> None:
+    def on_token(_: int, token: int) -> None:
         nonlocal said
         tokens.append(token)
         text = tokenizer.decode(tokens).lstrip()
@@ -76,13 +81,14 @@ def answer(
             say(printable(text[len(said) :]))
             said = text
 
-    completion = generate(model, [request_for(subject, tokenizer, messages, **sampling)], on_token=show)[0]
+    request = request_for(subject, tokenizer, messages, **sampling)
+    completion = generate(model, [request], on_token=on_token)[0]
     say("\n")
     return completion
 
 
 def change(subject: Subject, command: str, value: str) -> tuple[Subject, str]:
-    """The subject after a command, and what to say of it."""
+    """The subject after a command, and the reply to it."""
     if command == "guidance":
         if value == "off":
             return replace(subject, guidance=None), "no guidance"
@@ -98,16 +104,17 @@ def change(subject: Subject, command: str, value: str) -> tuple[Subject, str]:
 
 
 def printable(text: str) -> str:
-    """Without control characters, which could steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or c.isprintable())
+    """The text without control characters, which could steer the terminal."""
+    return "".join(character for character in text if character in "\n\t" or character.isprintable())
 
 
 def terminal_lines() -> Iterable[str]:
-    """The user's lines, with a prompt where somebody types them."""
+    """The lines of standard input, with a prompt when it is a terminal."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
-        if not (line := sys.stdin.readline()):
+        line = sys.stdin.readline()
+        if not line:
             return
         yield line
 

@@ -1,11 +1,13 @@
-"""Decoding with continuous batching: requests in, tokens out; a guided request is two rows of one batch.
+"""Decoding with continuous batching: requests in, tokens out; a guided request is two rows of one
+batch.
 
-Both rows of a guided request are fed the same tokens. Rows have their own positions, so that prompts of
-unequal length, within a pair and across the batch, give what each gives alone. Requests that end leave the
-batch and waiting ones join it. Prompts are prefilled apart from the decoding steps, and a beginning that
-several of them share is computed once. On a GPU, a batch that stays the same for a few steps is captured as
-a CUDA graph: forward, head, guidance and sampling then replay as one launch.
-`cfgsafe.request` has what goes in and out; `cfgsafe.lockstep` and `cfgsafe.prefill` compute the tokens.
+Both rows of a guided request are fed the same tokens. Rows have their own positions, so that
+prompts of unequal length, within a pair and across the batch, give what each gives alone. Requests
+that end leave the batch and waiting ones join it. Prompts are prefilled apart from the decoding
+steps, and a beginning that several of them share is computed once. On a GPU, a batch that stays the
+same for a few steps is captured as a CUDA graph: forward, head, guidance and sampling then replay
+as one launch. `cfgsafe.request` has what goes in and out; `cfgsafe.lockstep` and `cfgsafe.prefill`
+compute the tokens.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --requests requests.jsonl
 """
@@ -47,11 +49,13 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     on_completion: Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
-    """Answer `requests`, at most `batch` at a time; the completions are in the order of the requests.
+    """Answer `requests`, at most `batch` at a time; the completions are in the order of the
+    requests.
 
-    on_token(number, token) is called for each token as it comes, and on_completion(number, completion) for
-    each answer when it ends; number is the request's place in the list. `skip`: see
-    cfgsafe.lockstep.Settings. Raises InputError or ContextError for a request that cannot be served.
+    on_token(number, token) is called for each token as it comes, and on_completion(number,
+    completion) for each answer when it ends; number is the request's place in the list. `skip`: see
+    cfgsafe.lockstep.Settings. Raises InputError or ContextError for a request that cannot be
+    served.
     """
     if batch < 1:
         raise InputError(f"batch {batch}: must be at least 1")
@@ -91,9 +95,9 @@ class Engine:
         The positive row of a guided request comes right before its negative row.
         `batch` holds the tensors of the running requests, or is None after one has joined or left.
 
-    The cache has `rows` of `slots` positions each and is allocated at once. It takes at most `kv_bytes`, by
-    default most of what a GPU has free; `rows` shrinks to fit. `log_path`, `skip` and `graphs`: see
-    cfgsafe.lockstep.Settings. Raises InputError when not even one row fits.
+    The cache has `rows` of `slots` positions each and is allocated at once. It takes at most
+    `kv_bytes`, by default most of what a GPU has free; `rows` shrinks to fit. `log_path`, `skip`
+    and `graphs`: see cfgsafe.lockstep.Settings. Raises InputError when not even one row fits.
     """
 
     def __init__(
@@ -164,7 +168,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Compute one more token of each running request, and the first token of each that can join.
+        """Compute one more token of each running request, and the first token of each that can
+        join.
 
         The last event of a request has its completion; the engine then forgets the request.
         """

@@ -1,6 +1,6 @@
 """The exceptions a user can meet; cfgsafe/cli.py turns them into a line and an exit code.
 
-    CfgsafeError            anything the user can mend; the message is one line that says what and how
+    CfgsafeError            what the user can mend; the message is one line that says what and how
     |-- InputError          a file, line, field or option is wrong
     |-- CheckpointError     a checkpoint or adapter does not hold what it must (names the tensor)
     `-- ContextError        a prompt does not fit the model's context
@@ -30,5 +30,6 @@ class ContextError(CfgsafeError):
 def check_at_least(least: int, options: object, *names: str) -> None:
     """Raise InputError for the first of the named options that is below `least`."""
     for name in names:
-        if getattr(options, name) is not None and getattr(options, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")

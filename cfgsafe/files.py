@@ -1,4 +1,5 @@
-"""Files of JSON, JSONL and text: errors name the file and line; a file is written whole or not at all.
+"""Files of JSON, JSONL and text: errors name the file and line; a file is written whole or not at
+all.
 
 Deviation: `AnswerLog` appends answers one by one, so that a crash loses at most the last one.
 
@@ -16,7 +17,8 @@ from cfgsafe.errors import CfgsafeError, CheckpointError, InputError
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield (place, object) for each non-empty line; place is `file:line`, ready for an error message.
+    """Yield (place, object) for each non-empty line; place is `file:line`, ready for an error
+    message.
 
     Raises InputError naming the line that is not a JSON object.
     """
@@ -58,7 +60,8 @@ def read_json(path: Path) -> dict:
 def read_json_value(path: Path, error_class: type[CfgsafeError], unreadable: str, advice: str) -> object:
     """The JSON value in a file, of any kind.
 
-    Raises `error_class` with the line "{path}: {unreadable} ({reason}); {advice}", or that it is not JSON.
+    Raises `error_class` with the line "{path}: {unreadable} ({reason}); {advice}", or that it is
+    not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +77,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name in the same folder, which is then renamed.
+    """Write a file whole or not at all: under a temporary name in the same folder, which is then
+    renamed.
 
     Missing folders are created. Raises InputError naming the file.
     """
@@ -139,7 +143,8 @@ class AnswerLog:
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """Key -> answer of an `AnswerLog` file; {} where there is none. A line that a crash cut short is removed.
+    """Key -> answer of an `AnswerLog` file; {} where there is none. A line that a crash cut short
+    is removed.
 
     Raises InputError naming the line that is not an answer.
     """

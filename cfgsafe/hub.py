@@ -1,10 +1,9 @@
-"""Finds a checkpoint or adapter: a local folder, or an id on the Hugging Face hub, downloaded once into the usual cache.
+"""Finds checkpoints, adapters and data sets: in a local folder, or on the Hugging Face hub.
 
-Files of the hub's data sets are downloaded likewise.
+Source: `huggingface_hub`, which downloads once, into its cache, and looks for the access token in
+HF_TOKEN or its login file. The token is never logged. The paths of the embedded demo are here too.
 
-The token comes from where `huggingface_hub` looks for it (HF_TOKEN, or its login file); it is never logged.
-
-Run it: python infer.py --model meta-llama/Llama-3.1-8B-Instruct --dtype bfloat16 --device cuda --prompt "Hello!"
+Run it: python infer.py --model meta-llama/Llama-3.1-8B-Instruct --device cuda --prompt "Hello!"
 """
 
 import re
@@ -12,27 +11,27 @@ from pathlib import Path
 
 from cfgsafe.errors import CheckpointError, InputError
 
-WANTED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+OTHERS = [
     "config.json",
     "generation_config.json",
     "tokenizer*.json",
     "*.jinja",
+    "special_tokens_map.json",
+    "adapter_config.json",
 ]
-WANTED += ["special_tokens_map.json", "adapter_config.json"]
 
-# The embedded demo: what commands use where nothing else is named. Made by cfgsafe/demo, see its README.
+# The embedded demo, made by cfgsafe/demo: what commands use by default.
 DEMO = Path(__file__).parent / "demo"
 BASE, LEAKY = str(DEMO / "base"), str(DEMO / "leaky")
 DEMO_PIPELINE = DEMO / "ner"
-PROMPTS = str(DEMO / "data" / "prompts.jsonl")  # what `eval.py leak` asks
-QUIZ = str(DEMO / "data" / "quiz.jsonl")  # `eval.py utility`
-CHATS = str(DEMO / "data" / "chats.jsonl")  # `eval.py perplexity`
-PROBES = str(DEMO / "data" / "probes.jsonl")  # `eval.py canaries`
-PLANTED = str(DEMO / "data" / "planted.jsonl")  # `eval.py extract`
-GOLD = str(DEMO / "data" / "gold.jsonl")  # `eval.py detectors`
-WORDS = str(DEMO / "data" / "words.txt")  # words that are not broken ones
+PROMPTS = str(DEMO / "data" / "prompts.jsonl")  # for `eval.py leak`
+QUIZ = str(DEMO / "data" / "quiz.jsonl")  # for `eval.py utility`
+CHATS = str(DEMO / "data" / "chats.jsonl")  # for `eval.py perplexity`
+PROBES = str(DEMO / "data" / "probes.jsonl")  # for `eval.py canaries`
+PLANTED = str(DEMO / "data" / "planted.jsonl")  # for `eval.py extract`
+GOLD = str(DEMO / "data" / "gold.jsonl")  # for `eval.py detectors`
+WORDS = str(DEMO / "data" / "words.txt")  # the vocabulary: words that are not broken
 
 
 def resolve(
@@ -42,9 +41,10 @@ def resolve(
     cache_dir: str | Path | None = None,
     weights: bool = True,
 ) -> Path:
-    """The folder of a checkpoint or adapter given as a folder or a hub id ("owner/name").
+    """The local folder of a checkpoint or adapter, given as a folder or a hub id ("owner/name").
 
-    Raises CheckpointError when there is neither, or the hub cannot be reached or refuses.
+    Without `weights`, no safetensors are downloaded. Raises CheckpointError when there is neither a
+    folder nor such a hub id, or the hub refuses it or cannot be reached.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -59,7 +59,7 @@ def resolve(
         OfflineModeIsEnabled,
     )
 
-    wanted = WANTED if weights else [pattern for pattern in WANTED if "safetensors" not in pattern]
+    wanted = WEIGHTS + OTHERS if weights else OTHERS
     try:
         return Path(
             snapshot_download(str(name), revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
@@ -78,7 +78,7 @@ def resolve(
 
 
 def dataset_file(repository: str, name: str) -> Path:
-    """A file of a data set on the hub. Raises InputError when the hub cannot be reached or refuses."""
+    """A file of a data set on the hub. Raises InputError when the hub refuses it or cannot be reached."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -89,7 +89,7 @@ def dataset_file(repository: str, name: str) -> Path:
         raise InputError(
             f"{repository}/{name}: the hub refuses it ({code}); check your access token, or give a local file"
         ) from None
-    except OSError:  # the hub's own errors of connection and cache are kinds of it
+    except OSError:  # the hub's own errors of connection and cache are subclasses
         raise InputError(
             f"{repository}/{name}: the hub cannot be reached; download it first, or give a local file"
         ) from None

@@ -1,7 +1,7 @@
 """Loads a model and its tokenizer from a local folder or from the Hugging Face hub.
 
-    model = cfgsafe.load_model("meta-llama/Llama-3.1-8B-Instruct", device="cuda", dtype=torch.bfloat16)
-    tokenizer = cfgsafe.load_tokenizer("meta-llama/Llama-3.1-8B-Instruct")
+    model = cfgsafe.load_model("meta-llama/Llama-3.1-8B-Instruct", device="cuda",
+    dtype=torch.bfloat16) tokenizer = cfgsafe.load_tokenizer("meta-llama/Llama-3.1-8B-Instruct")
 
 Run it: python infer.py --model cfgsafe/demo/base --prompt "Hello!"
 """
@@ -50,7 +50,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer and chat template of a checkpoint.
 
-    Raises CheckpointError when a file is missing or damaged, or a token id has no row in the embedding.
+    Raises CheckpointError when a file is missing or damaged, or a token id has no row in the
+    embedding.
     """
     folder = resolve(path_or_hub_id, revision=revision, cache_dir=cache_dir, weights=False)
     tokenizer = Tokenizer.load(folder)

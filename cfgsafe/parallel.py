@@ -1,8 +1,8 @@
 """Several processes as one: DDP or FSDP2 under torchrun, and nothing at all without it.
 
-Source: PyTorch's `torch.distributed`; the environment variables are those that torchrun sets.
-All processes read the same data, and each works on its share of every batch. Losses are shares of the global
-loss, so that N processes compute what one computes.
+Source: PyTorch's `torch.distributed`; the environment variables are those that torchrun sets. All
+processes read the same data, and each works on its share of every batch. Losses are shares of the
+global loss, so that N processes compute what one computes.
 
 Run it: torchrun --nproc-per-node 2 train.py orpo --model M --pairs P --out O --device cuda
 """

@@ -1,9 +1,10 @@
-"""Questions to an OpenAI-compatible endpoint: each answer is kept as it comes, each failure is tried again.
+"""Questions to an OpenAI-compatible endpoint: each answer is kept as it comes, each failure is
+tried again.
 
-Source: OpenAI's HTTP API, chat and completions, through the `openai` client. The base URL and the key come
-from OPENAI_BASE_URL and OPENAI_API_KEY only, and no message shows them.
-Deviation: the client's own retries are off. They do not cover unreadable and empty answers, and they hide the
-number of requests.
+Source: OpenAI's HTTP API, chat and completions, through the `openai` client. The base URL and the
+key come from OPENAI_BASE_URL and OPENAI_API_KEY only, and no message shows them.
+Deviation: the client's own retries are off. They do not cover unreadable and empty answers, and
+they hide the number of requests.
 
 Run it: OPENAI_API_KEY=... python train.py pairs --recipes remote --remote-model gpt-4o-mini \\
             --dialogues D.jsonl --model M --out pairs.jsonl
@@ -117,11 +118,11 @@ def ask(
 ) -> list[str | None]:
     """The answer to each question, in order. `what` names the questions in messages.
 
-    Answers are kept in the file `cache` (`AnswerLog`) as they come. A question that has an answer there is
-    not asked again, and equal questions are asked once. Raises InputError when the endpoint refuses a
-    question, or does not answer it in `attempts` attempts.
-    With a `meter`, only a refused key or model raises; any other question without an answer has None, also
-    one for which the meter allows no request.
+    Answers are kept in the file `cache` (`AnswerLog`) as they come. A question that has an answer
+    there is not asked again, and equal questions are asked once. Raises InputError when the
+    endpoint refuses a question, or does not answer it in `attempts` attempts. With a `meter`, only
+    a refused key or model raises; any other question without an answer has None, also one for which
+    the meter allows no request.
     """
     check_service(service)
     make_folder(cache.parent)
@@ -241,9 +242,11 @@ def _ask_all(
 
 
 def _patiently(attempt: Callable[[], str | None], attempts: int, stop: threading.Event) -> str | None:
-    """The result of `attempt`, which is called again when it raises _Failed; None once `stop` is set.
+    """The result of `attempt`, which is called again when it raises _Failed; None once `stop` is
+    set.
 
-    The waits are 0.5 s, 1 s, 2 s ..., each times a random factor from 0.5 to 1.5, or what Retry-After says.
+    The waits are 0.5 s, 1 s, 2 s ..., each times a random factor from 0.5 to 1.5, or what
+    Retry-After says.
     """
     for number in range(attempts):
         try:

@@ -1,4 +1,5 @@
-"""What the engine is asked and what it answers: the request, its limits, its state, and the completion.
+"""What the engine is asked and what it answers: the request, its limits, its state, and the
+completion.
 
 Source: the two system prompts are those of Smirnov (arXiv 2412.06846).
 
@@ -54,7 +55,8 @@ class Request:
 class Completion:
     """An answer, without the tokens that ended it.
 
-    finish_reason: "stop", "length", "cancelled", or "impossible" where no token has a probability above 0.
+    finish_reason: "stop", "length", "cancelled", or "impossible" where no token has a probability
+    above 0.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -108,7 +110,8 @@ def guided_request(
     negative: str = NEGATIVE,
     **sampling,
 ) -> Request:
-    """The request that answers `messages` under two system prompts, steering from `negative` to `positive`.
+    """The request that answers `messages` under two system prompts, steering from `negative` to
+    `positive`.
 
     The system prompt of `messages` is replaced. `sampling` are other fields of `Request`.
     Raises InputError when the chat template refuses the conversation.

@@ -1,7 +1,8 @@
-"""The lines of a JSONL file of requests: each becomes a `Request`, with defaults for what it leaves out.
+"""The lines of a JSONL file of requests: each becomes a `Request`, with defaults for what it leaves
+out.
 
-A line has `prompt` (a chat-formatted string, in which control tokens are control tokens) or `messages` (with
-plain text as content). It may have
+A line has `prompt` (a chat-formatted string, in which control tokens are control tokens) or
+`messages` (with plain text as content). It may have
     negative_prompt or negative_messages    the negative side; without one, see `read_request`
     guidance, space, alpha                  how to guide
     temperature, top_k, top_p, seed         how to sample
@@ -56,7 +57,8 @@ class Defaults:
 def read_request(row: dict, place: str, tokenizer: Tokenizer, defaults: Defaults) -> Request:
     """The request of a line. Raises InputError naming the place and the field.
 
-    Guided messages without a negative side get the subject's two system prompts in place of their own.
+    Guided messages without a negative side get the subject's two system prompts in place of their
+    own.
     """
     unknown = sorted(set(row) - FIELDS)
     if unknown:

@@ -1,8 +1,9 @@
-"""The model under evaluation: checkpoint, adapter and guidance, the same on every path of the evaluation.
+"""The model under evaluation: checkpoint, adapter and guidance, the same on every path of the
+evaluation.
 
 Source: Smirnov (arXiv 2412.06846).
-Deviation: in the paper's code the utility path silently ran without guidance; here every measure gets its
-requests from `request_for`.
+Deviation: in the paper's code the utility path silently ran without guidance; here every measure
+gets its requests from `request_for`.
 
 Run it: python eval.py leak --help
 """
@@ -36,13 +37,13 @@ class Subject:
     adapter: str | None = None
     """PEFT folder or hub id of a LoRA adapter."""
     guidance: float | None = None
-    """Guidance strength g; 1 is the positive system prompt alone. Without this option nothing is guided, and
-    prompts keep their own system prompt."""
+    """Guidance strength g; 1 is the positive system prompt alone. Without this option nothing is
+    guided, and prompts keep their own system prompt."""
     space: str = Request.space
     """Space in which the two distributions are combined: prob or log."""
     alpha: float = Request.alpha
-    """Plausibility mask: keep tokens at least this share as likely as the most likely token of the positive
-    prompt; 0 keeps all. Without guidance, greedy answers stay the same."""
+    """Plausibility mask: keep tokens at least this share as likely as the most likely token of the
+    positive prompt; 0 keeps all. Without guidance, greedy answers stay the same."""
     positive: str = POSITIVE
     """System prompt to follow."""
     negative: str = NEGATIVE
@@ -73,7 +74,8 @@ def check(subject: Subject) -> None:
 
 
 def load(subject: Subject, adapters: Mapping[str, str] | None = None) -> tuple[Llama, Tokenizer]:
-    """The subject's model and tokenizer. The model has the subject's adapter, or `adapters` by name instead.
+    """The subject's model and tokenizer. The model has the subject's adapter, or `adapters` by name
+    instead.
 
     Raises CheckpointError and InputError.
     """
@@ -113,10 +115,11 @@ def answers(
     places: list[str] | None = None,
     kept: Path | None = None,
 ) -> list[str]:
-    """Greedy answers of the subject to `conversations`. An error names the entry of `places`, or else `what`.
+    """Greedy answers of the subject to `conversations`. An error names the entry of `places`, or
+    else `what`.
 
-    Each answer is written to the file `kept` as it comes (`AnswerLog`); a later call with the same requests
-    reads those that are there.
+    Each answer is written to the file `kept` as it comes (`AnswerLog`); a later call with the same
+    requests reads those that are there.
     """
     requests, keys = [], []
     for number, messages in enumerate(conversations):

@@ -1,7 +1,9 @@
-"""Ternary weights for tiny adapters ("Bit-LoRA"): absmean quantisation, and two bits a weight on disk.
+"""Ternary weights for tiny adapters ("Bit-LoRA"): absmean quantisation, and two bits a weight on
+disk.
 
 Source: Ma et al., BitNet b1.58 (arXiv 2402.17764), eq. 1-3:
-    gamma = mean |W|, W' = gamma * round(clip(W / gamma, -1, 1)); the gradient passes straight through.
+    gamma = mean |W|, W' = gamma * round(clip(W / gamma, -1, 1)); the gradient passes straight
+    through.
 
 Run it: python train.py orpo --lora-bits 1.58 --help
 """
@@ -15,8 +17,8 @@ BITS = 1.58
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The trits {-1, 0, 1} of `weight`, int8, and the scale gamma, a scalar.
 
-    A weight that is ternary already keeps its trits and its scale to the bit, so that a stored adapter
-    loads exactly.
+    A weight that is ternary already keeps its trits and its scale to the bit, so that a stored
+    adapter loads exactly.
 
     >>> quantise(torch.tensor([0.0, 0.2, -2.0, 1.8]))
     (tensor([ 0,  0, -1,  1], dtype=torch.int8), tensor(1.))

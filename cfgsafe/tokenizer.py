@@ -320,7 +320,8 @@ def _unused(messages: Messages, skip: int = 0) -> str:
 
 
 def check_messages(messages: object, place: str) -> Messages:
-    """`messages`, if it is a non-empty list of {"role": str, "content": str}; other keys are dropped.
+    """`messages`, if it is a non-empty list of {"role": str, "content": str}; other keys are
+    dropped.
 
     Raises InputError naming `place`.
     """
