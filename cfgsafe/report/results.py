@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfgsafe.errors import InputError
-from cfgsafe.files import write_text
+from cfgsafe.files import read_json_value, write_text
 from cfgsafe.report.figures import leaks_and_utility
 
 LEGEND = (
@@ -169,14 +169,11 @@ def facts_line(facts: dict) -> str:
 def read_results(folder: str | Path) -> dict:
     """The results.json of a run's folder. Raises InputError naming the file, the row and the field."""
     path = Path(folder) / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        hint = "give the --out folder of a demo run or a sweep"
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    rows = results.get("rows") if isinstance(results, dict) else None
+    hint = "give the --out folder of a demo run or a sweep"
+    results = read_json_value(path, InputError, "cannot be read", hint)
+    if not isinstance(results, dict):
+        results = {}
+    rows = results.get("rows")
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: needs 'rows', a list of objects")
     for number, row in enumerate(rows, start=1):
