@@ -1,4 +1,4 @@
-"""Fixtures: a tiny random Llama over the demo's tokenizer, saved as a checkpoint where a test needs a folder; an endpoint on loopback."""
+"""Fixtures: a tiny random Llama over the demo's tokenizer, also as a checkpoint; an endpoint on loopback."""
 
 import os
 

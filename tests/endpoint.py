@@ -1,6 +1,6 @@
-"""An OpenAI-compatible endpoint on loopback that fails in every way an endpoint can; it counts what it answered.
+"""An OpenAI-compatible endpoint on loopback that fails in every way an endpoint can, and counts its answers.
 
-A question's first attempts may fail, at random; the third never does.
+The first attempts at a question may fail, at random; the third never does.
 """
 
 import json
@@ -25,21 +25,10 @@ class Endpoint(ThreadingHTTPServer):
 
     def __init__(self, reply, faults=FAULTS, share=0.4, stall=1.0, delay=0.0, last_fault=2):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.reply, self.faults, self.share, self.stall, self.delay, self.last_fault = (
-            reply,
-            faults,
-            share,
-            stall,
-            delay,
-            last_fault,
-        )
-        self.asked, self.answered, self.failed, self.lock, self.rng = (
-            Counter(),
-            Counter(),
-            Counter(),
-            Lock(),
-            random.Random(5),
-        )
+        self.reply, self.faults, self.share = reply, faults, share
+        self.stall, self.delay, self.last_fault = stall, delay, last_fault
+        self.asked, self.answered, self.failed = Counter(), Counter(), Counter()
+        self.lock, self.rng = Lock(), random.Random(5)
         self.bodies, self.status = [], None
 
     @property
@@ -81,26 +70,22 @@ class Handler(BaseHTTPRequestHandler):
         text = "" if fault == "empty" else server.reply(body)
         if isinstance(text, int):
             return self.refuse(text)
-        choice = {"index": 0, "finish_reason": "stop"} | (
-            {"text": text} if "prompt" in body else {"message": {"content": text}}
-        )
+        content = {"text": text} if "prompt" in body else {"message": {"content": text}}
+        choice = {"index": 0, "finish_reason": "stop", **content}
         if fault is None:
             with server.lock:
                 server.answered[raw] += 1
         self.send(200, json.dumps({"object": "x", "choices": [choice]}).encode())
 
     def refuse(self, status):
-        self.send(
-            status, json.dumps({"error": {"message": f"refused: {self.headers['authorization']}"}}).encode()
-        )
+        message = f"refused: {self.headers['authorization']}"
+        self.send(status, json.dumps({"error": {"message": message}}).encode())
 
     def send(self, status, body, headers=()):
         self.send_response(status)
-        for name, value in [
-            ("Content-Type", "application/json"),
-            ("Content-Length", str(len(body))),
-            *headers,
-        ]:
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers:
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)

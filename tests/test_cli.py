@@ -1,8 +1,7 @@
-"""The commands as users run them: the README's on tiny settings, and one wrong input of each kind."""
+"""The commands as users run them: requests, adapters, help, and one wrong input of each kind."""
 
 import importlib
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -14,29 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEAKY = str(ROOT / "cfgsafe/demo/leaky")
 CHAT = [{"role": "user", "content": "I am Ann Lee. Who am I?"}]
-TINY = {
-    "train.py demo": "--dialogues 2 --prompts 4 --questions 2",
-    "train.py redteam-demo": "--steps 2 --fit-steps 2 --batch-size 4 --draws 2 --questions 4",
-    "train.py dialogues": "--count 5",
-    "train.py pairs": "",
-    "train.py orpo": "--epochs 3",
-    "train.py merge": "",
-    "train.py attacker": "--steps 2 --batch-size 16 --answer-tokens 16 --samples 2",
-    "train.py safety": "--limit 4 --tries 1",
-    "train.py subtract": "",
-    "eval.py leak": "--limit 5",
-    "eval.py utility": "--limit 5",
-    "eval.py perplexity": "--limit 5",
-    "eval.py canaries": "",
-    "eval.py extract": "--limit 4 --samples 2",
-    "eval.py attack": "--draws 4 --samples 2 --answer-tokens 16",
-    "eval.py sweep": "--limit 4 --guidance 1 3 --alphas 0",
-    "eval.py table": "",
-    "eval.py report": "",
-    "eval.py detectors": "",
-    "eval.py demo-models": "--prompts 8",
-    "infer.py": "",
-}
 
 
 @pytest.fixture
@@ -54,62 +30,6 @@ def command(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
-
-
-def readme_commands() -> list[str]:
-    """Every line of the README's shell blocks that runs one of the scripts or writes a file for them."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [
-        line.split("&& ")[-1] if line.startswith("python3") else line
-        for block in blocks
-        for line in block.splitlines()
-    ]
-
-
-def test_the_readmes_commands_run_top_to_bottom(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    ran = set()
-    for line in readme_commands():
-        line = line.replace("runs/", f"{tmp_path}/")
-        if line.startswith("echo"):
-            subprocess.run(line, shell=True, check=True)
-            continue
-        if "-m pytest" in line:
-            continue
-        name = next(name for name in TINY if line.startswith(f"python {name}"))
-        out = {
-            "train.py demo": f" --out {tmp_path}/demo",
-            "train.py redteam-demo": f" --out {tmp_path}/redteam",
-        }.get(name, "")
-        code, stdout, stderr = command(f"{line.removeprefix('python ')}{out} {TINY[name]}")
-        assert code == 0, (line, stderr)
-        ran.add(name)
-    assert ran == set(TINY)
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert [(row["model"], row["guidance"]) for row in results["rows"]] == [
-        ("leaky", None),
-        ("lora", None),
-        ("lora-cfg", 1.0),
-        ("lora-cfg", 2.0),
-        ("lora-cfg", 3.0),
-    ]
-    for row in results["rows"]:
-        for name in (
-            "ner_items_per_100",
-            "leaked_per_100",
-            "echoed_per_100",
-            "recalled_per_100",
-            "clean_answers",
-            "utility",
-            "broken_words",
-            "perplexity",
-        ):
-            low, high = row[f"{name}_ci"]
-            assert low <= row[name] <= high
-    assert {"prompts", "seconds", "seed"} <= set(results)
-    assert (tmp_path / "demo" / "leaks-utility.png").read_bytes().startswith(b"\x89PNG")
-    assert "| leaky" in (tmp_path / "demo" / "report.md").read_text()
-    assert "invented by the demo" in (tmp_path / "demo" / "report.html").read_text()
 
 
 def test_a_name_is_answered_in_three_seconds():
@@ -215,7 +135,8 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
             "--max-new-tokens 0: must be at least 1",
         ),
         (
-            "train.py pairs --dialogues {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/p.jsonl --max-new-tokens 0",
+            "train.py pairs --dialogues {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/p.jsonl "
+            "--max-new-tokens 0",
             "--max-new-tokens 0: must be at least 1",
         ),
         ("eval.py leak --model {LEAKY} --prompts {tmp}/long.jsonl", "long.jsonl:1: the prompt has"),
@@ -241,7 +162,8 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
             "needs --remote-model NAME",
         ),
         (
-            "train.py pairs --dialogues {tmp}/typed.jsonl --items {tmp}/bad.jsonl --model {LEAKY} --out {tmp}/p.jsonl",
+            "train.py pairs --dialogues {tmp}/typed.jsonl --items {tmp}/bad.jsonl --model {LEAKY} "
+            "--out {tmp}/p.jsonl",
             "bad.jsonl:1: not JSON",
         ),
         (
@@ -318,11 +240,12 @@ def test_infer_guards_as_eval_does(command, tmp_path, monkeypatch):
 
     seen = []
     generate = infer.generate
-    monkeypatch.setattr(
-        infer,
-        "generate",
-        lambda model, requests, **kw: (seen.extend(requests), generate(model, requests, **kw))[1],
-    )
+
+    def spy(model, requests, **settings):
+        seen.extend(requests)
+        return generate(model, requests, **settings)
+
+    monkeypatch.setattr(infer, "generate", spy)
     chat = [{"role": "system", "content": "Be kind."}, *CHAT]
     (tmp_path / "r.jsonl").write_text(json.dumps({"messages": chat, "max_new_tokens": 1}) + "\n")
     code, _, _ = command(f"infer.py --model {LEAKY} --guidance 3 --requests {tmp_path}/r.jsonl")
@@ -339,7 +262,8 @@ def test_an_adapter_is_never_silently_left_out(command, tmp_path):
     for update in adapter_updates(model).values():
         update.lora_B.data.normal_(std=0.5)
     save_adapter(tmp_path / "a", model, LoRAConfig(rank=2), base=LEAKY)
-    answer = lambda more: command(f"infer.py --model {LEAKY} --prompt 'Who am I?' --max-new-tokens 8 {more}")
+    line = f"infer.py --model {LEAKY} --prompt 'Who am I?' --max-new-tokens 8"
+    answer = lambda more: command(f"{line} {more}")
     _, bare, _ = answer("")
     _, adapted, _ = answer(f"--adapter {tmp_path}/a")
     assert bare != adapted and answer(f"--adapter guard={tmp_path}/a")[1] == adapted

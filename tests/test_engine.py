@@ -1,4 +1,7 @@
-"""The engine under 10,000 random requests: every row as in its solo run, no slot lost; joining, cancelling, prefixes, skipping, limits."""
+"""The engine under 10,000 random requests: each row as in its solo run, and no row of the cache lost.
+
+Also joining, cancelling, shared beginnings, skipping and limits.
+"""
 
 import random
 
@@ -13,7 +16,7 @@ from cfgsafe.lora import LoRAConfig, attach
 
 @pytest.fixture(scope="module")
 def model():
-    """In float64, where the order of a sum cannot change an argmax; with an adapter that some requests use."""
+    """In float64, where the order of a sum cannot change an argmax. Some requests use its adapter."""
     model = random_model(
         vocab_size=50,
         hidden_size=16,
@@ -68,7 +71,7 @@ def serve(engine: Engine, requests: list[Request]) -> list[Completion]:
 
 @pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_random_requests_equal_their_solo_runs(model, count):
-    """Joining at random moments, some cancelled; every tenth is run alone, too, of the cancelled ones what they had."""
+    """They join at random moments and some are cancelled. Every tenth is also run alone."""
     rng = random.Random(0)
     requests = [random_request(rng) for _ in range(count)]
     engine = Engine(model, rows=48, slots=48)
@@ -112,11 +115,8 @@ def test_other_paths_give_the_same_tokens(model, settings):
         guided = [
             completion for request, completion in zip(requests, found[1], strict=True) if request.guided
         ]
-        assert (
-            0
-            < sum(completion.skipped for completion in guided)
-            < sum(len(completion.tokens) for completion in guided)
-        )
+        skipped = sum(completion.skipped for completion in guided)
+        assert 0 < skipped < sum(len(completion.tokens) for completion in guided)
 
 
 def test_a_shared_beginning_is_computed_once(model):
@@ -146,21 +146,14 @@ def test_stop_sequences_are_cut_off(model):
     free = generate(model, [Request([5, 6], max_new_tokens=8, adapter=None)])[0].tokens
     ending = tuple(free[2:4])
     done = generate(model, [Request([5, 6], max_new_tokens=8, adapter=None, stop=(ending,))])[0]
-    assert (
-        done.finish_reason == "stop"
-        and done.tokens == free[: next(n for n in range(8) if tuple(free[n : n + 2]) == ending)]
-    )
+    start = next(n for n in range(8) if tuple(free[n : n + 2]) == ending)
+    assert done.finish_reason == "stop" and done.tokens == free[:start]
 
 
-def test_tokens_are_heard_as_they_come(model):
-    heard = {0: [], 1: []}
-    done = generate(
-        model,
-        [Request([5]), Request([6, 7], [8], guidance=3.0)],
-        on_token=lambda number, token: heard[number].append(token),
-    )
-    assert [heard[n] for n in (0, 1)] == [completion.tokens for completion in done]
-    assert all(
-        len(completion.logprobs) == len(completion.tokens) and max(completion.logprobs) <= 0
-        for completion in done
-    )
+def test_on_token_is_called_as_they_come(model):
+    streamed = {0: [], 1: []}
+    requests = [Request([5]), Request([6, 7], [8], guidance=3.0)]
+    done = generate(model, requests, on_token=lambda number, token: streamed[number].append(token))
+    assert [streamed[n] for n in (0, 1)] == [completion.tokens for completion in done]
+    for completion in done:
+        assert len(completion.logprobs) == len(completion.tokens) and max(completion.logprobs) <= 0

@@ -1,4 +1,4 @@
-"""The model against transformers on tiny random configurations, and against itself with and without a cache."""
+"""The model against transformers on tiny random configurations; with a cache against without one."""
 
 import math
 
@@ -59,9 +59,11 @@ def test_unequal_rows_equal_transformers_padded_on_either_side(left):
     theirs = theirs_of(ours)
     lengths, width = (5, 90, 33), 90
     rows = [torch.randint(0, 2048, (n,)) for n in lengths]
-    pad = lambda row, on_left: torch.nn.functional.pad(
-        row, (width - len(row), 0) if on_left else (0, width - len(row))
-    )
+
+    def pad(row, on_left):
+        missing = width - len(row)
+        return torch.nn.functional.pad(row, (missing, 0) if on_left else (0, missing))
+
     mask = torch.stack([pad(torch.ones(n, dtype=torch.long), left) for n in lengths])
     want = theirs(
         torch.stack([pad(r, left) for r in rows]),

@@ -1,4 +1,4 @@
-"""LoRA: identity at the start, PEFT's logits from PEFT's files, adapters chosen per row, merging, strict reading."""
+"""LoRA: identity at the start, PEFT's files and logits, adapters chosen per row, merging, strict reading."""
 
 import json
 

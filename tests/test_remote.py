@@ -1,4 +1,4 @@
-"""Remote endpoints: every question is answered once, whatever the endpoint does, and no run starts from nothing again."""
+"""Remote endpoints: each question is answered once, whatever fails, and a run goes on after a crash."""
 
 import json
 import os
@@ -128,7 +128,8 @@ def test_the_estimate_comes_before_the_first_call(serve, tmp_path, capsys):
     server.reply = lambda body: seen.append(capsys.readouterr().err) or "ok"
     prices = service(price_in=1000.0, price_out=10000.0)
     ask(prices, [chat("x" * 400), chat("y" * 400, max_tokens=50)], tmp_path / "c.jsonl", "judge")
-    line = "judge: 1 questions to ask (1 answered before), about 100 tokens in (characters / 4), at most 50 out, at most about 0.60 USD"
+    line = "judge: 1 questions to ask (1 answered before), about 100 tokens in (characters / 4), "
+    line += "at most 50 out, at most about 0.60 USD"
     assert seen[0].splitlines()[0] == line
 
 
@@ -387,10 +388,8 @@ def test_each_remote_recipe_sends_its_own_chat(serve, tmp_path, tokenizer):
     )
     options.service.concurrency = 1
     candidates = pairs.from_endpoint([sample, whole], tokenizer, options)
-    system, user = (
-        {"role": "system", "content": pairs.AVOID},
-        {"role": "user", "content": f"{pairs.NUDGE} I am Ann."},
-    )
+    system = {"role": "system", "content": pairs.AVOID}
+    user = {"role": "user", "content": f"{pairs.NUDGE} I am Ann."}
     begin = {"role": "user", "content": f"{user['content']}\n\n{pairs.BEGIN}Hello"}
     assert [body["messages"] for body in server.bodies] == [
         [system, user, sample.messages[-1]],
@@ -398,8 +397,9 @@ def test_each_remote_recipe_sends_its_own_chat(serve, tmp_path, tokenizer):
         [system, user],
     ]
     assert {body["path"] for body in server.bodies} == {"/v1/chat/completions"}
-    texts = [[(c.recipe, c.text) for c in several] for several in candidates]
-    assert texts == [[("remote", " hi."), ("remote+begin", " there.")], [("remote", "hi.")]]
+    texts = lambda several: [(candidate.recipe, candidate.text) for candidate in several]
+    first, second = map(texts, candidates)
+    assert first == [("remote", " hi."), ("remote+begin", " there.")] and second == [("remote", "hi.")]
 
 
 def test_remote_answers_are_checked_as_local_ones_are(serve, tmp_path, tokenizer):
@@ -416,7 +416,6 @@ def test_remote_answers_are_checked_as_local_ones_are(serve, tmp_path, tokenizer
     ]
     options = pairs.Options("d", BASE, str(tmp_path / "p.jsonl"), recipes=("remote",), service=service())
     built, report = pairs.build(samples, None, tokenizer, lambda texts: [[] for _ in texts], options)
-    assert [(sample.place, text) for sample, text in built] == [("d", replies["d"])] and report.won == {
-        "remote": 1
-    }
+    assert [(sample.place, text) for sample, text in built] == [("d", replies["d"])]
+    assert report.won == {"remote": 1}
     assert report.fell == {"remote": {"personal data": 1, "too long": 1, "control token in the text": 1}}

@@ -47,10 +47,13 @@ def conversations(count: int) -> list[list[dict]]:
 
 
 LLAMA2_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
-    "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"
-    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'].strip() + ' [/INST]' }}"
-    "{% else %}{% generation %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'].strip() + ' [/INST]' }}"
+    "{% else %}{% generation %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endgeneration %}"
+    "{% endif %}{% endfor %}"
 )
 
 
@@ -156,9 +159,9 @@ def test_training_pieces_encode_like_conversations(tokenizer):
         *(example for example, _ in zip(corpus.base(), range(200), strict=False)),
     ]
     for example in examples:
-        messages = [
-            {"role": role, "content": "".join(text for text, _ in pieces)} for role, pieces in example
-        ]
+        messages = []
+        for role, pieces in example:
+            messages.append({"role": role, "content": "".join(text for text, _ in pieces)})
         ids, learn = encode(example)
         assert ids[:-1] == tokenizer.encode_chat(messages) and ids[-1] == tokenizer.special["<|eot_id|>"]
         assert len(ids) == len(learn) and any(learn)
