@@ -12,6 +12,7 @@ right too.
 Where the formula is known. A new space is an entry in the first two; the rest are shortcuts for one space:
     FORMULAS, below                        the table; its order gives each space its number
     guided_scores, kernels/guidance.py     the same formulas in Triton, one branch for each space
+                                           (a sum over the whole row needs a float of the records, too)
     Sampler, cfgsafe/lockstep.py           log space: hidden states are combined before the head
     certified, cfgsafe/lockstep.py         probability space: when the negative row can be skipped
 
