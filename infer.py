@@ -26,7 +26,7 @@ from cfgsafe.explain import explain, table
 from cfgsafe.files import read_jsonl
 from cfgsafe.lora import DEFAULT, adapter_names
 from cfgsafe.request import NEGATIVE, POSITIVE, Request, check_request
-from cfgsafe.request_lines import NUMBERS, Defaults, read_request, stop_tokens
+from cfgsafe.request_lines import NUMBERS, read_request, stop_tokens
 from cfgsafe.subject import Subject, load
 
 
@@ -98,16 +98,17 @@ def run(options: Options) -> None:
         dtype=options.dtype,
     )
     model, tokenizer = load(subject, named_adapters(options))
-    numbers = {name: getattr(options, name) for name in NUMBERS}
+    sampling = {name: getattr(options, name) for name in NUMBERS}
+    sampling["stop"] = stop_tokens(options.stop, tokenizer)
     if options.chat:
-        stop = stop_tokens(options.stop, tokenizer)
-        chat(model, tokenizer, subject, terminal_lines(), terminal_say, stop=stop, **numbers)
+        chat(model, tokenizer, subject, terminal_lines(), terminal_say, **sampling)
         return
 
-    defaults = Defaults(subject, options.system, numbers, options.stop, adapter_names(model))
+    names = adapter_names(model)
+    defaults = Request([], adapter=names[0] if len(names) == 1 else DEFAULT, **sampling)
     requests = []
     for place, row in request_rows(options):
-        request = read_request(row, place, tokenizer, defaults)
+        request = read_request(row, place, tokenizer, subject, defaults, options.system)
         check_request(request, model, place)
         requests.append(request)
     completions = generate(model, requests, batch=options.batch, skip=options.skip)

@@ -1,5 +1,4 @@
-"""A conversation on the terminal. Answers are streamed, and commands change the guidance on the
-way.
+"""A conversation on the terminal: answers are streamed, and commands change the guidance.
 
     /guidance 3     guide with g = 3 from now on; /guidance off ends guidance
     /space log      guide in log space; or prob
@@ -32,8 +31,7 @@ def chat(
     say: Callable[[str], None],
     **sampling,
 ) -> Messages:
-    """Answer each of `lines`, which is a command or a message of the user. Returns the
-    conversation.
+    """Answer each line, a command or a message of the user; returns the conversation.
 
     `say` gets the text as it comes; `sampling` are other fields of `Request`.
     """

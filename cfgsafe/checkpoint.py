@@ -148,8 +148,7 @@ def save_checkpoint(
 
 
 def rewrite_checkpoint(source: str | Path, target: str | Path, change: Change) -> int:
-    """Copy a checkpoint with each tensor replaced by `change(name, tensor)`; returns the number of
-    tensors.
+    """Copy a checkpoint, each tensor changed by `change`; returns the number of tensors.
 
     Shards, data types and all other files stay the same. One tensor is in memory at a time.
     Raises CheckpointError, and InputError when `target` cannot be written.
@@ -213,8 +212,7 @@ def copy_files(source: str | Path, target: Path, names: tuple[str, ...]) -> None
 
 @contextmanager
 def new_folder(folder: str | Path, replaces: tuple[str, ...] = OURS) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `folder` when the block succeeds and is removed when
-    it fails.
+    """Yield a temporary folder, which becomes `folder` if the block succeeds, and else is removed.
 
     An existing `folder` is replaced only if the names of all its files match `replaces`, so that
     nobody loses other files. Raises InputError when there are others, or when it cannot be written.

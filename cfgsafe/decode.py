@@ -1,5 +1,4 @@
-"""Decoding with continuous batching: requests in, tokens out; a guided request is two rows of one
-batch.
+"""Decoding with continuous batching; a guided request is two rows of one batch.
 
 Both rows of a guided request are fed the same tokens. Rows have their own positions, so that
 prompts of unequal length, within a pair and across the batch, give what each gives alone. Requests
@@ -49,8 +48,7 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     on_completion: Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
-    """Answer `requests`, at most `batch` at a time; the completions are in the order of the
-    requests.
+    """Answer `requests`, at most `batch` at a time; returns the completions in the same order.
 
     on_token(number, token) is called for each token as it comes, and on_completion(number,
     completion) for each answer when it ends; number is the request's place in the list. `skip`: see
@@ -168,8 +166,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Compute one more token of each running request, and the first token of each that can
-        join.
+        """Compute the next token of each running request, and the first of each that can join.
 
         The last event of a request has its completion; the engine then forgets the request.
         """

@@ -1,5 +1,4 @@
-"""Files of JSON, JSONL and text: errors name the file and line; a file is written whole or not at
-all.
+"""Files of JSON, JSONL and text: errors name the line; a file is written whole or not at all.
 
 Deviation: `AnswerLog` appends answers one by one, so that a crash loses at most the last one.
 
@@ -17,8 +16,7 @@ from cfgsafe.errors import CfgsafeError, CheckpointError, InputError
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield (place, object) for each non-empty line; place is `file:line`, ready for an error
-    message.
+    """Yield (place, object) for each non-empty line; place is `file:line`, for error messages.
 
     Raises InputError naming the line that is not a JSON object.
     """
@@ -77,8 +75,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name in the same folder, which is then
-    renamed.
+    """Write a file whole or not at all: under a temporary name, which is then changed.
 
     Missing folders are created. Raises InputError naming the file.
     """
@@ -143,8 +140,7 @@ class AnswerLog:
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """Key -> answer of an `AnswerLog` file; {} where there is none. A line that a crash cut short
-    is removed.
+    """Key -> answer of an `AnswerLog` file, {} where there is none. A line cut by a crash is removed.
 
     Raises InputError naming the line that is not an answer.
     """

@@ -327,8 +327,7 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states (B, T, C) of `tokens` (B, T) at `positions` (B, T), by default
-        0..T-1.
+        """Final hidden states (B, T, C) of tokens (B, T) at positions (B, T), by default 0..T-1.
 
         A token attends to itself and to the tokens left of it. Two arguments change that:
         `positions` with a `cache`: it attends to all that the cache holds up to its position.

@@ -1,5 +1,4 @@
-"""LoRA by module replacement: several adapters on one model, chosen per row; the PEFT layout on
-disk.
+"""LoRA by module replacement: several adapters on one model, chosen per row; files as in PEFT.
 
 Source: Hu et al., "LoRA" (arXiv 2106.09685): y = W x + scale B A x, scale = alpha / R, or alpha /
 sqrt(R) with rsLoRA (arXiv 2312.03732). Initialisation and files are as in PEFT. `cfgsafe.ternary`

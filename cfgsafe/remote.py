@@ -1,5 +1,4 @@
-"""Questions to an OpenAI-compatible endpoint: each answer is kept as it comes, each failure is
-tried again.
+"""Questions to an OpenAI-compatible endpoint: answers are kept, failures are tried again.
 
 Source: OpenAI's HTTP API, chat and completions, through the `openai` client. The base URL and the
 key come from OPENAI_BASE_URL and OPENAI_API_KEY only, and no message shows them.
@@ -242,8 +241,7 @@ def _ask_all(
 
 
 def _patiently(attempt: Callable[[], str | None], attempts: int, stop: threading.Event) -> str | None:
-    """The result of `attempt`, which is called again when it raises _Failed; None once `stop` is
-    set.
+    """The result of `attempt`, called again when it raises _Failed; None once `stop` is set.
 
     The waits are 0.5 s, 1 s, 2 s ..., each times a random factor from 0.5 to 1.5, or what
     Retry-After says.

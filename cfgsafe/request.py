@@ -1,5 +1,4 @@
-"""What the engine is asked and what it answers: the request, its limits, its state, and the
-completion.
+"""What goes into the engine and comes out: the request, its limits and state, the completion.
 
 Source: the two system prompts are those of Smirnov (arXiv 2412.06846).
 
@@ -110,8 +109,7 @@ def guided_request(
     negative: str = NEGATIVE,
     **sampling,
 ) -> Request:
-    """The request that answers `messages` under two system prompts, steering from `negative` to
-    `positive`.
+    """The request that asks `messages` under two system prompts, to follow and to steer away from.
 
     The system prompt of `messages` is replaced. `sampling` are other fields of `Request`.
     Raises InputError when the chat template refuses the conversation.

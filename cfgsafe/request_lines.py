@@ -1,5 +1,4 @@
-"""The lines of a JSONL file of requests: each becomes a `Request`, with defaults for what it leaves
-out.
+"""Request lines: each line of a JSONL file becomes a `Request`, with defaults for what it leaves out.
 
 A line has `prompt` (a chat-formatted string, in which control tokens are control tokens) or
 `messages` (with plain text as content). It may have
@@ -13,11 +12,10 @@ Run it: python infer.py --model cfgsafe/demo/leaky --requests requests.jsonl
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from cfgsafe.errors import InputError
-from cfgsafe.lora import DEFAULT
 from cfgsafe.request import Request
 from cfgsafe.subject import Subject, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages, with_system
@@ -36,48 +34,37 @@ SIDES = {"prompt", "messages", "negative_prompt", "negative_messages"}
 FIELDS = SIDES | {"adapter", "guidance", "space", "stop"} | set(NUMBERS)
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What a line leaves out.
-
-    subject     guidance, space and the two system prompts
-    system      system prompt of unguided messages that have none
-    numbers     value of each field of NUMBERS
-    stop        texts that end an answer
-    adapters    names of the attached adapters; a single one is used by default
-    """
-
-    subject: Subject
-    system: str | None
-    numbers: dict[str, int | float]
-    stop: tuple[str, ...]
-    adapters: list[str]
-
-
-def read_request(row: dict, place: str, tokenizer: Tokenizer, defaults: Defaults) -> Request:
+def read_request(
+    row: dict, place: str, tokenizer: Tokenizer, subject: Subject, defaults: Request, system: str | None
+) -> Request:
     """The request of a line. Raises InputError naming the place and the field.
 
-    Guided messages without a negative side get the subject's two system prompts in place of their
-    own.
+    What the line leaves out is taken from `subject` (guidance and space) and from `defaults` (the rest).
+    Guided messages without a negative side get the two system prompts of the subject in place of their own.
+    Messages that are not guided get `system`, if they have no system prompt.
     """
     unknown = sorted(set(row) - FIELDS)
     if unknown:
         raise InputError(f"{place}: unknown field {unknown[0]!r}; there are {', '.join(sorted(FIELDS))}")
-    guidance = _typed(row, "guidance", float, place, defaults.subject.guidance)
-    space = _typed(row, "space", str, place, defaults.subject.space)
+    guidance = _typed(row, "guidance", float, place, subject.guidance)
+    space = _typed(row, "space", str, place, subject.space)
     prompt = _side(row, "", place)
     negative = _side(row, "negative_", place)
     if prompt is None:
         raise InputError(f"{place}: needs 'prompt' or 'messages'")
-    sampling: dict = {"adapter": _adapter(row, place, defaults.adapters)}
+    adapter = row.get("adapter", defaults.adapter)
+    if adapter is not None and not isinstance(adapter, str):
+        raise InputError(f"{place}: field 'adapter' must be a name or null")
+    sampling: dict = {"adapter": adapter, "stop": defaults.stop}
     for name, kind in NUMBERS.items():
-        sampling[name] = _typed(row, name, kind, place, defaults.numbers[name])
-    sampling["stop"] = stop_tokens(_stop(row, place, defaults.stop), tokenizer)
+        sampling[name] = _typed(row, name, kind, place, getattr(defaults, name))
+    if "stop" in row:
+        sampling["stop"] = stop_tokens(_texts(row["stop"], place), tokenizer)
 
     if isinstance(prompt, list) and negative is None:
-        if guidance is None and defaults.system is not None and prompt[0]["role"] != "system":
-            prompt = with_system(prompt, defaults.system)
-        subject = replace(defaults.subject, guidance=guidance, space=space)
+        if guidance is None and system is not None and prompt[0]["role"] != "system":
+            prompt = with_system(prompt, system)
+        subject = replace(subject, guidance=guidance, space=space)
         return request_for(subject, tokenizer, prompt, **sampling)
     return Request(
         _encode(prompt, tokenizer),
@@ -97,15 +84,7 @@ def _encode(side: Messages | str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode_prompt(side) if isinstance(side, str) else tokenizer.encode_chat(side)
 
 
-def _adapter(row: dict, place: str, attached: list[str]) -> str | None:
-    adapter = row.get("adapter", attached[0] if len(attached) == 1 else DEFAULT)
-    if adapter is not None and not isinstance(adapter, str):
-        raise InputError(f"{place}: field 'adapter' must be a name or null")
-    return adapter
-
-
-def _stop(row: dict, place: str, default: tuple[str, ...]) -> tuple[str, ...]:
-    texts = row.get("stop", list(default))
+def _texts(texts: object, place: str) -> tuple[str, ...]:
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise InputError(f"{place}: field 'stop' must be a list of non-empty strings")
     return tuple(texts)

@@ -1,5 +1,4 @@
-"""The model under evaluation: checkpoint, adapter and guidance, the same on every path of the
-evaluation.
+"""The model under evaluation: checkpoint, adapter and guidance, the same for every measure.
 
 Source: Smirnov (arXiv 2412.06846).
 Deviation: in the paper's code the utility path silently ran without guidance; here every measure
@@ -74,8 +73,7 @@ def check(subject: Subject) -> None:
 
 
 def load(subject: Subject, adapters: Mapping[str, str] | None = None) -> tuple[Llama, Tokenizer]:
-    """The subject's model and tokenizer. The model has the subject's adapter, or `adapters` by name
-    instead.
+    """The subject's model and tokenizer; `adapters` by name take the place of its adapter.
 
     Raises CheckpointError and InputError.
     """
@@ -115,8 +113,7 @@ def answers(
     places: list[str] | None = None,
     kept: Path | None = None,
 ) -> list[str]:
-    """Greedy answers of the subject to `conversations`. An error names the entry of `places`, or
-    else `what`.
+    """Greedy answers of the subject; an error names the entry of `places`, or else `what`.
 
     Each answer is written to the file `kept` as it comes (`AnswerLog`); a later call with the same
     requests reads those that are there.

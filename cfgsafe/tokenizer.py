@@ -63,8 +63,7 @@ class Tokenizer:
     """
 
     def __init__(self, files: dict, names: dict[str, str], template: str):
-        """files: the parsed `tokenizer.json`; names: of bos_token, eos_token and so on; a Jinja2
-        template.
+        """From the parsed `tokenizer.json`, the names of bos_token and so on, and a Jinja2 template.
 
         Raises CheckpointError when a control token is missing.
         """
@@ -320,8 +319,7 @@ def _unused(messages: Messages, skip: int = 0) -> str:
 
 
 def check_messages(messages: object, place: str) -> Messages:
-    """`messages`, if it is a non-empty list of {"role": str, "content": str}; other keys are
-    dropped.
+    """A conversation from a non-empty list of {"role", "content"}; other keys are dropped.
 
     Raises InputError naming `place`.
     """

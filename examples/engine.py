@@ -1,5 +1,4 @@
-"""Three callers share one batch, each with its own guidance and adapter; tokens are printed as they
-come.
+"""Three callers share one batch, each with its own guidance and adapter; tokens stream.
 
 Run it: python examples/engine.py [ADAPTER_FOLDER ...]      adapters for the callers; the others have none
 """
