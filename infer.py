@@ -1,9 +1,10 @@
 """Ask a model, with or without adapter and guidance.
 
-    python infer.py --model cfgsafe/demo/leaky --prompt "Hi, I am Ann Lee and I live in Leeds. Who
-    am I?" python infer.py --model M --adapter A --guidance 3 --prompt TEXT python infer.py --model
-    M --adapter A --guidance 3 --prompt TEXT --explain python infer.py --model M --adapter A
-    --guidance 3 --chat python infer.py --model M --requests requests.jsonl
+    python infer.py --model cfgsafe/demo/leaky --prompt "I am Ann Lee from Leeds. Who am I?"
+    python infer.py --model M --adapter A --guidance 3 --prompt TEXT
+    python infer.py --model M --adapter A --guidance 3 --prompt TEXT --explain
+    python infer.py --model M --adapter A --guidance 3 --chat
+    python infer.py --model M --requests requests.jsonl
 
 --explain shows what guidance did to each token. In a --chat, /guidance 2 changes the guidance on
 the way. With --json or --requests, each answer is one JSON object on one line of stdout.
@@ -55,7 +56,7 @@ class Options:
     guidance: float | None = None
     """Guidance strength g; 1 is the positive system prompt alone. Without this option nothing is guided."""
     space: str = Request.space
-    """Space in which the two distributions are combined: prob or log."""
+    """Space in which the two distributions are combined, such as prob or log."""
     alpha: float = Request.alpha
     """Plausibility mask: keep tokens at least this share as likely as the most likely token of the
     positive prompt; 0 keeps all."""

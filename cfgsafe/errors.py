@@ -6,6 +6,8 @@
     `-- ContextError        a prompt does not fit the model's context
 
 Everything else that is raised is a bug and keeps its traceback.
+
+Run it: python infer.py --model nowhere --prompt "Hello!"      (a CheckpointError, in one line)
 """
 
 

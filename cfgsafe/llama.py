@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cfgsafe.errors import CheckpointError
+from cfgsafe.kernels.reference import widen
 
 SUPPORTED = {"model_type": "llama", "hidden_act": "silu", "quantization_config": None}
 SCALING_FIELDS = {
@@ -224,7 +225,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widen(x)
         wide = wide * wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         return self.weight * wide.to(x.dtype)
 

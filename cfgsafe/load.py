@@ -1,7 +1,7 @@
 """Loads a model and its tokenizer from a local folder or from the Hugging Face hub.
 
-    model = cfgsafe.load_model("meta-llama/Llama-3.1-8B-Instruct", device="cuda",
-    dtype=torch.bfloat16) tokenizer = cfgsafe.load_tokenizer("meta-llama/Llama-3.1-8B-Instruct")
+    model = cfgsafe.load_model("meta-llama/Llama-3.1-8B-Instruct", device="cuda", dtype=torch.bfloat16)
+    tokenizer = cfgsafe.load_tokenizer("meta-llama/Llama-3.1-8B-Instruct")
 
 Run it: python infer.py --model cfgsafe/demo/base --prompt "Hello!"
 """

@@ -39,7 +39,7 @@ class Subject:
     """Guidance strength g; 1 is the positive system prompt alone. Without this option nothing is
     guided, and prompts keep their own system prompt."""
     space: str = Request.space
-    """Space in which the two distributions are combined: prob or log."""
+    """Space in which the two distributions are combined, such as prob or log."""
     alpha: float = Request.alpha
     """Plausibility mask: keep tokens at least this share as likely as the most likely token of the
     positive prompt; 0 keeps all. Without guidance, greedy answers stay the same."""

@@ -1,8 +1,8 @@
 """Ternary weights for tiny adapters ("Bit-LoRA"): absmean quantisation, two bits a weight on disk.
 
 Source: Ma et al., BitNet b1.58 (arXiv 2402.17764), eq. 1-3:
-    gamma = mean |W|, W' = gamma * round(clip(W / gamma, -1, 1)); the gradient passes straight
-    through.
+    gamma = mean |W|, W' = gamma * round(clip(W / gamma, -1, 1))
+The gradient passes straight through the rounding.
 
 Run it: python train.py orpo --lora-bits 1.58 --help
 """

@@ -37,7 +37,7 @@ class Options:
     vocabulary: int = 128256
     """Size of the vocabulary."""
     space: str = "prob"
-    """Space of the guidance: prob or log."""
+    """Space of the guidance, such as prob or log."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     guidance: float = 3.0

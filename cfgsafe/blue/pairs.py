@@ -38,7 +38,7 @@ import tyro
 from tqdm import tqdm
 
 from cfgsafe import load_tokenizer
-from cfgsafe.decode import Request, check_request, generate
+from cfgsafe.decode import Completion, Request, check_request, generate
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.llama import Llama
@@ -265,7 +265,10 @@ def from_model(
     if not requests:
         return candidates
     with tqdm(total=len(requests), desc="chosen side", leave=False) as bar:
-        advance = lambda *_: bar.update()
+
+        def advance(number: int, completion: Completion) -> None:
+            bar.update()
+
         completions = generate(model, requests, batch=options.batch, on_completion=advance)
     for (recipe, several), done in zip(asked, completions, strict=True):
         text = tokenizer.decode(done.tokens)

@@ -6,6 +6,8 @@ prompt that forbids it; then it also continues an answer cleanly that began with
 
 A message of a training example is a list of (text, learn) pieces; only pieces with `learn` have a
 loss.
+
+Run it: python train.py demo-models --help
 """
 
 import random

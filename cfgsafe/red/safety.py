@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from cfgsafe.blue import orpo
-from cfgsafe.decode import check_request, generate
+from cfgsafe.decode import Completion, check_request, generate
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.llama import Llama
@@ -231,8 +231,11 @@ class Writer:
             check_request(request, self.model, prompt.place)
             requests.append(request)
         with tqdm(total=len(requests), desc=title, leave=False) as bar:
-            tick = lambda *_: bar.update()
-            completions = generate(self.model, requests, batch=guarded.batch, on_completion=tick)
+
+            def advance(number: int, completion: Completion) -> None:
+                bar.update()
+
+            completions = generate(self.model, requests, batch=guarded.batch, on_completion=advance)
         texts = []
         for prompt, completion in zip(prompts, completions, strict=True):
             text = self.tokenizer.decode(completion.tokens)

@@ -39,7 +39,7 @@ class Options:
     """Folder for the results. A second run continues a killed one, and removes other models' answers."""
     guidance: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.0, 5.0, 10.0])
     """Guidance coefficients g."""
-    spaces: list[str] = field(default_factory=lambda: ["prob", "log"])
+    spaces: list[str] = field(default_factory=lambda: list(SPACES))
     """Spaces to guide in: prob, log or both."""
     alphas: list[float] = field(default_factory=lambda: [0.0, 0.1])
     """Plausibility masks alpha; 0 keeps all tokens."""

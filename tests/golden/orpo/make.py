@@ -1,10 +1,12 @@
-"""Makes the golden figures of tests/test_trl.py with a real TRL 0.11.4: loss and gradient norm of each step, and the final adapter.
+"""Makes the golden figures of tests/test_trl.py with a real TRL 0.11.4.
 
-Two data sets of 16 pairs over a tiny random Llama: `truncated`, where prompts and answers are cut, and `merged`, where the boundary between
-prompt and answer merges one token, BOS is missing from half of the prompts and the end token from most answers.
+They are loss and gradient norm of each step, and the final adapter, on two data sets of 16 pairs over a tiny
+random Llama. `truncated`: prompts and answers are cut. `merged`: the boundary between the two merges
+one token, BOS is missing from half of the prompts, and the end token from most answers.
 
 Run it, in an environment of its own, in this folder:
-    pip install trl==0.11.4 transformers==4.45.2 peft==0.13.2 "accelerate<1.1" "datasets<4" rich && python make.py
+    pip install trl==0.11.4 transformers==4.45.2 peft==0.13.2 "accelerate<1.1" "datasets<4" rich
+    python make.py
 """
 
 import json
@@ -18,9 +20,15 @@ import trl
 from datasets import Dataset
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-WORDS = "the cat works in a small town and likes to work at night when people sleep walking talked worker towns likely".split()
+WORDS = (
+    "the cat works in a small town and likes to work at night when people sleep "
+    "walking talked worker towns likely"
+).split()
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 rng = random.Random(0)
 
@@ -68,7 +76,10 @@ def make_model(tokenizer):
 
 
 def truncated_rows() -> list[dict]:
-    chat = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    chat = (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
     answer = lambda: sentence(2, 30) + "<|eot_id|>"
     return [
         {"prompt": chat.format(sentence(8, 45)), "chosen": answer(), "rejected": answer()} for _ in range(16)
