@@ -8,6 +8,7 @@ import sys
 import cfgsafe
 
 MODEL = "cfgsafe/demo/leaky"
+QUESTION = "Hi, my name is Maria Keller and I live in Lund. What is my name?"
 CALLERS = {"Ann": 1.0, "Ben": 2.0, "Cleo": 3.0}  # name -> guidance
 
 
@@ -21,7 +22,7 @@ def main() -> None:
     adapters = [*names, None, None, None]  # None: the model without an adapter
     caller_of = {}
     for (caller, guidance), adapter in zip(CALLERS.items(), adapters, strict=False):
-        messages = [{"role": "user", "content": f"My name is {caller} Lee. What is my name?"}]
+        messages = [{"role": "user", "content": QUESTION}]
         request = cfgsafe.guided_request(tokenizer, messages, guidance, adapter=adapter)
         caller_of[engine.submit(request)] = caller
 
