@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,15 @@ def test_replayed_log_probabilities_are_those_of_the_draw(tiny):
                 total += logits.log_softmax(-1)[token].item()
                 ids.append(token)
             assert abs(total - together[number]) < 1e-5
+
+
+def test_all_tokens_of_a_prompt_longer_than_the_rules_allow_are_counted(tiny):
+    """Attacks of a run with a larger --most are scored by adapt before it leaves them out."""
+    longer = (5, 6, 7, 5, 6, 7, 5)
+    with torch.no_grad():
+        found = log_probability(tiny, RULES, [longer, (5, 6)])[0]
+        expected = log_probability(tiny, replace(RULES, most=7), [longer])[0]
+    assert abs(found - expected) < 1e-5
 
 
 def test_a_cold_draw_is_greedy_and_the_generator_decides(tiny):

@@ -55,7 +55,7 @@ def run(options: Options) -> None:
     for name in ("base", "leaky", "ner"):
         if not (folder / name).is_dir():
             needs = "base, leaky and ner must be there"
-            raise InputError(f"--folder {folder}: holds no folder {name}; {needs}")
+            raise InputError(f"--folder {options.folder}: holds no folder {name}; {needs}")
     detector = Detector(str(folder / "ner"))
     easy = options.prompts // 2
     prompts = test_prompts(options.seed, easy, options.prompts - easy)

@@ -117,9 +117,9 @@ def draw(model: Llama, rules: Rules, temperatures: Tensor, generator: torch.Gene
 def labelled(rules: Rules, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
     """Token ids (N, T) of beginning, prompt, end and padding, and their labels (N, T).
 
-    Labels are prompt and end token, else UNREAD. A prompt of `most` tokens has no end token.
+    Labels are prompt and end token, else UNREAD. A prompt of `most` tokens or more has no end token.
     """
-    drawn = [(*prompt, rules.end)[: rules.most] for prompt in prompts]
+    drawn = [(*prompt, rules.end) if len(prompt) < rules.most else prompt for prompt in prompts]
     width = max(map(len, drawn))
     rows, labels = [], []
     for tokens in drawn:
