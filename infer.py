@@ -88,6 +88,8 @@ def run(options: Options) -> None:
     modes = (options.prompt is not None, options.requests is not None, options.chat)
     if sum(modes) != 1:
         raise InputError("give one of --prompt TEXT, --requests FILE and --chat")
+    if "" in options.stop:
+        raise InputError("--stop: an empty text cannot end an answer")
     subject = Subject(
         options.model,
         guidance=options.guidance,

@@ -247,7 +247,7 @@ class Tokenizer:
 
 def _default_template(template: str | list[dict]) -> str:
     """The template itself, or the one called "default" in a list of named templates."""
-    if isinstance(template, str):
+    if not isinstance(template, list):
         return template
     for entry in template:
         if entry["name"] == "default":

@@ -75,6 +75,7 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
     [
         ("infer.py --model nowhere --prompt x", "nowhere: no such folder"),
         ("infer.py --model {LEAKY}", "one of --prompt TEXT, --requests FILE and --chat"),
+        ("infer.py --model {LEAKY} --prompt x --stop ''", "--stop: an empty text cannot end an answer"),
         ("infer.py --model {LEAKY} --prompt x --space both", "--space both: must be one of prob, log"),
         ("infer.py --model {LEAKY} --prompt x --dtype int8", "--dtype int8"),
         ("infer.py --model {LEAKY} --prompt x --adapter {tmp}", "adapter_config.json: not found"),

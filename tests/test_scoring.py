@@ -9,6 +9,7 @@ from conftest import random_model
 from cfgsafe import subject
 from cfgsafe.decode import Request, generate
 from cfgsafe.guidance import SPACES
+from cfgsafe.lora import LoRAConfig, attach
 from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.subject import Subject, answers
 
@@ -36,6 +37,14 @@ def test_guidance_changes_the_score():
         model, [Request([5, 6], [7]), Request([5, 6], [7], guidance=3.0)], [[9, 10], [9, 10]]
     )
     assert not torch.allclose(plain, guided)
+
+
+def test_a_request_without_adapter_is_scored_without_one_on_the_head():
+    model, request = random_model(tie_word_embeddings=False), Request([5, 6], adapter=None)
+    bare = continuation_logprobs(model, [request], [[9, 10]])
+    for parameter in attach(model, LoRAConfig(targets=("lm_head",))):
+        torch.nn.init.normal_(parameter)
+    assert torch.equal(continuation_logprobs(model, [request], [[9, 10]])[0], bare[0])
 
 
 def test_answers_that_are_written_are_not_asked_for_again(tmp_path, checkpoint, monkeypatch):

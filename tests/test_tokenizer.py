@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from cfgsafe.demo.corpus import Corpus, Encoder
 from cfgsafe.demo.pretrain import SPECIAL
-from cfgsafe.errors import InputError
+from cfgsafe.errors import CheckpointError, InputError
 from cfgsafe.hub import BASE
 from cfgsafe.tokenizer import Tokenizer, check_messages, with_system
 
@@ -287,3 +288,10 @@ def test_a_template_that_passes_over_a_question_gets_strings(tmp_path, template)
 )
 def test_an_answer_ends_with_the_token_that_the_template_puts_behind_it(tmp_path, template, end):
     assert variant(tmp_path, template, ("<|im_start|>", "<|im_end|>")).end_of_turn == end
+
+
+def test_a_template_of_another_kind_is_refused(tmp_path):
+    shutil.copy(Path(BASE) / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"default": SIMPLE}}))
+    with pytest.raises(CheckpointError, match="tokenizer files cannot be read"):
+        Tokenizer.load(tmp_path)
