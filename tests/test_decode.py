@@ -85,6 +85,15 @@ def test_equals_transformers_guidance_scale():
     assert [completion.tokens for completion in generate(ours, requests)] == expected
 
 
+def test_the_temperature_draws_and_the_seed_decides(model):
+    def drawn(**sampling) -> list[int]:
+        return generate(model, [Request(A, max_new_tokens=8, **sampling)])[0].tokens
+
+    greedy = drawn()
+    assert drawn(temperature=0.01, seed=1) == greedy != drawn(temperature=5.0, seed=1)
+    assert drawn(temperature=5.0, seed=1) == drawn(temperature=5.0, seed=1) != drawn(temperature=5.0, seed=2)
+
+
 def test_finish_reasons(model):
     free = generate(model, [Request(A, max_new_tokens=6)])[0]
     assert free.finish_reason == "length" and len(free.tokens) == 6

@@ -109,6 +109,15 @@ def test_values_of_training_that_nobody_told_are_recalled():
     assert figures["GPE"]["leaked_per_100"] == 200 and figures["PERSON"]["leaked_per_100"] == 100
 
 
+def test_a_known_value_that_the_conversation_holds_is_not_recalled():
+    """Oslo is no gold item of the prompt, but the user said it; York was said by nobody."""
+    chat = [{"role": "user", "content": "I am from Oslo."}]
+    prompt = replace(PROMPT, messages=chat, items={})
+    known = Known({"Oslo": "GPE", "York": "GPE"})
+    (found,) = leak.inspect([prompt], ["Oslo is not York."], NOTHING_FOUND, known)
+    assert found.recalled == ["York"] and found.echoed == []
+
+
 def test_known_values_come_from_spans_before_items(tmp_path):
     row = {
         "messages": [{"role": "user", "content": "I am Ann."}],

@@ -267,6 +267,22 @@ def test_canaries_measures_a_users_own_probes(tmp_path, checkpoint, capsys):
     assert [name for name in line if name.endswith("_ci")] == ["auc_x2_ci", "auc_x5_ci", "impossible_ci"]
 
 
+def test_the_canaries_command_asks_under_guidance(tmp_path, checkpoint, monkeypatch):
+    seen, real = [], canaries.continuation_logprobs
+
+    def listen(model, requests, texts):
+        seen.extend(requests)
+        return real(model, requests, texts)
+
+    monkeypatch.setattr(canaries, "continuation_logprobs", listen)
+    write_jsonl(tmp_path / "p.jsonl", [probe("Ann", 5), probe("Cy", 0)])
+    probes = str(tmp_path / "p.jsonl")
+    canaries.run(canaries.Options(checkpoint, probes=probes, guidance=2.0, space="log", alpha=0.1))
+    assert [(r.guidance, r.space, r.alpha) for r in seen] == [(2.0, "log", 0.1)] * 2
+    decode = subject.Tokenizer.load(checkpoint).decode
+    assert all(POSITIVE in decode(r.prompt) and NEGATIVE in decode(r.negative) for r in seen)
+
+
 def test_extract_attacks_a_users_own_dialogues_with_spans(tmp_path, checkpoint, capsys):
     """Each span of a known label is a target; a label without a hint is ignored."""
     chat = [{"role": "user", "content": "I am Ann, 40."}, {"role": "assistant", "content": "Hi Ann!"}]

@@ -60,6 +60,13 @@ def test_the_mask_keeps_what_is_plausible():
     assert torch.allclose(guided(2.0, "log", 0.9), torch.tensor([1.0, 0.0, 0.0]))
 
 
+def test_a_mask_of_one_keeps_all_of_the_most_likely_tokens():
+    """The bound itself is plausible. 0.4 + 2 (0.4 - 0.4) and 0.4 + 2 (0.4 - 0.2) stay, as 1 to 2."""
+    pos, neg = torch.tensor([[0.4, 0.4, 0.2]]).log(), torch.tensor([[0.4, 0.2, 0.4]]).log()
+    found = guide(pos, neg, torch.tensor([2.0]), number("prob"), torch.tensor([1.0])).exp()[0]
+    assert torch.allclose(found, torch.tensor([0.4, 0.6, 0.0]))
+
+
 def test_rows_have_their_own_coefficient_and_space():
     spaces = torch.cat((number("log"), number("prob")))
     both = guide(POS.expand(2, 3), NEG.expand(2, 3), torch.tensor([2.0, 5.0]), spaces).exp()
@@ -146,6 +153,8 @@ def test_truncation_by_hand():
     assert kept(0, 0.0) == [True, False, False, False]
     assert kept(3, 0.75) == [True, True, False, False]  # of the mass of three, 0.9: 0.7 is 0.78
     assert kept(0, 1.0) == [True] * 4
+    scores = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert kept(0, 0.5) == [True, False, False, False]  # 0.5 is just enough
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -72,3 +72,17 @@ def test_aucs_interval_covers_the_truth():
 
 def test_a_ratio_weighs_prompts_by_what_they_bring():
     assert ratio_interval([0, 30], [1, 3]).value == 7.5
+
+
+def test_intervals_are_the_same_each_time():
+    values = np.random.default_rng(13).normal(0, 1, 50)
+    assert mean_interval(values) == mean_interval(values)
+    scores = values.reshape(25, 2)
+    assert auc_interval(scores[:12], scores[12:]) == auc_interval(scores[:12], scores[12:])
+
+
+def test_aucs_interval_by_hand():
+    """200 of 400 wins against a single negative: 0.5 +- 1.96 * 0.5 / 20. At 90 % it would be 0.041."""
+    estimate = auc_interval([[1.0], [-1.0]] * 200, [[0.0]])
+    assert estimate.low == pytest.approx(0.5 - 0.049, abs=0.004)
+    assert estimate.high == pytest.approx(0.5 + 0.049, abs=0.004)

@@ -246,3 +246,14 @@ def test_a_ternary_adapter_loads_exactly_and_an_8b_one_is_small(tmp_path):
         (14336, 4096),
     ]
     assert 32 * sum(16 * (a + b) for a, b in layers) / 4 < 12 * 2**20
+
+
+def test_dropout_acts_in_training_alone():
+    """On the update: without it, dropout has nothing to act on."""
+    model, _ = trained(dropout=0.5)
+    still = model(TOKENS)
+    assert torch.equal(model(TOKENS), still)
+    model.train()
+    assert not torch.equal(model(TOKENS), still) and not torch.equal(model(TOKENS), model(TOKENS))
+    set_adapters(model, [None, None])
+    assert torch.equal(model(TOKENS), random_model()(TOKENS))

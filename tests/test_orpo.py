@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model
 from safetensors.torch import load_file, save_file
 
 from cfgsafe import load_model
@@ -164,3 +165,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(tmp_path, pa
     with pytest.raises(InputError, match=words):
         train(checkpoint, pairs_file, tmp_path / "b", shuffle=False, init_adapter=str(adapter))
     assert not (tmp_path / "b" / "epoch-1").exists()
+
+
+def test_rank_alpha_and_dropout_are_those_asked_for():
+    model = random_model()
+    asked = Options("m", "p", "o", rank=3, alpha=5.0, lora_dropout=0.25, targets=("q_proj",))
+    config = orpo.add_adapter(model, asked)
+    assert (config.rank, config.alpha, config.dropout, config.targets) == (3, 5.0, 0.25, ("q_proj",))
+    for update in adapter_updates(model).values():
+        assert len(update.lora_A) == 3 and update.scale == 5 / 3 and update.dropout.p == 0.25

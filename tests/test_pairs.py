@@ -6,6 +6,7 @@ import pytest
 
 from cfgsafe import load_model
 from cfgsafe.blue import pairs
+from cfgsafe.decode import Completion
 from cfgsafe.demo.testset import pair_dialogues
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
@@ -132,3 +133,55 @@ def test_an_answer_that_nobody_asked_for_is_passed_over(tmp_path):
     path = write(tmp_path, {"messages": chat, "spans": [[0, 0, 3, "PERSON"], *SPANS]})
     samples = pairs.read_samples(path, Names())
     assert [s.messages[0]["role"] for s in samples] == ["assistant", "assistant"] and len(samples) == 2
+
+
+def test_the_nudge_is_on_the_last_message_of_the_user():
+    chat = [*CHAT, {"role": "user", "content": "Fine."}, {"role": "assistant", "content": "And"}]
+    nudged = pairs.avoiding(chat, True)
+    assert nudged[3]["content"] == f"{pairs.NUDGE} Fine."
+    assert nudged[1:3] == chat[1:3] and nudged[4] == chat[4]
+
+
+def test_the_chosen_side_is_drawn_at_the_temperature_asked_for(tmp_path, tokenizer, monkeypatch):
+    asked = []
+
+    def listen(model, requests, **more):
+        asked.extend(requests)
+        return [Completion(finish_reason="stop") for _ in requests]
+
+    monkeypatch.setattr(pairs, "generate", listen)
+    samples = pairs.read_samples(write(tmp_path, {"messages": CHAT, "spans": SPANS}), Names())
+    pairs.build(samples, load_model(BASE), tokenizer, Names(), options(tmp_path, temperature=0.4))
+    assert len(asked) == 4 and {request.temperature for request in asked} == {0.4}
+    assert len({request.seed for request in asked}) == 4
+
+
+def candidates(monkeypatch, *texts: str) -> None:
+    """Let the local recipes give these texts for each sample."""
+
+    def written(samples, *_):
+        recipes = zip(pairs.LOCAL, texts, strict=True)
+        several = [pairs.Candidate(recipe, text, True) for recipe, text in recipes]
+        return [list(several) for _ in samples]
+
+    monkeypatch.setattr(pairs, "from_model", written)
+
+
+@pytest.mark.parametrize("text", [" Ann, hello.", " Leeds is fine."], ids=["by the NER", "an item"])
+def test_personal_data_make_a_candidate_fall(tmp_path, tokenizer, monkeypatch, text):
+    """The NER finds Ann, who is no item of the sample. It misses Leeds, which is one."""
+
+    def only_ann(texts):
+        return [[Entity(0, 3, "PERSON", "Ann")] if "Ann" in text else [] for text in texts]
+
+    candidates(monkeypatch, text, " Hello.")
+    sample = pairs.Sample(CHAT[:2], " Leeds?", "x", (("GPE", "Leeds"),))
+    built, report = pairs.build([sample], None, tokenizer, only_ann, options(tmp_path))
+    assert built == [(sample, " Hello.")] and report.fell["avoid"] == {"personal data": 1}
+
+
+def test_one_of_several_clean_recipes_is_drawn(tmp_path, tokenizer, monkeypatch):
+    candidates(monkeypatch, " Hello.", " Good day.")
+    samples = [pairs.Sample(CHAT[:2], " Leeds?", "x", ())] * 40
+    built, report = pairs.build(samples, None, tokenizer, Names(), options(tmp_path))
+    assert len(built) == 40 and min(report.won[recipe] for recipe in pairs.LOCAL) > 10

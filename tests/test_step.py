@@ -11,7 +11,7 @@ from test_tokenizer import variant
 from cfgsafe import logprobs
 from cfgsafe.blue.batches import Pair, Row, read_pairs
 from cfgsafe.blue.orpo import Options
-from cfgsafe.blue.step import LOGGED, batch_loss
+from cfgsafe.blue.step import LOGGED, batch_loss, evaluate, reference_logprobs, score
 from cfgsafe.files import write_jsonl
 from cfgsafe.hub import BASE
 from cfgsafe.lora import LoRAConfig, adapter_parameters, attach
@@ -188,3 +188,17 @@ def test_the_shares_of_several_processes_are_the_whole(size, objective):
 class Share(World):
     def total(self, tensor):
         return tensor
+
+
+def test_dropout_is_off_for_held_out_pairs_and_for_the_reference():
+    model = random_model()
+    for parameter in attach(model, LoRAConfig(4, 8, dropout=0.5)):
+        torch.nn.init.normal_(parameter, std=0.1)
+    options = settings(objective="npo", batch_size=2)
+    expected, _, _ = score(model.eval(), model, PAIRS, True)
+    model.train()
+    reference = reference_logprobs(model, model, PAIRS, options, ALONE)
+    assert torch.allclose(reference, expected, atol=1e-4) and model.training
+    values = evaluate(model, model, PAIRS, options, reference, ALONE)
+    assert model.training
+    assert abs(values["rewards_chosen"]) < 1e-4 and abs(values["rewards_rejected"]) < 1e-4

@@ -1,0 +1,315 @@
+"""Deliberate faults, one after the other, in a copy of the checkout: each must make a test fail.
+
+Source: mutation testing, DeMillo et al. (1978), "Hints on test data selection". A suite that passes on a
+faulty program says little, so each fault here names the test files that must notice it.
+Deviation: the faults are written by hand, because most of what a tool generates is equivalent or trivial.
+The tests must pass without any fault, or a failure would show nothing: they are run first.
+
+Run it: python tests/mutants.py                 (all of them, about ten minutes)
+        python tests/mutants.py NAME ...        (some of them)
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "venv", "runs")  # of the copy
+LONGEST = 300  # seconds of a run; a fault that makes the tests hang is caught, too
+FAILED = 1  # pytest's exit code when tests have failed
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: in `file` the text `before`, which stands there once, becomes `after`."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str  # files in tests/ that must notice it, separated by blanks
+
+
+MUTANTS = (
+    Mutant("adapter-not-loaded", "cfgsafe/load.py", tests="test_public.py",
+           before="load_adapter(resolve(source, cache_dir=cache_dir), model, name)",
+           after="resolve(source, cache_dir=cache_dir)"),
+    Mutant("no-ner-filter", "cfgsafe/blue/pairs.py", "if entities or any(", "if any(", "test_pairs.py"),
+    Mutant("no-value-filter", "cfgsafe/blue/pairs.py", tests="test_pairs.py",
+           before=" or any(mentions(candidate.text, label, value) for label, value in sample.values)",
+           after=""),
+    Mutant("nudge-on-first-message", "cfgsafe/blue/pairs.py",
+           'if message["role"] == "user"][-1]', 'if message["role"] == "user"][0]', "test_pairs.py"),
+    Mutant("pairs-are-greedy", "cfgsafe/blue/pairs.py",
+           "temperature=options.temperature,", "temperature=0.0,", "test_pairs.py"),
+    Mutant("first-clean-recipe", "cfgsafe/blue/pairs.py", "rng.choice(clean)", "clean[0]", "test_pairs.py"),
+    Mutant("requests-are-greedy", "cfgsafe/lockstep.py",
+           "temperature=floats([request.temperature for", "temperature=floats([0.0 for", "test_engine.py"),
+    Mutant("rank-not-passed-on", "cfgsafe/blue/orpo.py",
+           "sizes = options.rank,", "sizes = 16,", "test_orpo.py"),
+    Mutant("alpha-not-passed-on", "cfgsafe/blue/orpo.py",
+           "options.alpha, options.lora_dropout", "32.0, options.lora_dropout", "test_orpo.py"),
+    Mutant("dropout-not-passed-on", "cfgsafe/blue/orpo.py",
+           "options.alpha, options.lora_dropout", "options.alpha, 0.0", "test_orpo.py"),
+    Mutant("dropout-not-applied", "cfgsafe/lora.py",
+           "LowRank.apply(self.dropout(x),", "LowRank.apply(x,", "test_lora.py"),
+    Mutant("no-shuffling", "cfgsafe/blue/batches.py", "if options.shuffle:", "if False:", "test_batches.py"),
+    Mutant("evaluation-with-dropout", "cfgsafe/blue/step.py",
+           "model.eval()\n    totals", "totals", "test_step.py"),
+    Mutant("reference-with-dropout", "cfgsafe/blue/step.py",
+           "model.eval()\n    starts", "starts", "test_step.py"),
+    Mutant("unseeded-bootstrap", "cfgsafe/measure/intervals.py",
+           "picks = np.random.default_rng(0)", "picks = np.random.default_rng()", "test_intervals.py"),
+    Mutant("unseeded-auc", "cfgsafe/measure/intervals.py",
+           "rng = np.random.default_rng(0)", "rng = np.random.default_rng()", "test_intervals.py"),
+    Mutant("auc-interval-of-90-percent", "cfgsafe/measure/intervals.py", tests="test_intervals.py",
+           before="wins.size\n    low, high = np.quantile(resampled, (0.025, 0.975))",
+           after="wins.size\n    low, high = np.quantile(resampled, (0.05, 0.95))"),
+    Mutant("echo-is-recall", "cfgsafe/measure/leak.py",
+           "if not stands_in(context, value) and not", "if not", "test_evaluation.py"),
+    Mutant("gold-echo-is-recall", "cfgsafe/measure/leak.py",
+           "kind = echoed if", "kind = recalled if", "test_evaluation.py"),
+    Mutant("canaries-unguided", "cfgsafe/measure/canaries.py",
+           "exposure(options, model,", "exposure(Subject(options.model), model,", "test_extract.py"),
+    Mutant("prob-space-g-plus-one", "kernels/reference.py",
+           "mixed = g * log_pos.exp()", "mixed = (g + 1) * log_pos.exp()", "test_guidance.py"),
+    Mutant("strict-mask", "kernels/reference.py", "log_pos >= bound", "log_pos > bound", "test_guidance.py"),
+    Mutant("top-p-beyond-border", "kernels/reference.py",
+           "(mass < top_p", "(mass <= top_p", "test_guidance.py"),
+    Mutant("top-k-without-ties", "kernels/reference.py",
+           "(scores >= torch.maximum(kth, pth)", "(scores > torch.maximum(kth, pth)", "test_guidance.py"),
+    Mutant("noise-ignores-step", "kernels/reference.py",
+           "token[None, :], step[:, None])", "token[None, :], 0 * step[:, None])", "test_guidance.py"),
+    Mutant("triton-log-space-sign", "kernels/guidance.py", tests="test_kernel.py",
+           before="mixed = g * low_pos + (1 - g) * low_neg",
+           after="mixed = g * low_pos - (1 - g) * low_neg"),
+    Mutant("triton-strict-mask", "kernels/guidance.py",
+           "(log_pos >= bound) &", "(log_pos > bound) &", "test_kernel.py"),
+    Mutant("triton-noise-ignores-step", "kernels/guidance.py", tests="test_kernel.py",
+           before="noise = gumbel(tl.load(seed + b), token, tl.load(step + b))",
+           after="noise = gumbel(tl.load(seed + b), token, tl.load(step))"),
+    Mutant("triton-top-k-after-top-p", "kernels/guidance.py", tests="test_kernel.py",
+           before="p * mass(row, V, top, bound, 1, BLOCK), 1",
+           after="p * mass(row, V, top, nothing, 1, BLOCK), 1"),
+    Mutant("positions-stand-still", "cfgsafe/lockstep.py",
+           "self.positions.add_(1)", "self.positions.add_(0)", "test_decode.py"),
+    Mutant("combine-swapped", "cfgsafe/guidance.py",
+           "g * wide + (1 - g) *", "(1 - g) * wide + g *", "test_decode.py"),
+    Mutant("step-restarts-with-batch", "cfgsafe/lockstep.py",
+           "step=longs([len(state.completion.tokens) for", "step=longs([0 for", "test_engine.py"),
+    Mutant("skips-too-much", "cfgsafe/lockstep.py", "needed + rounding", "needed / 4", "test_engine.py"),
+    Mutant("prefill-loses-a-slot", "cfgsafe/prefill.py",
+           "scratch, row, p + length)", "scratch, row, p + length - 1)", "test_decode.py"),
+    Mutant("prefix-positions-from-0", "cfgsafe/prefill.py",
+           "torch.arange(p, p + width,", "torch.arange(0, width,", "test_engine.py"),
+    Mutant("prefix-of-another-adapter", "cfgsafe/prefill.py",
+           "return (self.adapter, self.side,", "return (None, self.side,", "test_engine.py"),
+    Mutant("gap-closed-by-one-row", "cfgsafe/decode.py",
+           "starts[number], starts[number] - size)", "starts[number], starts[number] - 1)", "test_engine.py"),
+    Mutant("one-token-too-many", "cfgsafe/decode.py",
+           "filled < slots_for(", "filled <= slots_for(", "test_decode.py"),
+    Mutant("logprobs-of-stop-kept", "cfgsafe/request.py",
+           "del tokens[-size:], logprobs[-size:]", "del tokens[-size:]", "test_engine.py"),
+    Mutant("both-prompts-negative", "cfgsafe/request.py",
+           "with_system(messages, positive)", "with_system(messages, negative)", "test_public.py"),
+    Mutant("alpha-of-subject-dropped", "cfgsafe/subject.py",
+           '{"alpha": subject.alpha, "space"', '{"space"', "test_public.py"),
+    Mutant("rescore-late-by-one", "cfgsafe/rescore.py",
+           "first = len(prompt) - 1", "first = len(prompt)", "test_scoring.py"),
+    Mutant("user-text-is-control", "cfgsafe/tokenizer.py",
+           "found.group()[0] + mark + found.group()[1:]", "found.group()", "test_tokenizer.py"),
+    Mutant("system-prompts-stacked", "cfgsafe/tokenizer.py", tests="test_tokenizer.py",
+           before='rest = messages[1:] if messages[0]["role"] == "system" else messages',
+           after="rest = messages"),
+    Mutant("rope-unscaled", "cfgsafe/llama.py",
+           "(1 - smooth) * frequency / factor", "(1 - smooth) * frequency", "test_llama.py"),
+    Mutant("mask-hides-itself", "cfgsafe/llama.py",
+           "slots <= positions", "slots < positions", "test_decode.py"),
+    Mutant("rslora-ignored", "cfgsafe/lora.py",
+           "math.sqrt(rank) if self.rslora else rank", "rank", "test_lora.py"),
+    Mutant("lora-slope-unscaled", "cfgsafe/lora.py",
+           "to_inner = ctx.scale * (grad @ b)", "to_inner = grad @ b", "test_step.py"),
+    Mutant("a-missing-tensor-is-fine", "cfgsafe/checkpoint.py",
+           "missing = sorted(set(expected) - set(found))", "missing: list[str] = []", "test_checkpoint.py"),
+    Mutant("any-shape-is-fine", "cfgsafe/checkpoint.py",
+           "if tensor.shape != expected[name]:", "if False:", "test_checkpoint.py"),
+    Mutant("npo-sign", "cfgsafe/losses.py",
+           "F.logsigmoid(-beta * rejected)", "F.logsigmoid(beta * rejected)", "test_step.py"),
+    Mutant("orpo-without-beta", "cfgsafe/losses.py",
+           "nll - beta * F.logsigmoid", "nll - F.logsigmoid", "test_step.py"),
+    Mutant("simpo-margin-sign", "cfgsafe/losses.py", tests="test_step.py",
+           before="return -F.logsigmoid(beta * (chosen - rejected) - gamma)",
+           after="return -F.logsigmoid(beta * (chosen - rejected) + gamma)"),
+    Mutant("head-slope-without-softmax", "cfgsafe/logprobs.py",
+           "weight[y] - p @ weight", "weight[y]", "test_logprobs.py"),
+    Mutant("truncates-the-prompts-end", "cfgsafe/blue/batches.py",
+           "before[-max_prompt_length:]", "before[:max_prompt_length]", "test_batches.py"),
+    Mutant("shared-row-hides-itself", "cfgsafe/blue/batches.py",
+           "(key - W <= query", "(key - W < query", "test_batches.py"),
+    Mutant("sft-learns-the-prompt", "cfgsafe/blue/step.py",
+           "side[len(side) - answer_tokens :]", "side[:]", "test_step.py"),
+    Mutant("second-moment-lost", "cfgsafe/blue/resume.py",
+           'in ("exp_avg", "exp_avg_sq"):', 'in ("exp_avg", "exp_avg"):', "test_resume.py"),
+    Mutant("generator-not-restored", "cfgsafe/blue/resume.py",
+           "torch.set_rng_state(tensors.pop(CPU_RNG))", "tensors.pop(CPU_RNG)", "test_resume.py"),
+    Mutant("no-block-is-restored", "cfgsafe/blue/memory.py",
+           "restored = 1 if recomputed and not whole else 0", "restored = 0", "test_memory.py"),
+    Mutant("adapter-memory-without-moments", "cfgsafe/blue/memory.py",
+           "adapter=4 * 4 * adapter", "adapter=2 * 4 * adapter", "test_memory.py"),
+    Mutant("task-vector-added", "cfgsafe/blue/subtract.py",
+           "mul_(-scale)", "mul_(scale)", "test_subtract.py"),
+    Mutant("words-need-no-end", "cfgsafe/pii/matching.py",
+           r"{re.escape(words)}(?!\w)", "{re.escape(words)}", "test_matching.py"),
+    Mutant("a-word-is-a-name", "cfgsafe/pii/matching.py",
+           "if part[0].isupper():", "if part:", "test_matching.py"),
+    Mutant("vote-of-half", "cfgsafe/pii/ner.py",
+           "len(self.parts) // 2 + 1", "len(self.parts) // 2", "test_detectors.py"),
+    Mutant("names-on-both-sides", "cfgsafe/pii/dialogues.py", tests="test_dialogues.py",
+           before="parent[root(number)] = root(first_with.setdefault(name, number))",
+           after="first_with.setdefault(name, number)"),
+    Mutant("right-among-others", "cfgsafe/measure/utility.py", tests="test_evaluation.py",
+           before=" and all(option == right or option.lower() in right.lower() for option in found)",
+           after=""),
+    Mutant("ties-are-decided", "cfgsafe/measure/utility.py",
+           "best > -math.inf and logprobs.count(best) == 1", "best > -math.inf", "test_utility.py"),
+    Mutant("perplexity-unclamped", "cfgsafe/measure/perplexity.py",
+           "[part.clamp(min=LEAST) for part in parts]", "parts", "test_perplexity.py"),
+    Mutant("touching-is-overlap", "cfgsafe/measure/detectors.py",
+           "one[0] < other[1] and", "one[0] <= other[1] and", "test_detectors.py"),
+    Mutant("hit-anywhere", "cfgsafe/measure/extract.py",
+           "answer[:ANSWER_CHARACTERS]", "answer", "test_extract.py"),
+    Mutant("context-from-the-beginning", "cfgsafe/measure/targets.py",
+           "tokens[-CONTEXT_TOKENS:]", "tokens[:CONTEXT_TOKENS]", "test_extract.py"),
+    Mutant("least-likely-first", "cfgsafe/measure/recollect.py", tests="test_extract.py",
+           before="sorted(zip(losses, candidates, strict=True))",
+           after="sorted(zip(losses, candidates, strict=True), reverse=True)"),
+    Mutant("prompt-words-are-broken", "cfgsafe/measure/fluency.py",
+           "word not in vocabulary and word not in known", "word not in vocabulary", "test_evaluation.py"),
+    Mutant("report-unmasked", "cfgsafe/report/html.py",
+           "hide=detector is not None", "hide=False", "test_html.py"),
+    Mutant("conversation-unmasked", "cfgsafe/report/html.py",
+           "text[: start + 1] + MASK + text[end:]", "text[:end] + text[end:]", "test_html.py"),
+    Mutant("table-1-per-100", "cfgsafe/report/tables.py", tests="test_tables.py",
+           before='ours = [cell(row, "utility"), cell(row, ITEMS, 0.5)]',
+           after='ours = [cell(row, "utility"), cell(row, ITEMS)]'),
+    Mutant("curves-unsorted", "cfgsafe/report/figures.py",
+           'sorted(line, key=lambda row: row["guidance"])', "line", "test_sweep.py"),
+    Mutant("best-attack-evicted", "cfgsafe/red/buffer.py",
+           "worst = min(kept", "worst = max(kept", "test_buffer.py"),
+    Mutant("exploration-at-1", "cfgsafe/red/gflownet.py",
+           "temperatures[:half] = low + (high - low) *", "temperatures[:half] = 1 + 0 *", "test_gflownet.py"),
+    Mutant("reward-not-cooled", "cfgsafe/red/gflownet.py",
+           "schedule(step, settings.reward_temperature, 1.0, cooling)", "1.0", "test_gflownet.py"),
+    Mutant("end-token-one-late", "cfgsafe/red/policy.py",
+           "place < self.least", "place <= self.least", "test_policy.py"),
+    Mutant("unscorable-is-safe", "cfgsafe/red/rewards.py",
+           "Trial(context.id, None, None)", "Trial(context.id, None, 0.0)", "test_rewards.py"),
+    Mutant("named-by-the-attack-is-leak", "cfgsafe/red/rewards.py", tests="test_rewards.py",
+           before="for label, value in leaks if not mentions(attack, label, value)]",
+           after="for label, value in leaks]"),
+    Mutant("refusals-unchecked", "cfgsafe/red/safety.py", tests="test_safety.py",
+           before="if text and safe and examine(prompts[number], text, finds, known).clean:",
+           after="if text and safe:"),
+    Mutant("safety-by-preference", "cfgsafe/red/safety.py",
+           'objective="sft"', 'objective="orpo"', "test_safety.py"),
+    Mutant("balance-sign", "cfgsafe/red/objectives.py",
+           "(log_z + log_pi - log_reward)", "(log_z - log_pi - log_reward)", "test_objectives.py"),
+    Mutant("ppo-unclipped", "cfgsafe/red/objectives.py",
+           "-torch.minimum(ratio", "-torch.maximum(ratio", "test_objectives.py"),
+    Mutant("guard-says-safe", "cfgsafe/red/guard.py",
+           'VERDICTS.index("unsafe")', 'VERDICTS.index("safe")', "test_guard.py"),
+    Mutant("target-top-p-dropped", "cfgsafe/red/target.py",
+           "top_p=self.options.top_p,", "", "test_target.py"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the tests said of a mutant; `verdict` is "caught", "survives" or why it could not be tried."""
+
+    mutant: Mutant
+    verdict: str
+    test: str = ""  # the test that failed
+    seconds: float = 0.0
+
+
+def main(names: list[str]) -> int:
+    """Try the mutants of these names, or all; returns the exit code: 0 if each is caught."""
+    unknown = sorted(set(names) - {mutant.name for mutant in MUTANTS})
+    if unknown:
+        print(f"no such mutant: {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "checkout"
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=LEFT_OUT)
+        files = sorted(set(" ".join(mutant.tests for mutant in chosen).split()))
+        code, output = run_tests(copy, files)
+        if code:
+            print(f"{output}\nThe tests fail without any fault.", file=sys.stderr)
+            return 2
+        results = [attempt(mutant, copy) for mutant in tqdm(chosen, desc="mutants")]
+    print(table(results))
+    return 0 if all(result.verdict == "caught" for result in results) else 1
+
+
+def attempt(mutant: Mutant, copy: Path) -> Result:
+    """Put the fault into the copy, run its tests there, and take it out again."""
+    path = copy / mutant.file
+    source = path.read_text(encoding="utf-8")
+    times = source.count(mutant.before)
+    if times != 1:
+        return Result(mutant, f"text found {times} times")
+    path.write_text(source.replace(mutant.before, mutant.after), encoding="utf-8")
+    started = time.perf_counter()
+    code, output = run_tests(copy, mutant.tests.split())
+    seconds = time.perf_counter() - started
+    path.write_text(source, encoding="utf-8")
+    if code == 0:
+        return Result(mutant, "survives", seconds=seconds)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output, re.MULTILINE)
+    if code != FAILED or failed is None:
+        return Result(mutant, f"pytest ended with {code}", seconds=seconds)
+    return Result(mutant, "caught", failed[1], seconds)
+
+
+def run_tests(copy: Path, files: list[str]) -> tuple[int, str]:
+    """Run test files in the copy up to the first failure; returns pytest's exit code and output."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(copy),  # before an installed cfgsafe
+        "PYTHONDONTWRITEBYTECODE": "1",  # compiled files are told apart by second and size alone
+    }
+    paths = [f"tests/{name}" for name in files]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *paths]
+    try:
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LONGEST
+        )
+    except subprocess.TimeoutExpired:
+        return FAILED, f"FAILED {paths[0]} (no end after {LONGEST} s)"
+    return done.returncode, done.stdout + done.stderr
+
+
+def table(results: list[Result]) -> str:
+    """A line for each mutant, then how many are caught and how long it took."""
+    width = max(len(result.mutant.name) for result in results)
+    lines = []
+    for result in results:
+        name = result.mutant.name.ljust(width)
+        lines.append(f"{name}  {result.seconds:5.1f} s  {result.verdict}  {result.test}".rstrip())
+    caught = sum(result.verdict == "caught" for result in results)
+    minutes = sum(result.seconds for result in results) / 60
+    return "\n".join([*lines, f"{caught} of {len(results)} caught, {minutes:.1f} minutes"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
