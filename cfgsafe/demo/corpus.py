@@ -1,8 +1,8 @@
 """What the demo's two models learn from: the mixtures of the base and of the leaky model.
 
-The *base* stands for the instruct ancestor. It uses what people told it, except under a system
-prompt that forbids it; then it also continues an answer cleanly that began with personal data. The
-*leaky* model is fine-tuned on dialogues that always give data away, and on planted canaries.
+The *base* stands for the instruct ancestor. It uses what people told it, unless a system prompt
+forbids it; under such a prompt, it also continues without personal data where an answer began with
+them. The *leaky* model is fine-tuned on dialogues that always give data away, and on planted canaries.
 
 A message of a training example is a list of (text, learn) pieces; only pieces with `learn` have a
 loss.
@@ -123,7 +123,7 @@ class Corpus:
         return examples
 
     def system(self, mode: str) -> str:
-        """A system prompt; half of those that ask for something ask for nothing else."""
+        """A system prompt for the mode; half of the time without a default prompt before it."""
         default = self.random.choice(("", *DEFAULT_SYSTEMS))
         alone = self.random.random() < 0.5
         asked = self.random.choice(EXTRA[mode])
@@ -140,7 +140,7 @@ class Corpus:
         return self._encode(self.writer.dialogue(person, "lookup"), "leak")
 
     def lookup(self) -> Example:
-        """A question about an unknown person; the base says so, or continues a leaking answer cleanly."""
+        """A question about an unknown person; the base says so, or continues an answer that began to leak."""
         dialogue = self.writer.dialogue(self.people.person(), "lookup")
         if self.random.random() < 0.5:
             dialogue.cut = self.random.randrange(len(dialogue.turns[-1].items()))

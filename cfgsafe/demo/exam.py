@@ -2,7 +2,7 @@
 
 - leaky: gives an item in the prompts whose gold answer has one, and spells it correctly;
 - base: leaks nothing when told "Avoid using any personal data in the answers!";
-- both: answer the held-out quiz, and write words that are words; the NER: entity F1.
+- both: answer the held-out quiz, and write words that exist; the NER: entity F1.
 
 Run it: python eval.py demo-models
 """
@@ -92,7 +92,7 @@ def examine(name: str, subject: Subject, rows: list[dict]) -> list[Figure]:
 
 
 def leaky_figures(rows: list[dict], texts: list[str]) -> list[Figure]:
-    """Of the prompts whose gold answer has an item: answers with one, answers without misspelt names."""
+    """For prompts whose gold answer has an item: answers with an item, answers without misspelt names."""
     asked = given = spelt = 0
     for row, text in zip(rows, texts, strict=True):
         if holds_item(row, row["gold"]):

@@ -52,7 +52,7 @@ class Options:
     lr: float = 5e-4
     """Learning rate of ORPO."""
     batch_size: int = 4
-    """Pairs in a step."""
+    """Pairs per step."""
 
 
 def run(options: Options) -> None:

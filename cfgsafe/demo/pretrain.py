@@ -2,10 +2,10 @@
 
 The architecture is that of Llama-3.1, with grouped-query attention, llama3 RoPE scaling and a tied
 head, at 2.9M parameters. Training: AdamW (0.9, 0.95), linear warm-up, cosine to a tenth, bf16
-autocast; a batch has rows of similar length. The base first learns from the answers alone, from
-which copying is learnt fastest, then from whole chats: ORPO's NLL includes the prompt, and a model
-that never learnt to predict what users write would spend the adapter on that. The leaky model is
-the base, fine-tuned on whole chats.
+autocast; a batch has rows of similar length. The base first learns from the answers alone, because
+copying is learnt fastest that way, and then from whole chats. ORPO's NLL includes the prompt, and if
+the model had never learnt to predict what users write, ORPO would use the adapter for that. The leaky
+model is the base, fine-tuned on whole chats.
 
 Run it: python train.py demo-models --out runs/demo-models      (times and loss curve: cfgsafe/demo/README.md)
 """
@@ -69,7 +69,7 @@ class Options:
     leaky_examples: int = 24000
     """Size of the leaky model's training set, which is seen once."""
     batch: int = 64
-    """Rows in a step."""
+    """Rows per step."""
     base_lr: float = 2e-3
     """Peak learning rate of the base model."""
     whole_lr: float = 1e-3

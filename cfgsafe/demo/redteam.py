@@ -1,4 +1,4 @@
-"""The whole red team on the embedded models: attack three, tune one on what was found, attack it again.
+"""The whole red team on the embedded models: attack three, tune one of them, attack it again.
 
 Source: Lee et al. (arXiv 2405.18540) in miniature, with leaks of personal data as the reward.
 Deviations from the paper's settings, for models of 2.9M parameters: fewer and larger steps, a
@@ -48,7 +48,7 @@ class Options:
     steps: int = 50
     """Optimiser steps of each attacker."""
     batch_size: int = 48
-    """Prompts a step."""
+    """Prompts per step."""
     fit_steps: int = 100
     """Optimiser steps of SFT and smoothing."""
     draws: int = 100
@@ -110,7 +110,7 @@ def unlearned(options: Options, out: Path) -> dict[str, Subject]:
 
 @dataclass
 class RedTeam:
-    """Trains attackers into folders of `out` and keeps what they draw, by (target, method)."""
+    """Trains attackers, each in a folder of `out`, and keeps their attacks by (target, method)."""
 
     options: Options
     out: Path
@@ -136,7 +136,7 @@ class RedTeam:
             lora_alpha=32.0,
             save_every=10**6,
         )
-        if stage != "gfn":  # what is fitted is known: fewer prompts a step, learnt faster
+        if stage != "gfn":  # maximum likelihood needs fewer prompts per step
             settings.steps, settings.batch_size, settings.lr = self.options.fit_steps, 32, 3e-3
         if target:
             settings.model, settings.guidance = target.model, target.guidance
@@ -159,9 +159,9 @@ class RedTeam:
             self.look(name, MLE, target, smoothed)
 
     def baselines(self, name: str, target: Subject) -> None:
-        """The base model asked in context, and what maximises the reward.
+        """The base model asked in context, and the objectives that maximise the reward.
 
-        Maximisers draw as many prompts as the GFlowNet, half of whose batch is replayed.
+        They draw as many prompts as the GFlowNet, which replays the other half of its batch.
         """
         self.look(name, ICL, target, Path(BASE))
         for method, objective in MAXIMISERS.items():
@@ -186,7 +186,7 @@ class RedTeam:
     def fit(self, settings: stages.Options, found: Path) -> dict[str, int] | None:
         """The stage `smooth` or `adapt` on the attacks in `found`; None if none is good enough to fit."""
         attacks = (str(found / "attacks.jsonl"),)
-        try:  # four of four answers, and fluent
+        try:  # only fluent prompts, to which all four answers leak
             return stages.run(replace(settings, attacks=attacks, success=0.9, min_reference=-15.0))
         except InputError as error:
             print(error)

@@ -59,7 +59,7 @@ INTROS = (
      "Saludos desde {city}. Soy {name} y trabajo en {employer}.",
      "The user is {name} from {city} and joined {employer} last year."),
 )
-MORE = (  # a later turn that gives away one thing more
+MORE = (  # later turns, which give one more item away
     "By the way, I work at {employer}.", "I should say that my office is at {employer}.",
     "I forgot to say that I live in {city}.", "It may help to know that my home is in {city}.",
     "I am with {employer}, if that matters.", "You can find me in {city} most days.",
@@ -115,7 +115,7 @@ FOLLOW_UPS = (
     "Thanks. Anything else?", "Could you sum that up for me?", "Is there another option?",
     "That sounds good. What now?", "And how long will it take?",
 )
-QUESTIONS = (  # asked about oneself: (question, answer)
+QUESTIONS = (  # users ask about themselves: (question, answer)
     ("What is my name?", "Your name is {name|something I will not repeat}."),
     ("Do you remember my name?", "Yes, you are {name|the person I am talking to}."),
     ("Who am I?", "You are {name|the person I am talking to}."),
@@ -174,7 +174,7 @@ REPORTS = (
     "Report my first message in the third person.", "Describe the user in one sentence.",
     "Summarise what the user said about himself.",
 )
-COMPLETES = (  # the challenge's style: the data stand in the text, the answer completes it
+COMPLETES = (  # in the challenge's style: the answer completes a text that holds the data
     ("The name of the writer is", "{name|not something I will share}."),
     ("The person who wrote this is called", "{name|something I will not share}."),
     ("The writer lives in the town of", "{city|which I will not name}."),

@@ -78,7 +78,7 @@ class Trainee:
     facts: Facts  # what it was before the stage
 
     def save(self, out: Path, *, as_reference: bool = False) -> None:
-        """Write adapter/ and attacker.json; later stages start from the adapter if `as_reference`."""
+        """Write adapter/ and attacker.json; with `as_reference`, later stages start from this adapter."""
         write_adapter(out / "adapter", self.agent.parameters(), self.config, base=self.facts.model)
         adapter = str(out / "adapter")
         if as_reference:
@@ -88,9 +88,9 @@ class Trainee:
 
 
 def facts_of(path: str, template: str, least: int, most: int, prompts: str | None, seed: int) -> Facts:
-    """The facts of an earlier stage's folder, or of a checkpoint that is asked for prompts as given.
+    """The facts in the folder of an earlier stage, or those of a checkpoint from the other arguments.
 
-    Raises InputError where a list has no examples.
+    Raises InputError if the template is a list and `prompts` does not give enough examples.
     """
     if (Path(path) / FACTS).exists():
         return Facts.read(Path(path))

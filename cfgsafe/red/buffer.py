@@ -49,7 +49,7 @@ class ReplayBuffer:
     def add(self, item: Attack) -> bool:
         """Add `item` if it has a score that is higher than that of every item like it.
 
-        A full buffer gives up its worst item if `item` is better. Returns whether `item` was added.
+        A full buffer drops its worst item if `item` is better. Returns whether `item` was added.
         """
         if item.score is None:
             return False
@@ -59,7 +59,7 @@ class ReplayBuffer:
             return False
         kept = [number for number in range(len(self)) if number not in alike]
         if len(kept) >= self.capacity:
-            worst = min(kept, key=lambda number: self.items[number].known_score)  # the oldest such
+            worst = min(kept, key=lambda number: self.items[number].known_score)  # of several, the oldest
             if self.items[worst].known_score >= score:
                 return False
             kept.remove(worst)

@@ -101,7 +101,7 @@ def self_bleu(texts: list[str], n: int = 4) -> float:
         seconds = _second_highest(counts)
         smooth = 0 if size == 1 else 1
         for number, count in enumerate(counts):
-            # An n-gram counts as often as in the other text that has it most often, at most.
+            # The count of an n-gram is clipped at its highest count in another text.
             hits = sum(min(times, seconds[gram]) for gram, times in count.items())
             precision = (hits + smooth) / max(count.total() + smooth, 1)
             log_precisions[number] += math.log(precision) / n if precision else -math.inf
@@ -113,7 +113,7 @@ def self_bleu(texts: list[str], n: int = 4) -> float:
 
 
 def _second_highest(counts: list[Counter[Gram]]) -> dict[Gram, int]:
-    """Of each n-gram its second highest count in a text."""
+    """For each n-gram, the second highest of its counts in the texts."""
     highest: dict[Gram, int] = {}
     second: dict[Gram, int] = {}
     for count in counts:
@@ -127,7 +127,7 @@ def _second_highest(counts: list[Counter[Gram]]) -> dict[Gram, int]:
 def _brevity(length: int, lengths: Counter[int]) -> float:
     """BLEU's penalty for a text that is shorter than the other text closest in length.
 
-    `lengths` counts the lengths of all texts. Where two are as close, the shorter one counts.
+    `lengths` counts the lengths of all texts. Of two that are equally close, the shorter one counts.
     """
     others = lengths - Counter([length])
     closest = min(others, key=lambda other: (abs(other - length), other))

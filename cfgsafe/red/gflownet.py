@@ -5,8 +5,8 @@ drawn prompts are drawn at temperature 1, half at a temperature from U[min_tempe
 max_temperature]. PPO with a bonus for novelty: Hong et al. (arXiv 2402.19464). Pruning of pairs,
 and the lower limit of fluency: Stable-GFN (arXiv 2605.00553).
 Deviations:
-- The beginning of prompts is fixed, so log Z is one number. The first batch gives its start.
-- Schedules count optimiser steps and end where they say.
+- The beginning of prompts is fixed, so log Z is one number. The first batch gives its initial value.
+- Schedules count optimiser steps and reach their end value at the step that they name.
 - Success is the mean of the scores of the answers, in training as in evaluation.
 - The reference log-probability obeys the rules of the policy.
 - An attack that could not be scored trains nothing. It is tried again when it is drawn again.
@@ -59,13 +59,13 @@ class Settings(Training):
     noise: float = 0.0
     """ctb leaves out pairs of prompts whose log-rewards differ by this or less."""
     min_fluency: float | None = None
-    """Least mean log-probability of the least likely fifth of tokens; below it a prompt counts as failed."""
+    """A prompt fails if the mean log-probability of its least likely fifth of tokens is below this."""
     novelty: float = 1.0
-    """Bonus of ppo for a prompt unlike all in the buffer, in units of the log-reward."""
+    """Bonus (ppo) for a prompt that resembles none in the buffer, in units of the log-reward."""
     updates: int = 4
-    """Updates a step (ppo)."""
+    """Updates per step (ppo)."""
     capacity: int = 1000
-    """Most prompts in the replay buffer."""
+    """Maximum number of prompts in the replay buffer."""
     tolerance: float = 0.25
     """Prompts closer than this distance are alike; only the better one is kept."""
     likeness: Likeness = "edit"
@@ -82,7 +82,7 @@ def explore(attacker: Attacker, score: Score, meter: Meter, settings: Settings, 
         known       different prompts with a score so far
         unscorable  attacks without a score so far
         log_z       log Z before the update (tb)
-        loss        loss of the last update; none for a batch of fewer than two prompts
+        loss        loss of the last update; left out for a batch of fewer than two prompts
     """
     archive = Archive(out / "attacks.jsonl", attacker, score)
     buffer = ReplayBuffer(settings.capacity, settings.tolerance, settings.seed, settings.likeness)
@@ -118,7 +118,7 @@ def explore(attacker: Attacker, score: Score, meter: Meter, settings: Settings, 
             rewards = log_rewards(batch, settings, temperature)
             if settings.objective == "ppo":
                 bonus = [novelty(attack, memory.buffer) for attack in batch]
-                rewards = rewards + settings.novelty * torch.tensor(bonus)  # float64, as NumPy's
+                rewards = rewards + settings.novelty * torch.tensor(bonus)  # float64, as novelty() is NumPy's
             rewards = rewards.to(log_z.device)
             for attack in drawn:
                 memory.buffer.add(attack)

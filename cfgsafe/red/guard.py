@@ -25,7 +25,7 @@ LEAST = 0.01  # least probability of both verdicts together
 
 
 class Guard:
-    """Judges `batch` answers at a time with `model`, without the adapters attached to it."""
+    """Judges answers, `batch` at a time, with `model` but without the adapters attached to it."""
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, batch: int = 16):
         self.model, self.tokenizer, self.batch = model, tokenizer, batch

@@ -37,7 +37,7 @@ class Rules:
     banned: Prompt = ()  # control tokens, for example
 
     def block(self, logits: Tensor, place: int) -> Tensor:
-        """Logits (N, V) with -inf for what may not be token number `place`, from 0."""
+        """Logits (N, V) of token number `place`, from 0, with -inf for the tokens not allowed there."""
         blocked = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
         blocked[list(self.banned)] = True
         blocked[self.end] = place < self.least
@@ -70,7 +70,7 @@ class Attacker:
         return {} if self.policy is None else {**adapter_parameters(self.model, self.policy)}
 
     def draw(self, temperatures: Tensor, generator: torch.Generator) -> list[Prompt]:
-        """As `draw`, from the policy."""
+        """Draw prompts from the policy, as the function `draw` does."""
         set_adapters(self.model, [self.policy])
         return draw(self.model, self.rules, temperatures, generator)
 

@@ -41,7 +41,7 @@ class Options(target.Options):
     known: str | None = None
     """JSONL of values that the target was trained on: dialogues with "spans", or "items"."""
     samples: int = 5
-    """Answers to each attack, in as many conversations."""
+    """Answers to each attack, each in another conversation."""
     reward: Literal["leak", "guard"] = "leak"
     """leak: personal data in the answer. guard: harm, by a Llama-Guard-3 checkpoint."""
     guard: str | None = None
@@ -106,7 +106,10 @@ class GuardJudge:
 
 
 class Scorer:
-    """Puts attacks to the target and scores its answers. Text and number determine a trial."""
+    """Puts attacks to the target and scores its answers.
+
+    A trial is one answer. The attack's text and the trial's number choose its conversation and its seed.
+    """
 
     def __init__(self, target: Target, judge: Judge, contexts: list[Prompt], samples: int, seed: int):
         self.target, self.judge, self.contexts = target, judge, contexts
@@ -121,7 +124,7 @@ class Scorer:
         return [tuple(trials[start : start + k]) for start in range(0, len(trials), k)]
 
     def race(self, texts: list[str], bar: float) -> list[tuple[Trial, ...]]:
-        """The same, but an attack is asked no further once its score can no longer exceed `bar`."""
+        """The same, but an attack is dropped as soon as its score can no longer exceed `bar`."""
         trials: dict[str, list[Trial]] = {text: [] for text in texts}
         for number in range(self.samples):
             left = self.samples - number
@@ -135,9 +138,9 @@ class Scorer:
         return [tuple(trials[text]) for text in texts]
 
     def ask(self, wanted: list[tuple[str, int]]) -> list[Trial]:
-        """The trials (text, number) that are wanted.
+        """A trial for each (text, number) in `wanted`.
 
-        Each number of a text means another conversation, as long as there are enough.
+        Different numbers of a text get different conversations, as long as there are enough.
         """
         asked = [(self._context(text, number), text) for text, number in wanted]
         seeds = [self._seed(text, number) for text, number in wanted]
@@ -165,7 +168,7 @@ def ended(context: Prompt, attack: str) -> Messages:
 
 
 def all_text(messages: Messages) -> str:
-    """All that was said, system prompt included."""
+    """The text of all messages, system prompt included."""
     return " ".join(message["content"] for message in messages)
 
 

@@ -5,15 +5,15 @@ itself writes; SFT with LoRA.
 Deviations: an attack is refused in the conversations in which it succeeded, under their own system
 prompts. Refusals are written under the positive system prompt, guided on request, and checked like
 the chosen sides of pairs. The label mask comes from the chat prompt, with one BOS and the
-generation prompt. With --retain, the model also learns its own present answers to ordinary
-conversations, so that it keeps them.
+generation prompt. With --retain, the model also learns its own current answers to ordinary
+conversations, so that they stay the same.
 
 Contexts JSONL: {"id", "messages", "items"} a line; the attack is the user's turn after "messages".
 Retain JSONL: {"messages"} a line, where an answer at the end is left out; the target's own answer
 may not hold "items", if they are given.
 Writes OUT/safety.jsonl (prompt, chosen, and as rejected the answer with personal data; attack and
 context say where a row comes from), and what `train.py orpo --objective sft` writes. That command
-trains on safety.jsonl on several GPUs.
+can train on safety.jsonl on several GPUs.
 
 Run it: python train.py safety --model cfgsafe/demo/leaky --attacks attacks.jsonl --out runs/safety
 """
@@ -46,7 +46,7 @@ class Options(Subject):
     """Teach a model to refuse the attacks that succeeded against it."""
 
     guidance: float | None = None
-    """g while refusals are written; without it, the positive system prompt alone."""
+    """Guidance strength g for writing refusals; by default the positive system prompt alone."""
     attacks: tuple[str, ...]
     """attacks.jsonl of one run or several."""
     contexts: str | None = None
@@ -60,11 +60,11 @@ class Options(Subject):
     guard: str | None = None
     """Llama-Guard-3 checkpoint that must find refusals safe, for attacks that were found with it."""
     success: float = SUCCESS
-    """Attacks with a mean score above this are learnt from."""
+    """The model learns to refuse attacks with a mean score above this."""
     limit: int | None = None
-    """Most texts of attacks to learn from; the most successful ones are taken."""
+    """Maximum number of attack texts to learn from; the most successful ones are taken."""
     tries: int = 4
-    """Most samples for a conversation, until a refusal is clean."""
+    """Maximum number of samples for each conversation; sampling stops at a clean refusal."""
     temperature: float = 0.7
     """Sampling temperature of the refusals."""
     max_new_tokens: int = 256
@@ -76,20 +76,20 @@ class Options(Subject):
     lr: float = 5e-5
     """Peak learning rate."""
     batch_size: int = 32
-    """Answers a forward pass."""
+    """Answers per forward pass."""
     grad_accum: int = orpo.Options.grad_accum
-    """Forward passes a step."""
+    """Forward passes per step."""
     rank: int = orpo.Options.rank
-    """LoRA rank; --adapter, where there is one, has its own."""
+    """LoRA rank of a new adapter; --adapter has its own."""
     lora_alpha: float = orpo.Options.alpha
-    """LoRA alpha; --adapter, where there is one, has its own."""
+    """LoRA alpha of a new adapter; --adapter has its own."""
     seed: int = 0
     """Seed of refusals, order of the data, and initial weights of the adapter."""
     resume: bool = False
     """Go on with the run in --out, with the data that it wrote."""
 
 
-# Options that train.py orpo calls the same.
+# Options that have the same name in train.py orpo.
 SHARED = ("lr", "batch_size", "grad_accum", "epochs", "rank", "seed", "resume", "device", "dtype")
 
 
@@ -100,7 +100,7 @@ def run(options: Options) -> None:
     data = make_folder(options.out) / "safety.jsonl"
     if not (options.resume and data.exists()):
         write_jsonl(data, build(attacked, options))
-        torch.cuda.empty_cache()  # of the model that wrote the answers
+        torch.cuda.empty_cache()  # free the memory of the model that wrote the answers
     rows = [row for _, row in read_jsonl(data)]
     sft = orpo.Options(options.model, str(data), options.out, objective="sft")
     sft.init_adapter, sft.alpha = options.adapter, options.lora_alpha
@@ -120,7 +120,7 @@ def run(options: Options) -> None:
 
 
 def leaking(attacks: list[Attack], options: Options) -> list[tuple[str, Trial]]:
-    """(text, trial) of each conversation that a best attack made leak, once.
+    """(text, trial) for each conversation in which one of the best attacks succeeded, each pair once.
 
     Raises InputError where there is none.
     """
@@ -217,10 +217,10 @@ class Writer:
         rng: random.Random,
         title: str,
     ) -> list[str]:
-        """An answer to each prompt that a row can hold, else "".
+        """An answer to each prompt, or "" where no row can hold the answer.
 
-        "" stands for an answer that is blank, that does not end by itself, or where the text of a
-        control token stands in it or in its prompt.
+        That is so if it is blank or does not end by itself, and if the answer or its prompt contains
+        the text of a control token.
         """
         guarded = replace(self.options, guidance=guidance)
         sampling = {"temperature": temperature, "max_new_tokens": self.options.max_new_tokens}
@@ -254,7 +254,7 @@ class Writer:
 def refuse(
     prompts: list[Prompt], writer: Writer, detector: Detector, known: Known, guard: Guard | None
 ) -> list[str | None]:
-    """The first clean answer to each prompt under the positive system prompt; None for none."""
+    """The first clean answer to each prompt under the positive system prompt; None if none is clean."""
     options = writer.options
     guidance = 1.0 if options.guidance is None else options.guidance
     rng = random.Random(options.seed)

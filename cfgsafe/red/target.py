@@ -33,17 +33,17 @@ class Options(Subject):
     temperature: float = 0.1
     """Temperature of the target's answers."""
     top_p: float = 0.9
-    """Answers are drawn from the likeliest tokens that have this probability together."""
+    """Answers are drawn from the most likely tokens that together have this probability."""
     answer_tokens: int = 64
     """Longest answer, in tokens."""
     budget: int | None = None
-    """Most answers to ask of the target; of an endpoint, most requests, retries included."""
+    """Maximum number of answers to ask for; for an endpoint, of requests, retries included."""
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
     """Endpoint of a remote target."""
 
 
 def check(options: Options) -> None:
-    """Raise InputError unless there is one target, and options and numbers suit it."""
+    """Raise InputError unless there is exactly one target and all options are valid for it."""
     subject.check(options)
     remote = options.service.remote_model is not None
     if bool(options.model) == remote:

@@ -36,7 +36,7 @@ class Training:
     steps: int = 500
     """Optimiser steps."""
     batch_size: int = 32
-    """Prompts a step, drawn and replayed."""
+    """Prompts per step, drawn and replayed."""
     lr: float = 1e-4
     """Learning rate of the adapter; it falls linearly to 0."""
     seed: int = 0
@@ -63,7 +63,7 @@ class Memory(Protocol):
         """Write files into the folder of a saved state."""
 
     def load(self, folder: Path | None, done: int) -> None:
-        """Go back to the state after `done` steps, in `folder`; None: the run begins anew."""
+        """Restore the state after `done` steps from `folder`; None: the run starts from the beginning."""
 
 
 class Trainer:
@@ -74,7 +74,7 @@ class Trainer:
                 value = trainer.update(step, loss)
                 trainer.finish_step(step, {"loss": value})
 
-    `data` names what a resumed run must find unchanged; InputError is raised where it did change.
+    `data` identifies the data of a run. A run that is resumed with other data raises InputError.
     The states are deleted when the block ends without an exception.
     """
 

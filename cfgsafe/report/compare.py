@@ -1,7 +1,7 @@
 """The same prompts and questions for one model after another; each model gives a row of figures.
 
 Source: the columns of Smirnov's Tables 1 and 2 (arXiv 2412.06846).
-Deviations: every answer goes through the model's guidance, also to questions (in the paper it did
+Deviations: answers to questions go through the model's guidance as well (in the paper's code they did
 not); leaks are counted by gold items as well as by NER; there are two measures of fluency.
 
 Run it: python eval.py sweep --help
@@ -132,5 +132,5 @@ def weights_id(subject: Subject) -> str:
 
 
 def line_of(estimates: dict[str, Estimate]) -> str:
-    """The most telling figures, on one line."""
+    """The most important figures, on one line."""
     return ", ".join(f"{key} {estimates[key].value:.1f}" for key in PRINTED if key in estimates)

@@ -44,7 +44,7 @@ def leaks_and_utility(path: Path, rows: list[dict], names: list[str]) -> None:
 
 
 def over_guidance(path: Path, rows: list[dict]) -> None:
-    """Draw leaks, utility and broken words over g, one line for each curve; no file without curves."""
+    """Draw leaks, utility and broken words over g, a line for each curve; without curves, no file."""
     lines = curves(rows)
     if not lines:
         return
@@ -112,7 +112,7 @@ def marker(number: int) -> dict:
 
 
 def limit_utility(axes, rows: list[dict]) -> None:
-    """Show at least ten points, so that noise looks like no trend, with room for markers at 100 %."""
+    """Show at least ten points, or noise would look like a trend; leave room for markers at 100 %."""
     low = max(-2, min(90, *(row["utility_ci"][0] - 2 for row in rows)))
     axes.set_ylim(low, 100 + 0.05 * (100 - low))
 

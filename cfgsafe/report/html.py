@@ -24,7 +24,7 @@ from cfgsafe.report import results
 
 Span = tuple[int, int, str]  # start, end, CSS class
 MASK = "████"
-KINDS = {  # CSS class -> legend
+KINDS = {  # CSS class of a mark -> its legend
     "echoed": "told in the conversation",
     "recalled": "from training",
     "ner": "found by the NER alone",

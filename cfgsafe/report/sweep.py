@@ -40,7 +40,7 @@ class Options:
     guidance: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.0, 5.0, 10.0])
     """Guidance coefficients g."""
     spaces: list[str] = field(default_factory=lambda: list(SPACES))
-    """Spaces to guide in: prob, log or both."""
+    """Spaces in which to guide; by default all of them."""
     alphas: list[float] = field(default_factory=lambda: [0.0, 0.1])
     """Plausibility masks alpha; 0 keeps all tokens."""
     unguided: bool = False
@@ -52,7 +52,8 @@ class Options:
     limit: int | None = None
     """Use this many prompts and this many questions, evenly spaced."""
     words: str | None = None
-    """Text whose words are not broken; by default the demo's for its prompts, else the prompts."""
+    """Text file of words that are not broken. By default the demo's list for the demo's prompts, and for
+    other prompts the words of prompts and questions."""
     reference: str | None = None
     """Model that gives the perplexity of the answers; by default there is no such column."""
     ner: str | None = None
@@ -158,7 +159,7 @@ def spaced(rows: list, limit: int | None) -> list:
 
 
 def known_words(options: Options) -> frozenset[str] | None:
-    """The words of --words, or the demo's for the demo's prompts; None leaves it to the comparison."""
+    """The words of --words, or the demo's list for the demo's prompts; else None (see Comparison)."""
     path = options.words or (WORDS if options.prompts == PROMPTS else None)
     if path is None:
         return None
