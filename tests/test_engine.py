@@ -9,9 +9,14 @@ import pytest
 import torch
 from conftest import random_model
 
+from cfgsafe import lockstep
 from cfgsafe.decode import Completion, Engine, Request, generate
 from cfgsafe.errors import InputError
+from cfgsafe.kernels import reference
+from cfgsafe.llama import KVCache
+from cfgsafe.lockstep import Batch, Settings
 from cfgsafe.lora import LoRAConfig, attach
+from cfgsafe.request import Running
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +145,32 @@ def test_what_does_not_fit_is_refused_and_what_must_wait_waits(model):
         Engine(model, rows=2, slots=32, kv_bytes=100)
     small = Engine(model, rows=1000, slots=32, kv_bytes=32 * 2 * 8 * 8 * 5)
     assert small.free == 5
+
+
+@pytest.mark.parametrize("log_path", ["hidden", "logits"])
+def test_a_step_never_asks_the_device_for_a_value(monkeypatch, log_path):
+    """So a CUDA graph can hold it. On the meta device such a question is an error."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)  # no short cuts of the CPU
+    monkeypatch.setattr(lockstep, "next_tokens", reference.next_tokens)  # instead of the kernel
+    model = random_model().to("meta")
+    attach(model, LoRAConfig(rank=2))
+    states = []
+    for number in range(20):
+        request = random_request(random.Random(number))
+        state = Running(number, request, Completion(), 0.0, [len(ids) for ids in request.rows])
+        state.add(5, 0.0)
+        states.append(state)
+    cache = KVCache.empty(model.config, 40, 64, device=model.device, dtype=model.dtype)
+    batch = Batch(model, cache, states, Settings(log_path))
+    batch._make_room()
+    changing = (batch.tokens, batch.logprobs, batch.positions, batch.sampler.sampling.step)
+    with torch.no_grad():
+        batch._advance()
+        batch._advance()
+    # In place, because the next replay of the graph reads these tensors.
+    assert [tensor._version for tensor in changing] == [2, 2, 2, 2]
+    held = [*vars(batch).values(), *vars(batch.sampler).values(), *vars(batch.sampler.sampling).values()]
+    assert all(value.is_meta for value in held if isinstance(value, torch.Tensor))
 
 
 def test_stop_sequences_are_cut_off(model):
