@@ -3,7 +3,7 @@
     /guidance 3     guide with g = 3 from now on; /guidance off ends guidance
     /space log      guide in log space; or prob
     /reset          forget the conversation
-    /quit           end, as at the end of the input
+    /quit           end the conversation, as the end of the input does
 
 Run it: python infer.py --model M --chat
 """

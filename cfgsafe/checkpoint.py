@@ -44,8 +44,7 @@ Change = Callable[[str, Tensor], Tensor]  # (name, tensor) -> its replacement, o
 def read_config(folder: str | Path) -> LlamaConfig:
     """The configuration of a checkpoint's model. Raises CheckpointError.
 
-    The end tokens are those of `generation_config.json`, which may name more of them, if it has
-    any.
+    If `generation_config.json` names end tokens, they replace those of `config.json`: there may be more.
     """
     folder = Path(folder)
     raw = read_json(folder / "config.json")
@@ -88,7 +87,7 @@ def open_weights(path: Path):
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) for each tensor of a checkpoint. Raises CheckpointError."""
     for name, path in weight_files(folder).items():
-        with open_weights(path) as file:  # opened for each tensor, so that no more of it stays mapped
+        with open_weights(path) as file:  # opened for each tensor: an open file keeps all it has read mapped
             if name not in file.keys():
                 raise CheckpointError(f"{path}: tensor {name!r}, which the index places there, is missing")
             tensor = file.get_tensor(name)
@@ -204,7 +203,7 @@ def _header(source: Path, names: list[str]) -> bytes:
 
 
 def copy_files(source: str | Path, target: Path, names: tuple[str, ...]) -> None:
-    """Copy those of `names` that exist."""
+    """Copy those of the files `names` that exist."""
     for name in names:
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, target / name)

@@ -1,12 +1,12 @@
 """Decoding with continuous batching; a guided request is two rows of one batch.
 
-Both rows of a guided request are fed the same tokens. Rows have their own positions, so that
-prompts of unequal length, within a pair and across the batch, give what each gives alone. Requests
-that end leave the batch and waiting ones join it. Prompts are prefilled apart from the decoding
-steps, and a beginning that several of them share is computed once. On a GPU, a batch that stays the
-same for a few steps is captured as a CUDA graph: forward, head, guidance and sampling then replay
-as one launch. `cfgsafe.request` has what goes in and out; `cfgsafe.lockstep` and `cfgsafe.prefill`
-compute the tokens.
+Both rows of a guided request are fed the same tokens. Each row has its own positions, so that a
+request gives the same tokens as alone, whatever the lengths of its two prompts and of the others are.
+Requests that end leave the batch and waiting ones join it. Prompts are prefilled apart from the
+decoding steps, and a beginning that several of them share is computed once. On a GPU, a batch that
+stays the same for a few steps is captured as a CUDA graph: forward, head, guidance and sampling then
+replay as one launch. `cfgsafe.request` defines what goes in and out; `cfgsafe.lockstep` and
+`cfgsafe.prefill` compute the tokens.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --requests requests.jsonl
 """
@@ -32,7 +32,7 @@ GPU_SHARE = 0.9  # of the free GPU memory that the KV cache may take
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to a request in a step: it has a new token, or it has ended, with its completion."""
+    """What happened to a request in a step: it has a new token, or it has ended with a completion."""
 
     request_id: int
     token: int | None = None
@@ -89,7 +89,7 @@ class Engine:
 
     Invariants between steps:
         The rows in use are the first rows of the cache, without a gap; `free` counts the others.
-        They lie in the order of the requests in `running`.
+        Rows have the order of the requests in `running`.
         The positive row of a guided request comes right before its negative row.
         `batch` holds the tensors of the running requests, or is None after one has joined or left.
 
@@ -131,7 +131,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request waits or runs."""
+        """Whether any request is waiting or running."""
         return bool(self.waiting or self.running)
 
     def submit(self, request: Request) -> int:
@@ -153,7 +153,7 @@ class Engine:
         return request_id
 
     def cancel(self, request_id: int) -> Completion | None:
-        """End a request now and return what it has; None when no such request waits or runs."""
+        """End a request now and return its answer so far; None when it is not waiting or running."""
         for state in [*self.waiting, *self.running]:
             if state.request_id == request_id:
                 state.completion.finish_reason = "cancelled"
@@ -217,13 +217,13 @@ class Engine:
         return events
 
     def _end_before(self, token: int) -> str | None:
-        """Why `token` ends an answer and is no part of it; None when it is part of it."""
+        """The finish reason when `token` ends the answer without being part of it, else None."""
         if token < 0:
             return "impossible"
         return "stop" if token in self.model.config.stop_ids else None
 
     def _end_after(self, state: Running) -> str | None:
-        """Why the answer ends with its last token; None when it goes on. Stop sequences are cut off."""
+        """The finish reason when the last token ends the answer, else None. Stop sequences are cut off."""
         if state.cut_stop_sequence():
             return "stop"
         filled = max(map(len, state.request.rows)) + len(state.completion.tokens)

@@ -1,6 +1,6 @@
 """The exceptions a user can meet; cfgsafe/cli.py turns them into a line and an exit code.
 
-    CfgsafeError            what the user can mend; the message is one line that says what and how
+    CfgsafeError            a mistake that the user can fix; its message is one line that says how
     |-- InputError          a file, line, field or option is wrong
     |-- CheckpointError     a checkpoint or adapter does not hold what it must (names the tensor)
     `-- ContextError        a prompt does not fit the model's context
@@ -12,7 +12,7 @@ Run it: python infer.py --model nowhere --prompt "Hello!"      (a CheckpointErro
 
 
 class CfgsafeError(Exception):
-    """Something the user can mend; `str(error)` is the one line shown."""
+    """A mistake that the user can fix; `str(error)` is the one line that is shown."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""The tensors of a decoding batch: rows of the KV cache, what is fed to them, tokens that come out.
+"""The tensors of a decoding batch: rows of the KV cache, the tokens fed to them, the tokens that come out.
 
 Source: static shapes and CUDA graphs after gpt-fast; skipping negative rows is ours, see `certified`.
 Rows lie in the order of their requests, the positive row of a pair before the negative one.
@@ -20,7 +20,7 @@ from cfgsafe.lora import set_adapters
 from cfgsafe.request import Request, Running
 
 SLOT_STEP = 64  # attention reads a multiple of these, so that shapes stay the same for a while
-STEADY = 4  # steps a batch stays as it is before it is captured as a CUDA graph
+STEADY = 4  # steps without a change of the batch before it is captured as a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Batch:
             self.graph, self.steps = None, 0
 
     def _advance(self) -> None:
-        """One step on the device alone. It leaves there what the next one starts from."""
+        """One step on the device alone. Its results stay there, where the next step reads them."""
         fed = self.tokens.clamp(min=0)[self.owner][:, None]  # (n, 1)
         hidden = self.model(fed, self.positions, self.view)[:, 0]  # (n, C)
         tokens, logprobs = self.sampler(hidden)
@@ -169,9 +169,9 @@ class Batch:
     def _step_skipping(self) -> tuple[list[int], list[float]]:
         """One step that computes only the negative rows that can change a token.
 
-        All positive rows come first. Where such a row is `certified` to decide the token, it also
-        takes the place of the negative row: a pair of equal rows gives the positive row's own token.
-        The other negative rows then catch up on all the tokens that they have missed.
+        All positive rows are computed first. A row that is `certified` to decide the token also takes
+        the place of its negative row: a pair of equal rows gives the token of the positive row. The other
+        negative rows then catch up on all the tokens that they have missed.
         """
         model, running, firsts = self.model, self.running, self.sampler.positive
         tensor = partial(torch.tensor, device=model.device)
@@ -201,7 +201,7 @@ class Batch:
         return tokens.tolist(), logprobs.tolist()
 
     def _catch_up(self, numbers: list[int], hidden: Tensor) -> None:
-        """Feed the negative rows of requests `numbers` what they lack; set their `hidden` states."""
+        """Feed the negative rows of requests `numbers` all missed tokens; set their `hidden` states."""
         device = hidden.device
         rows = self.sampler.positive[numbers] + 1
         starts, missed = [], []

@@ -33,8 +33,8 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 def head_logprobs(model: Llama, hidden: Tensor, targets: Tensor, logit_bytes: int | None = None) -> Tensor:
     """log p of `targets` (N,) at final hidden states `hidden` (N, C), (N,) float32.
 
-    At most `logit_bytes` of logits exist at a time. A head that is trained, or carries an adapter,
-    gets its gradients, too: its chunks are recomputed in the backward.
+    At most `logit_bytes` of logits exist at a time. A head that is trained or has an adapter also
+    gets gradients: its chunks are then recomputed in the backward.
     """
     head = model.lm_head
     logit_bytes = logit_bytes or LOGIT_BYTES.get(hidden.device.type, LOGIT_BYTES["cuda"])

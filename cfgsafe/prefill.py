@@ -1,4 +1,4 @@
-"""Prompts into the KV cache, apart from the decoding steps; shared beginnings are computed once.
+"""Computes prompts into the KV cache, apart from the decoding steps; a shared beginning only once.
 
 Source: ours. It is exact: the keys and values of a token depend on the tokens up to it alone.
 Shapes: n prompts, T tokens, C hidden.
@@ -19,7 +19,7 @@ from cfgsafe.request import Running
 
 PREFILL_TOKENS = 8192  # most tokens of one forward, padding included
 PREFIX_LEAST = 16  # fewest shared tokens that are computed once for several prompts
-PREFIXES = 8  # most prefixes that are kept when no prompt uses them
+PREFIXES = 8  # prefixes beyond this number are dropped, the oldest first, unless a prompt uses them now
 Key = tuple[str | int | None, ...]  # adapter, side of the pair, first PREFIX_LEAST tokens
 
 
@@ -45,7 +45,7 @@ class Prefix:
     cache: KVCache
 
     def begins(self, prompt: Prompt) -> bool:
-        """Whether the prompt starts with it and goes on."""
+        """Whether the prompt starts with this prefix and is longer."""
         return len(prompt.ids) > len(self.ids) and prompt.ids[: len(self.ids)] == self.ids
 
 
@@ -58,7 +58,7 @@ class Prefill:
         self.computed = 0  # tokens, without padding
 
     def __call__(self, states: list[Running], first_row: int) -> tuple[list[int], list[float]]:
-        """Fill the rows of `states` from `first_row` on; first tokens and log-probabilities."""
+        """Fill the rows of `states` from `first_row` on; returns first tokens and log-probabilities."""
         model = self.model
         prompts = []
         for state in states:
@@ -87,7 +87,7 @@ class Prefill:
         return tokens.tolist(), logprobs.tolist()
 
     def _fill(self, prompts: list[Prompt], targets: list[int], prefix: Prefix | None) -> Tensor:
-        """Compute prompts after their prefix into rows `targets`; last hidden states (rows, C)."""
+        """Compute prompts after their prefix into rows `targets`; returns last hidden states (rows, C)."""
         model, device, n = self.model, self.model.device, len(prompts)
         p = 0 if prefix is None else len(prefix.ids)
         rest = [prompt.ids[p:] for prompt in prompts]
@@ -131,7 +131,7 @@ class Prefill:
             self.prefixes[key] = Prefix(shared, cache)
 
     def _forget_prefixes(self, used: set[Key | None]) -> None:
-        """Drop the oldest prefixes that nobody uses now, until PREFIXES are left."""
+        """Drop the oldest prefixes that no prompt uses now, until PREFIXES are left."""
         unused = [key for key in self.prefixes if key not in used]
         for key in unused[: max(0, len(self.prefixes) - PREFIXES)]:
             del self.prefixes[key]

@@ -1,4 +1,4 @@
-"""Questions to an OpenAI-compatible endpoint: answers are kept, failures are tried again.
+"""Questions to an OpenAI-compatible endpoint: answers are kept, failed requests are repeated.
 
 Source: OpenAI's HTTP API, chat and completions, through the `openai` client. The base URL and the
 key come from OPENAI_BASE_URL and OPENAI_API_KEY only, and no message shows them.
@@ -31,8 +31,8 @@ from cfgsafe.tokenizer import Messages
 
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
 LONGEST_WAIT = 300.0  # seconds, whatever Retry-After says
-OUTAGE = 8  # so many failed questions in a row mean that the endpoint is down
-QUESTION_REFUSED = (400, 413, 422)  # HTTP statuses about one question; others are about the key or the model
+OUTAGE = 8  # failed questions in a row that mean that the endpoint is down
+QUESTION_REFUSED = (400, 413, 422)  # HTTP statuses that concern one question, not the key or the model
 
 
 @dataclass
@@ -92,7 +92,7 @@ class _Refused(InputError):
 
 
 class _Failed(Exception):
-    """An attempt gave no answer; `wait` is how many seconds the endpoint asks to wait."""
+    """An attempt gave no answer; `wait` is the number of seconds that the endpoint asks to wait."""
 
     def __init__(self, why: str, wait: float | None = None):
         super().__init__(why)
@@ -120,8 +120,8 @@ def ask(
     Answers are kept in the file `cache` (`AnswerLog`) as they come. A question that has an answer
     there is not asked again, and equal questions are asked once. Raises InputError when the
     endpoint refuses a question, or does not answer it in `attempts` attempts. With a `meter`, only
-    a refused key or model raises; any other question without an answer has None, also one for which
-    the meter allows no request.
+    a refused key or model raises. The answer is then None for a question that the endpoint refuses or
+    does not answer, or for which the meter allows no request.
     """
     check_service(service)
     make_folder(cache.parent)
@@ -220,7 +220,7 @@ def _ask_all(
                 futures = [pool.submit(run.answer, key, question, bar) for key, question in todo.items()]
                 for future in futures:
                     future.result()
-            except BaseException:  # such as an interrupt: requests that are under way end and are kept
+            except BaseException:  # such as an interrupt: running requests end, and their answers are kept
                 run.stop.set()
                 raise
     run.client.close()

@@ -1,4 +1,4 @@
-"""What goes into the engine and comes out: the request, its limits and state, the completion.
+"""What goes into the engine and what comes out: the request, its limits and state, the completion.
 
 Source: the two system prompts are those of Smirnov (arXiv 2412.06846).
 
@@ -38,7 +38,7 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        """Whether a negative prompt has a say."""
+        """Whether the negative prompt changes the answer."""
         return self.guidance != 1.0
 
     @property
@@ -109,7 +109,7 @@ def guided_request(
     negative: str = NEGATIVE,
     **sampling,
 ) -> Request:
-    """The request that asks `messages` under two system prompts, to follow and to steer away from.
+    """The request that asks `messages` under two system prompts: one to follow, one to steer away from.
 
     The system prompt of `messages` is replaced. `sampling` are other fields of `Request`.
     Raises InputError when the chat template refuses the conversation.

@@ -91,7 +91,7 @@ def _texts(texts: object, place: str) -> tuple[str, ...]:
 
 
 def _side(row: dict, prefix: str, place: str) -> Messages | str | None:
-    """Messages or a chat-formatted string; None when the line has neither."""
+    """The messages or the chat-formatted string of one side; None when the line has neither."""
     messages, prompt = f"{prefix}messages", f"{prefix}prompt"
     if messages in row and prompt in row:
         raise InputError(f"{place}: has both {messages!r} and {prompt!r}; give one")

@@ -3,13 +3,12 @@
 Source: `tokenizer.json` and the Jinja2 chat template of the checkpoint. The template is rendered in
 Jinja2's sandbox, with the filters and globals that transformers gives it.
 Deviation 1: `apply_chat_template(tokenize=True)` of transformers parses the whole rendered string,
-so that `<|eot_id|>` typed by a user ends the turn. Here the control tokens get new, secret names in
-the tokenizer, in each process others. In a rendered conversation only the template's own control
-tokens are renamed, before it is encoded. To the tokenizer, what a user typed is therefore always
-text. Text without control tokens gets the same ids as in transformers.
-Deviation 2: some templates ignore strings and read lists of parts, such as that of
-Llama-Guard-3-1B. They get lists of parts here; transformers would render a conversation without its
-texts.
+so that `<|eot_id|>` typed by a user ends the turn. Here each process gives the control tokens new,
+secret names in the tokenizer. In a rendered conversation only the template's own control tokens are
+renamed, before it is encoded. To the tokenizer, what a user typed is therefore always text. Text
+without control tokens gets the same ids as in transformers.
+Deviation 2: some templates, such as that of Llama-Guard-3-1B, ignore strings and read lists of parts.
+They get lists of parts here; transformers would render a conversation without its texts.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --prompt "<|eot_id|> is text here"
 """
@@ -169,7 +168,7 @@ class Tokenizer:
         return self._chat_text(guarded, go_on)
 
     def _mark_tokens(self, text: str, mark: str) -> str:
-        """`text` with a mark in each control token, and next to what a template could complete to one."""
+        """`text` with a mark in each control token, and around text that could become one in a template."""
         text = self._pattern.sub(lambda found: found.group()[0] + mark + found.group()[1:], text)
         inner = text.strip()
         if inner.endswith(self._beginnings) or inner.startswith(self._endings):
