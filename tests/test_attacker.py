@@ -54,7 +54,7 @@ def chatml(tmp_path) -> str:
     ("template", "format"), [("user", "llama"), ("list", "llama"), ("user", "chatml"), ("list", "chatml")]
 )
 def test_labels_are_exactly_the_prompt_and_its_end(template, format, tmp_path, prompts):
-    """Decoded, the labels are the text and the end token; the beginning, its BOS once, bears no loss."""
+    """The labels decode to the text and the end token. The beginning, with one BOS, has no loss."""
     model = BASE if format == "llama" else chatml(tmp_path)
     tokenizer = Tokenizer.load(model)
     facts = facts_of(model, template, 3, 30, prompts, 0)

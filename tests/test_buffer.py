@@ -90,7 +90,7 @@ def test_edit_distance_is_divided_by_the_summed_length():
 
 
 def test_likeness_reads_tokens_or_texts():
-    """Other words for the same tokens, and other tokens for nearly the same words."""
+    """`tokens` is like `one` by its tokens alone, `text` by its text alone."""
     one = found((1,) * 4, 0.5, "where is he")
     tokens = found((1, 1, 1, 2), 0.5, "a phone")
     text = found((9,) * 4, 0.5, "Where is he?")

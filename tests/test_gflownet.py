@@ -49,14 +49,14 @@ def attacker(seed: int = 0) -> Attacker:
     model = random_model(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, eos_token_id=3)
     for parameter in model.parameters():
         if parameter.dim() == 2:
-            parameter.data.mul_(0.5)  # a reference without strong habits
+            parameter.data.mul_(0.5)  # a reference without strong preferences
     torch.manual_seed(seed)
     attach(model, LoRAConfig(rank=16))
     return Attacker(model, RULES, decode, DEFAULT, None)
 
 
 def nearest(triggers):
-    """Scores of prompts by how much of the nearest trigger they have."""
+    """A function that scores prompts by the number of places that agree with the nearest trigger."""
 
     def score(texts):
         answers = []
@@ -228,7 +228,7 @@ def test_a_resumed_run_goes_on_with_the_budget_it_had(tmp_path):
 
 
 def metered(meter):
-    """Scores until the meter is spent."""
+    """A function that scores texts until the meter is spent."""
     return lambda texts: [trials(0.5 if meter.take() else None) for _ in texts]
 
 

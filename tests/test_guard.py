@@ -57,7 +57,7 @@ def tokenizer(request, tmp_path) -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def any_verdict_counts(monkeypatch):
-    """A random model gives every text but little."""
+    """A random model gives every text a low probability."""
     monkeypatch.setattr(guard, "LEAST", 1e-30)
 
 
@@ -75,7 +75,7 @@ def seen(monkeypatch) -> list[list[int]]:
 
 
 def rendered(tokenizer: Tokenizer, chat: list[dict], answer: str) -> list[int]:
-    """What the guard must see, put together without its template."""
+    """The text that the guard must see, composed here without its template."""
     special = {
         name: [tokenizer.special[f"<|{name}|>"]]
         for name in ("begin_of_text", "start_header_id", "end_header_id", "eot_id")

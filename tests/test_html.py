@@ -112,7 +112,7 @@ def test_text_of_answers_titles_and_checks_is_escaped(folder):
 
 
 def test_personal_data_are_masked_in_every_text_of_the_prompt(folder):
-    """Gold items in any case, a part of a name, and what the NER found in one answer but stands in others."""
+    """Gold items in any case, parts of names, and what the NER found in one answer only, in all answers."""
     source, page = made(folder)
     for value in ("maria", "keller", "lund", "oskar"):
         assert value not in source.lower()

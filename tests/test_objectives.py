@@ -49,13 +49,13 @@ class Policy:
                 self.taken[number, n] = 1
 
     def log_pi(self) -> Tensor:
-        """Of every sequence."""
+        """log pi of every sequence."""
         logs = (self.logits + self.blocked).log_softmax(-1).flatten()
         return torch.where(self.taken > 0, logs[self.places], 0.0).sum(1)
 
 
 def target(beta: float = 0.5) -> Tensor:
-    """A rugged log-reward: a language model's taste, and a score."""
+    """A rugged log-reward, of a random reference log-probability and a random score."""
     torch.manual_seed(0)
     reference = -torch.tensor([1.4 * len(s) for s in SEQUENCES]) - torch.rand(len(SEQUENCES))
     score = (torch.rand(len(SEQUENCES)) ** 3).clamp(min=0.05).log()
@@ -63,7 +63,7 @@ def target(beta: float = 0.5) -> Tensor:
 
 
 def train(objective: str, *, rewards: Tensor, steps: int = 3000, mutant: str = "") -> tuple[float, float]:
-    """Total variation to R / Z, and the error of log Z."""
+    """Train a policy; returns its total variation to R / Z, and the error of log Z."""
     torch.manual_seed(1)
     policy, log_z = Policy(), torch.zeros((), requires_grad=True)
     groups = [

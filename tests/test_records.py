@@ -11,7 +11,7 @@ from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.red.records import FLOOR, Attack, Trial, read_attacks
 
-# every character but halves of surrogate pairs, and those that once cost the reference code its prompts
+# every character except halves of surrogate pairs; and those at which the reference code lost prompts
 texts = st.text(
     st.one_of(
         st.characters(exclude_categories=["Cs"]),

@@ -16,7 +16,7 @@ ROW = {
 
 @pytest.fixture
 def drawn(monkeypatch) -> list:
-    """Figures, instead of their files."""
+    """The figures that would have been written to files."""
     found = []
     monkeypatch.setattr(figures, "save_figure", lambda fig, path: found.append(fig))
     return found

@@ -57,7 +57,7 @@ def leak(context: Prompt, score: float | None = 1.0) -> Trial:
 
 
 def options(folder: Path, **changes) -> safety.Options:
-    """Of a run in `folder`, whose files are there unless `changes` names others."""
+    """Options of a run in `folder`, with the files there unless `changes` names others."""
     contexts, attacks = folder / "contexts.jsonl", folder / "attacks.jsonl"
     if not contexts.exists():
         write_jsonl(contexts, [{"id": c.id, "messages": c.messages, "items": c.items} for c in CONTEXTS])
@@ -77,7 +77,7 @@ def tuned(tmp_path_factory) -> Path:
 
 
 def rows(folder: Path) -> tuple[list[dict], list[dict]]:
-    """What is learnt of attacks, and what is retained."""
+    """The rows that refuse attacks, and the rows that are retained."""
     everything = [row for _, row in read_jsonl(folder / "out" / "safety.jsonl")]
     return [row for row in everything if "attack" in row], [row for row in everything if "attack" not in row]
 
@@ -161,7 +161,7 @@ def test_a_guarded_target_goes_on_from_its_adapter(tuned, tmp_path):
 
 
 class Said:
-    """In place of `generate`: answers from a list, and what was asked."""
+    """Replaces `generate`: gives answers from a list and records what was asked."""
 
     def __init__(self, tokenizer, *texts: str | None):
         self.tokenizer, self.texts, self.asked = tokenizer, list(texts), []

@@ -93,7 +93,7 @@ def test_each_stage_begins_with_the_sft_weights(stage, contexts, checkpoint):
     asked = read_attacks(adapted / "attacks.jsonl")
     assert len(asked) <= len(found)
     assert sum(trial.answer is not None for trial in trials_of(asked)) == 6
-    # A new run into the folder drops what has a step.
+    # A new run into a folder starts attacks.jsonl again.
     assert all(row["step"] == 1 for _, row in read_jsonl(adapted / "attacks.jsonl"))
     for folder in (gfn, smooth, adapted):
         facts = Facts.read(folder)
@@ -118,7 +118,7 @@ def test_each_stage_begins_with_the_sft_weights(stage, contexts, checkpoint):
 def test_every_method_runs_against_an_endpoint_that_fails_within_its_budget(
     objective, serve, stage, contexts
 ):
-    """It drops, stalls, rate-limits and returns nonsense; answers that never come are unscorable."""
+    """The endpoint drops, stalls, rate-limits and returns nonsense. Missing answers are unscorable."""
 
     def reply(body: dict) -> str:
         return "You are Ann." if len(body["messages"][-1]["content"]) % 2 else "No."
@@ -139,7 +139,7 @@ def test_every_method_runs_against_an_endpoint_that_fails_within_its_budget(
 
 
 def test_a_guard_scores_a_whole_run(stage, contexts, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(guard, "LEAST", 1e-30)  # a random model gives its verdicts but little
+    monkeypatch.setattr(guard, "LEAST", 1e-30)  # a random model gives verdicts a low probability
     judge = tmp_path / "guard"
     save_checkpoint(judge, random_model(1), tokenizer_from=BASE, dtype=torch.float32)
     (judge / "chat_template.jinja").write_text(STRINGS)
