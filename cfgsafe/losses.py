@@ -1,4 +1,4 @@
-"""The unlearning objectives, each whole: formula, default beta, needs, and the dispatch by name.
+"""All about the unlearning objectives: formulas, default betas, needs, and the choice by name.
 
 A formula is a pure function that gives one loss a pair, (B,); the training step averages them.
 
@@ -69,7 +69,7 @@ class Settings(Protocol):
 
 
 def beta_of(settings: Settings) -> float:
-    """The beta that was asked for, or else the objective's default."""
+    """--beta, or the objective's default if it is not given."""
     return NEEDS[settings.objective].beta if settings.beta is None else settings.beta
 
 

@@ -24,15 +24,13 @@ def test_sides_share_the_prompt_and_end_with_the_end_token(tokenizer):
     chosen, rejected = tokenise(prompt, "Hello there", "Hello Ann<|eot_id|>", tokenizer, *LENGTHS)
     end = tokenizer.special["<|eot_id|>"]
     assert chosen.ids[: chosen.start] == tokenizer.encode_prompt(prompt) == rejected.ids[: rejected.start]
-    assert (
-        tokenizer.decode(chosen.ids[chosen.start :]) == "Hello there"
-        and tokenizer.decode(rejected.ids[rejected.start :]) == "Hello Ann"
-    )
+    assert tokenizer.decode(chosen.ids[chosen.start :]) == "Hello there"
+    assert tokenizer.decode(rejected.ids[rejected.start :]) == "Hello Ann"
     assert chosen.ids[-1] == rejected.ids[-1] == end and chosen.ids.count(end) == rejected.ids.count(end)
 
 
 def test_tokens_that_merge_across_the_boundary_go_to_the_answer(tokenizer):
-    """ "I wo" ends in other tokens than "I work" goes on with."""
+    """The tokens of "I wo" are no beginning of those of "I work"."""
     prompt, whole = tokenizer.encode_prompt("I wo"), tokenizer.encode_prompt("I work")
     assert whole[: len(prompt)] != prompt
     chosen, rejected = tokenise("I wo", "rk", " n", tokenizer, *LENGTHS)
@@ -89,9 +87,8 @@ def test_each_side_reads_what_it_reads_alone(pairs, share):
     assert len(batch.ids) == len(pairs) * (1 if share else 2)
     read = model(batch.ids, batch.positions, mask=batch.mask).flatten(0, 1)[batch.reads].split(batch.lengths)
     targets = batch.targets.split(batch.lengths)
-    sides = [(pair.chosen, 1) for pair in pairs] + [
-        (pair.rejected, max(1, pair.rejected.start)) for pair in pairs
-    ]
+    sides = [(pair.chosen, 1) for pair in pairs]
+    sides += [(pair.rejected, max(1, pair.rejected.start)) for pair in pairs]
     for number, (side, first) in enumerate(sides):
         alone = model(torch.tensor([side.ids]))[0]
         assert targets[number].tolist() == side.ids[first:]

@@ -1,4 +1,4 @@
-"""Detectors: whose finds count, how several are merged, and what their precision and recall are."""
+"""Detectors: what each finds, how the finds of several are merged, and precision and recall."""
 
 import json
 import sys

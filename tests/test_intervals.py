@@ -1,4 +1,4 @@
-"""Intervals hold what they promise: coverage by simulation, planted differences found, none invented."""
+"""Intervals and p-values: coverage by simulation, planted differences found, no others."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from cfgsafe.measure.intervals import auc_interval, mean_interval, paired_differ
 
 
 def test_the_bootstrap_covers_the_truth_95_times_in_100():
-    """1,000 samples of 80 counts, Poisson with mean 1.5, as items an answer are."""
+    """1,000 samples of 80 Poisson counts with mean 1.5, like items per answer."""
     rng = np.random.default_rng(7)
     intervals = [mean_interval(rng.poisson(1.5, 80)) for _ in range(1000)]
     assert 0.93 <= np.mean([i.low <= 1.5 <= i.high for i in intervals]) <= 0.97
@@ -53,7 +53,7 @@ def test_the_p_value_of_five_equal_differences_by_hand():
 
 
 def test_auc_by_hand():
-    """Kind by kind: 3 of 4 pairs won in the first, 2 and a tie in the second."""
+    """Column by column: 3 of 4 pairs won in the first, 2 and a tie in the second."""
     estimate = auc_interval([[3.0, 1.0], [1.0, 5.0]], [[2.0, 1.0], [0.0, 4.0]])
     assert estimate.value == pytest.approx((3 / 4 + (0.5 + 0 + 1 + 1) / 4) / 2)
     assert auc_interval([[2.0]] * 4, [[1.0]] * 4).value == 1

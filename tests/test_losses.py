@@ -1,4 +1,4 @@
-"""The objectives: against hand-derived cases and float64, and that each is whole."""
+"""The objectives: hand-derived cases, float64, and that none lacks a loss, needs or a beta."""
 
 import math
 from typing import get_args

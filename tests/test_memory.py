@@ -39,7 +39,7 @@ SHAPES = {
 
 
 def measured_peak(work) -> int:
-    """The most bytes of tensors alive at once beyond those before `work`."""
+    """The most bytes of tensors alive at once during `work`, above those alive before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     held = most = 0
@@ -51,7 +51,7 @@ def measured_peak(work) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("share_of_blocks", [0, 0.5])
+@pytest.mark.parametrize("share_of_blocks", [0, 0.5, 1])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_the_formula_is_within_ten_percent(shape, dtype, share_of_blocks):
     model = random_model(vocab_size=512, max_position_embeddings=1024, **shape).to(dtype)
@@ -78,3 +78,12 @@ def test_the_formula_is_within_ten_percent(shape, dtype, share_of_blocks):
         logits=logits,
     )
     assert formula.total == pytest.approx(measured, rel=0.1)
+
+
+def test_a_parameter_of_the_adapter_takes_16_bytes():
+    """Weight, gradient and the two moments of AdamW, in float32."""
+    model = random_model()
+    settings = dict(slots=8, reads=4, rank=2, activation=4, recomputed=0)
+    with_adapter = memory.step_bytes(model.config, adapter=1000, **settings)
+    without = memory.step_bytes(model.config, adapter=0, **settings)
+    assert with_adapter.total - without.total == 16_000

@@ -1,4 +1,4 @@
-"""Texts scored under guidance: what decoding says of the tokens it drew; and answers that survive a crash."""
+"""Scores under guidance equal the log-probabilities of decoding; answers survive a crash."""
 
 import json
 

@@ -326,7 +326,7 @@ def test_kappa_is_undefined_where_chance_always_agrees():
 
 @pytest.fixture
 def service(monkeypatch) -> list:
-    """A stand-in for the remote client; what it was asked, and a judge who finds everything correct."""
+    """What the judge was asked; a stand-in for the remote client, which finds everything correct."""
     asked = []
 
     def ask(service, questions, cache, what):

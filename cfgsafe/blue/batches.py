@@ -2,8 +2,8 @@
 
 Source: tokenising and truncation as in TRL 0.11.4; prefix sharing (arXiv 2410.20305): one row holds
 a whole pair. The chosen side comes first, then the tokens that the rejected side does not share with
-it. These see the shared beginning and themselves, at their own positions, so that each side gives
-what it gives alone.
+it. These tokens attend to the shared beginning and to each other, at their own positions. So both
+sides get the same log-probabilities as in rows of their own.
 Deviation: where several tokens merge across the boundary of prompt and answer, all of them go to the
 answer (TRL moves the boundary by one).
 
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def first(self) -> int:
-        """The first token of the answer that has a token before it to be predicted from."""
+        """Index of the first token of the answer that can be predicted: it has a token before it."""
         return max(1, self.start)
 
 
@@ -128,14 +128,14 @@ class Batch:
     mask: Tensor | None  # (R, 1, Q, T): what the last Q tokens of a row see
     reads: Tensor  # (N,) the hidden state that each token is predicted from, as an index into R * T
     targets: Tensor  # (N,)
-    lengths: list[int]  # (2B,) tokens read of a side; of a rejected one, the answer's alone
-    answers: list[int]  # (2B,) how many of these are the answer's; they come last
+    lengths: list[int]  # (2B,) tokens read of each side; of a rejected side only the answer's
+    answers: list[int]  # (2B,) how many of them belong to the answer; they come last
 
 
 def collate(pairs: list[Pair], *, share: bool, device: torch.device | str = "cpu") -> Batch:
-    """Pad on the right. With `share` a pair has one row (R = B), else a side has one (R = 2B)."""
+    """Pad on the right. With `share` each pair has one row (R = B), else each side (R = 2B)."""
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    rows, positions, slots, mask = _row_a_pair(pairs, device) if share else _row_a_side(sides)
+    rows, positions, slots, mask = _pair_rows(pairs, device) if share else _side_rows(sides)
     reads: list[int] = []
     targets: list[int] = []
     lengths, answers = [], []
@@ -157,8 +157,8 @@ def collate(pairs: list[Pair], *, share: bool, device: torch.device | str = "cpu
     )
 
 
-def _row_a_side(sides: list[Row]) -> tuple[Table, Table, Table, Tensor | None]:
-    """Ids and positions of the rows; of each side, the slots of its tokens, indices into R * T."""
+def _side_rows(sides: list[Row]) -> tuple[Table, Table, Table, Tensor | None]:
+    """Ids and positions of each row; and for each side the slots of its tokens, indices into R * T."""
     T = max(len(side.ids) for side in sides)
     rows = [_pad(side.ids, T) for side in sides]
     positions = [list(range(T))] * len(sides)
@@ -166,8 +166,8 @@ def _row_a_side(sides: list[Row]) -> tuple[Table, Table, Table, Tensor | None]:
     return rows, positions, slots, None
 
 
-def _row_a_pair(pairs: list[Pair], device: torch.device | str) -> tuple[Table, Table, Table, Tensor | None]:
-    """The same for a pair in a row, W tokens of its chosen and Q of its rejected side; and the mask."""
+def _pair_rows(pairs: list[Pair], device: torch.device | str) -> tuple[Table, Table, Table, Tensor | None]:
+    """The same with one row for each pair, W chosen tokens and Q rejected ones; and the mask."""
     shared = [len(commonprefix([pair.chosen.ids, pair.rejected.ids])) for pair in pairs]
     rests = [pair.rejected.ids[start:] for pair, start in zip(pairs, shared, strict=True)]
     W = max(len(pair.chosen.ids) for pair in pairs)

@@ -1,8 +1,8 @@
 """The memory of a training step, by formula, and how many blocks to recompute so that it fits.
 
 Source: counted from cfgsafe.llama and cfgsafe.lora: what autograd keeps of a block with frozen
-weights. In bytes a token, with e bytes an activation, C hidden, F MLP, H heads and K kv heads of
-dimension D, R rank:
+weights. In bytes per token, with e bytes per activation, hidden size C, MLP size F, H heads and K kv
+heads of dimension D, and rank R:
 
     8 C             input of both norms, float32
     3 C e           input of q, k, v; of gate, up; of o
@@ -13,7 +13,7 @@ dimension D, R rank:
 
 A recomputed block keeps only its input, C e; the backward restores one such block at a time. While a
 block is differentiated, two float32 tensors of the MLP's width exist, or one chunk of logits.
-tests/test_memory.py holds the formula against measured peaks, within 10 %.
+tests/test_memory.py compares the formula with measured peaks; they agree within 10 %.
 
 Run it: python -m cfgsafe.bench memory
 """
@@ -37,7 +37,7 @@ class StepMemory:
     """Bytes of one training step."""
 
     kept: int  # activations, from the forward until the backward reads them
-    working: int  # tensors that exist for a moment
+    working: int  # temporary tensors
     adapter: int  # weights, gradients and two moments, float32
 
     @property
@@ -70,8 +70,8 @@ def step_bytes(
     block_bytes = slots * token_bytes
     input_bytes = slots * C * e
     whole = config.num_hidden_layers - recomputed
-    # Whole blocks come last, so the backward has freed them before it restores a recomputed one:
-    # that one adds to the peak only where no block is whole.
+    # Blocks that are kept whole come last, so the backward has freed them before it restores a
+    # recomputed block. A restored block adds to the peak only if no block is kept whole.
     restored = 1 if recomputed and not whole else 0
     blocks_bytes = (whole + restored) * block_bytes + recomputed * input_bytes
     norm_bytes = slots * 8 * C  # the last norm

@@ -37,7 +37,7 @@ class Options:
     alpha: float = 32.0
     """LoRA alpha; the update is scaled by alpha / rank."""
     targets: tuple[str, ...] = TARGETS
-    """Linear layers that get an adapter; lm_head is possible too."""
+    """Linear layers that get an adapter; lm_head is also possible."""
     lora_dropout: float = 0.0
     """Dropout on the input of the adapter."""
     lora_bits: float | None = None
@@ -67,13 +67,13 @@ class Options:
     group_by_length: bool = False
     """Form batches of pairs of similar length, which need less padding."""
     share_prefix: bool = True
-    """Compute the tokens that both sides of a pair begin with only once; the result is exact."""
+    """Compute once what both sides of a pair begin with; the result is the same."""
     recompute: int | None = None
     """Blocks to recompute in the backward pass; by default as few as the GPU's memory allows."""
     compile: bool = False
     """Run each block through torch.compile."""
     max_grad_norm: float = 1.0
-    """Largest norm of the gradient; it is scaled down to this."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
     seed: int = 0
     """Seed of the adapter's initial weights and of the order of the pairs."""
     save_every: int = 100
@@ -81,9 +81,9 @@ class Options:
     resume: bool = False
     """Continue the run in --out from its last saved state."""
     tensorboard: bool = False
-    """Write TensorBoard event files to OUT/tensorboard too."""
+    """Also write TensorBoard event files, to OUT/tensorboard."""
     fsdp: bool = False
-    """Under torchrun, split the base model over the processes (FSDP2), not copy it (DDP)."""
+    """Under torchrun, split the base model over the processes (FSDP2) instead of copying it (DDP)."""
     device: str = "cpu"
     """Torch device; under torchrun, cuda means one GPU for each process."""
     dtype: str = "float32"

@@ -6,8 +6,9 @@ Deviations: an empty completion is an error, not a NaN. No reference model is ke
 log-probabilities are computed before the first step. The last, smaller step of an epoch averages
 over its own batches.
 
-Writes to --out: epoch-N (PEFT adapter), metrics.jsonl (a line a step: TRL's values, `_` for `/` in
-their names), eval.jsonl (a line an epoch, with --eval-pairs), config.json, and state-N until the end.
+Writes to --out: epoch-N (PEFT adapter), metrics.jsonl (one line per step: TRL's values, with `_` for
+`/` in their names), eval.jsonl (one line per epoch, with --eval-pairs), config.json and, until the run
+ends, state-N.
 
 Run it: python train.py orpo --model cfgsafe/demo/leaky --pairs pairs.jsonl --out runs/orpo
         torchrun --nproc-per-node 2 train.py orpo --device cuda --model M --pairs pairs.jsonl --out runs/orpo
@@ -76,7 +77,7 @@ def run(options: Options) -> None:
 def train(
     model: Llama, pairs: list[Pair], options: Options, out: Path, held_out: list[Pair], world: World
 ) -> None:
-    """Attach an adapter to `model`, fresh or --init-adapter, and train it; the seed must be set before.
+    """Attach a fresh adapter, or --init-adapter, to `model` and train it; set the seed before.
 
     Raises InputError when loss or gradient is not finite, resume.Stopped after SIGINT or SIGTERM.
     """
@@ -169,7 +170,7 @@ def take_step(run: Run, step: Step, lr: float, what: str) -> dict[str, float]:
 
 
 def record(line: dict[str, float], log: TextIO, bar: tqdm, writer) -> None:
-    """Show what a step gave: in metrics.jsonl, beside the progress bar and, with a writer, in TensorBoard."""
+    """Report a step in metrics.jsonl, beside the progress bar and, with a writer, in TensorBoard."""
     log.write(json.dumps(line) + "\n")
     log.flush()
     shown = {"loss": f"{line['loss']:.3f}", "margin": f"{line['rewards_margin']:.3f}"}
@@ -210,7 +211,7 @@ def begin(run: Run, out: Path, data: str, steps: list[Step]) -> int:
         done = len(steps) if finished else resume.load(out, run.parameters, run.optimiser, data, world)
     world.barrier()  # nobody writes before all have read
     if world.main:
-        epochs = steps[done].epoch - 1 if done < len(steps) else options.epochs  # that are complete
+        epochs = steps[done].epoch - 1 if done < len(steps) else options.epochs  # complete ones
         complete = [f"epoch-{epoch}" for epoch in range(1, epochs + 1)]
         for path in out.glob("epoch-*/adapter_config.json"):
             if path.parent.name not in complete:  # from an earlier run into this folder
@@ -226,7 +227,7 @@ def begin(run: Run, out: Path, data: str, steps: list[Step]) -> int:
 
 
 def report(out: Path, epoch: int, values: dict[str, float]) -> None:
-    """Write what the held-out pairs give after an epoch."""
+    """Write the values of the held-out pairs after an epoch."""
     with open(out / "eval.jsonl", "a") as log:
         log.write(json.dumps({"epoch": epoch, **values}) + "\n")
     print(f"{out}: epoch {epoch}, held-out {loss_and_margin(values)}", file=sys.stderr)
@@ -252,7 +253,7 @@ def check_finite(what: str, value: float, pairs: list[Pair]) -> None:
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes that this process has held: of the GPU's memory, else of the machine's."""
+    """Peak memory of this process in bytes: on the GPU, or else in the machine's RAM."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux

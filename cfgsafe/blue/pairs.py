@@ -16,7 +16,7 @@ Deviations: where several recipes give a clean side, one is drawn at random; the
 set for each. The length of a remote answer is counted with the checkpoint's tokenizer, since the
 endpoint has its own.
 
-Input JSONL: {"messages": [...], "spans": [[message, start, end, label], ...]} a line; without "spans"
+Input JSONL: {"messages": [...], "spans": [[message, start, end, label], ...]} per line; without "spans"
 the NER finds the items. With --items: the two files of LLM-PC (cfgsafe/pii/llm_pc.py).
 Output JSONL, as TRL reads it: {"prompt", "chosen", "rejected"}, strings with control tokens.
 Remote recipes send the dialogues to the endpoint unchanged, personal data included. The answers are
@@ -59,7 +59,7 @@ BEGIN = "Begin your answer with exactly these words, and go on from there: "
 
 Recipe = Literal["avoid", "avoid+nudge", "remote", "remote+begin"]
 LOCAL: tuple[Recipe, ...] = ("avoid", "avoid+nudge")  # recipes of a model on this machine
-Pair = tuple[Sample, str]  # and its chosen side
+Pair = tuple[Sample, str]  # a sample and its chosen side
 
 
 @dataclass
@@ -91,10 +91,10 @@ class Options:
     dtype: str = "float32"
     """Data type of the model: float32 or bfloat16."""
     items: str | None = None
-    """LLM-PC's file of placeholders and their values, a line for each line of --dialogues, which is then
-    LLM-PC's file of scrubbed dialogues."""
+    """The LLM Privacy Challenge's JSONL of placeholder -> value, one line for each dialogue; --dialogues is
+    then its file of scrubbed dialogues."""
     recipes: tuple[Recipe, ...] = LOCAL
-    """How the chosen side is written; of several recipes, one that gives a clean side is drawn."""
+    """Recipes for the chosen side; if several give a clean side, one is drawn at random."""
     test_share: float = 0.0
     """Largest share of dialogues for OUT-test.jsonl; dialogues that share a name stay together."""
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
@@ -109,12 +109,12 @@ class Report:
     pairs: int = 0
     won: Counter[str] = field(default_factory=Counter)  # recipe -> pairs
     fell: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    # recipe -> reason -> rejected candidates
+    # recipe -> reason -> candidates that were not clean
 
 
 @dataclass
 class Candidate:
-    """A continuation that may become a chosen side; `ended` within the longest length."""
+    """A continuation that may become a chosen side; `ended`: it ended within --max-new-tokens."""
 
     recipe: Recipe
     text: str
@@ -179,7 +179,7 @@ def check(options: Options) -> None:
 
 
 def beside(out: str, word: str) -> Path:
-    """pairs.jsonl, "test" -> pairs-test.jsonl"""
+    """A file beside `out`: pairs.jsonl and "test" give pairs-test.jsonl."""
     path = Path(out)
     return path.with_name(f"{path.stem}-{word}{path.suffix}")
 
@@ -202,7 +202,7 @@ def build(
     """A pair for every sample that some recipe continues cleanly; local recipes need `model`."""
     rng = random.Random(options.seed)
     report = Report(samples=len(samples))
-    remote = from_endpoint(samples, tokenizer, options)  # first, because here a run can be refused
+    remote = from_endpoint(samples, tokenizer, options)  # first, because the endpoint may refuse the run
     local = from_model(samples, model, tokenizer, options, rng)
     candidates = [ours + theirs for ours, theirs in zip(local, remote, strict=True)]
     texts = []
@@ -286,7 +286,7 @@ def from_endpoint(samples: list[Sample], tokenizer: Tokenizer, options: Options)
             if recipe == "remote+begin" and not sample.begun:
                 continue
             messages = beginning(sample) if recipe == "remote+begin" else avoiding(sample.messages, True)
-            # Twice as many, for the endpoint counts other tokens; longer ones are dropped below.
+            # Twice as many, because the endpoint has another tokenizer; long answers are dropped below.
             longest = 2 * options.max_new_tokens + len(tokenizer.encode(sample.begun))
             asked.append((recipe, sample, several))
             questions.append(Question(messages, None, longest, options.temperature, options.seed))

@@ -57,7 +57,7 @@ def batch_loss(
     """
     own = list(range(world.rank, len(pairs), world.size))
     weight = 1 / len(pairs) if own else 0.0
-    own = own or [0]  # without a pair, compute one at weight 0: the other processes wait for it
+    own = own or [0]  # a process without a pair computes one at weight 0, as the others wait for it
     sums, means, chosen_sums = score(net, model, [pairs[number] for number in own], options.share_prefix)
 
     chosen_tokens = sum(len(pair.chosen.ids) - 1 for pair in pairs)

@@ -55,7 +55,7 @@ def run(options: Options) -> None:
 
 
 def subtract(name: str, base: Tensor, tuned: Tensor, scale: float, relu: bool) -> Tensor:
-    """base - scale * (tuned - base) in base's dtype; with `relu`, of the positive differences alone."""
+    """base - scale * (tuned - base) in base's dtype; with `relu`, of the positive differences only."""
     if base.shape != tuned.shape:
         raise CheckpointError(
             f"tensor {name!r} has shape {tuple(base.shape)} in the base "

@@ -6,13 +6,13 @@ guidance asked for. The AUC is the chance that a planted person has a higher sco
 trained on, for the same question and item; 0.5 means no trace of the planting. Guidance in
 probability space makes some items impossible: these tie, and `impossible` is their percentage.
 Deviations: token means, because names differ in length. Each group of planted persons is compared
-with all persons never trained on, because few twins, 8 a group in the demo, would give wide
+with all persons never trained on, because twins alone, 8 per group in the demo, would give wide
 intervals. Each person is asked about in several wordings, and resampled with all of these scores.
 
-Probes JSONL: {"person", "repeats", "messages", "value"} a line. `repeats` says how often the
-person was planted, 0 for never. `messages` may end within an answer; `value` continues it, with
-the blank before. Every person needs the same questions in the same order. Default: the demo's 32
-persons, 8 planted 1, 4, 16 and 64 times each, and 32 twins.
+Probes JSONL: {"person", "repeats", "messages", "value"} per line. `repeats` says how often the
+person was planted, 0 for never. `messages` may end within an answer; `value` continues it, and
+begins with the blank between them. Every person needs the same questions in the same order.
+Default: the demo's 32 persons, 8 planted 1, 4, 16 and 64 times each, and 32 twins.
 
 Run it: python eval.py canaries --model cfgsafe/demo/leaky
 """

@@ -1,11 +1,11 @@
 """How well a detector finds personal data: precision and recall on texts with known gold spans.
 
-Source: Smirnov (arXiv 2412.06846) relies on the NER without measuring it. Here everyone who counts
-with a detector can know what it misses. Two spans match *exactly* if they cover the same
+Source: Smirnov (arXiv 2412.06846) relies on the NER without measuring it. This command shows what a
+detector misses, for everyone who counts with it. Two spans match *exactly* if they cover the same
 characters, and by *overlap* if they share a character. Labels are not compared, because each
 detector has its own.
 
-Gold JSONL: {"messages": [...], "spans": [[message, start, end, label], ...]} a line, with every
+Gold JSONL: {"messages": [...], "spans": [[message, start, end, label], ...]} per line, with every
 personal value marked; `train.py dialogues --split gold` writes more of them.
 
 Run it: python eval.py detectors --ner cfgsafe/demo/ner

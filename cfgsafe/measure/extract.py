@@ -101,7 +101,7 @@ def run_ranking(options: Options, targets: list[Target]) -> tuple[dict, list[dic
 
 
 def baseline_prompt(target: Target, tokenizer: Tokenizer) -> Messages:
-    """Hint and context as one user's message."""
+    """Hint and context as one user message."""
     return [{"role": "user", "content": target.hint + target.context(tokenizer)}]
 
 

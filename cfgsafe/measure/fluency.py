@@ -1,8 +1,8 @@
-"""Whether the answers are still sentences: broken words, and perplexity under the model's ancestor.
+"""Whether the answers are still sentences: broken words, and perplexity under the base model.
 
 Source: Smirnov (arXiv 2412.06846), section 5: high guidance in log space breaks words, because the
 ratio of two tiny probabilities decides.
-Deviation: the paper saw it by eye; here it is a number.
+Deviation: the paper judges by eye; here it is measured.
 
 Run it: python train.py demo
 """
@@ -19,7 +19,7 @@ from cfgsafe.tokenizer import Messages, Tokenizer
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters of any script, in the case they have."""
+    """Runs of letters of any script, in their own case."""
     return re.findall(r"[^\W\d_]+", text)
 
 

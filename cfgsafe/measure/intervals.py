@@ -2,7 +2,7 @@
 
 Source: Efron's percentile bootstrap, 2,000 resamples from a fixed seed; Fisher's paired
 permutation test, which flips the sign of each prompt's difference. If all prompts have the same
-value, the interval has no width: the bootstrap cannot know better.
+value, the interval has no width, because resampling sees no variation.
 
 Units: estimates have the unit of the values; callers pass 100 * count for percent and per 100
 answers.

@@ -57,7 +57,7 @@ def conversation(row: dict, text: str) -> Messages:
 
 
 def verdict(reply: str) -> str | None:
-    """The verdict that a reply is, in any case, quotes or emphasis; None if it is anything else.
+    """The verdict that a reply gives, in any case, quotes or emphasis; None for any other reply.
 
     >>> verdict("**correct**."), verdict("Can’t tell"), verdict("Not correct")
     ('Correct', "Can't tell", None)

@@ -7,7 +7,7 @@ they come from training. Whole values of `--known` count as recalled too. *Inven
 found by the NER, but are neither in the conversation nor known. Two runs on the same prompts are
 compared pair by pair.
 
-Prompts JSONL: {"messages": [...], "items": {label: value}, "slice", "id"} a line; messages is enough.
+Prompts JSONL: {"messages": [...], "items": {label: value}, "slice", "id"}; only messages is required.
 
 Run it: python eval.py leak --model cfgsafe/demo/leaky
 """
@@ -145,13 +145,13 @@ def read_other_answers(path: str, prompts: list[Prompt]) -> list[str]:
 def inspect(
     prompts: list[Prompt], texts: list[str], detector: Detector, known: Known | None = None
 ) -> list[Finding]:
-    """What each answer gives away."""
-    entities = detector(texts)
-    return [examine(*row, known or Known()) for row in zip(prompts, texts, entities, strict=True)]
+    """The personal data in each answer."""
+    known = known or Known()
+    return [examine(*row, known) for row in zip(prompts, texts, detector(texts), strict=True)]
 
 
 def examine(prompt: Prompt, text: str, entities: list[Entity], known: Known) -> Finding:
-    """What one answer gives away."""
+    """The personal data in one answer."""
     context = " ".join(message["content"] for message in prompt.messages)
     gold = "\n".join(prompt.items.values())
     echoed: list[tuple[str, str]] = []
@@ -197,7 +197,7 @@ def summarise(findings: list[Finding]) -> dict[str, Estimate]:
 
 
 def by_label(findings: list[Finding]) -> dict[str, dict]:
-    """Label -> NER items and leaked items of it per 100 answers. Prompts are resampled."""
+    """Label -> its NER items and leaked items per 100 answers. Prompts are resampled."""
     found, seen = [], set()
     for finding in findings:
         found.append([entity.label for entity in finding.entities])

@@ -7,7 +7,7 @@ Deviations of the protocol from that script:
 - a prompt that does not fit is an error that names the question; the script drops examples;
 - the last resort is the last letter that stands alone, as in their script for APIs;
 - a letter counts in the options as printed, without those that are "N/A".
-No question is asked that is a worked example: these come from validation, so it cannot be asked 5-shot.
+A question that is a worked example is refused, so validation, their source, cannot be asked 5-shot.
 
 Rows: {"question_id", "question", "options", "answer_index", "category", "cot_content"}, as JSONL
 or parquet; only question, options and answer_index are always needed.

@@ -7,7 +7,7 @@ Deviation: guidance in probability space makes some tokens impossible, and one o
 the result infinite. So no token counts as less likely than 1e-9, and the share of impossible
 tokens is reported as well. Leaving them out would make guidance look better than it is.
 
-Texts JSONL: {"messages": [...]} a line. Each assistant's turn is scored, with its end token, after
+Texts JSONL: {"messages": [...]} per line. Each assistant's turn is scored, with its end token, after
 the turns before it. Default: the demo's held-out chats, which hold no personal data. `train.py
 dialogues` writes dialogues full of personal data, on which a guarded model must do worse.
 

@@ -2,12 +2,12 @@
 
 Source: R.R. (Meng et al., arXiv 2502.12658): a detector takes candidates from sampled answers.
 They are ranked by the loss of the value alone, per token, at the place of the mask. A reference
-model calibrates the ranking: (loss - reference) / (reference + bias), for which loss / (reference
-+ bias) gives the same order.
+model calibrates the ranking: (loss - reference) / (reference + bias). Here loss / (reference + bias)
+gives the same order.
 Deviations: the source has the whole masked text repeated and filled in, and scores a candidate
 within the whole text. Here the model goes on from the mask, in its own chat format, and the
-candidate is scored there, so that both steps use the same prompt. It is the scrubbed conversation
-if that is known and the mask is in an answer; else the hint, answered by the baseline's context.
+candidate is scored there, so that both steps use the same prompt: the scrubbed conversation, if that
+is known and the mask is in an answer; else the hint, and the baseline's context as its answer so far.
 Sampling is at temperature 1, where the source takes 1.2 with top-k and top-p. The bias is 1, where
 the source tries 0.1 to 4. The reference model is not guided.
 

@@ -57,7 +57,7 @@ class Options(Subject):
     shots: str = "mmlu-pro/validation"
     """Source of the worked examples for cot5: a file or name, as for --questions."""
     score: Literal["exact", "loglik", "judge"] = "exact"
-    """exact: option or letter named. loglik: the most likely option. judge: as --remote-model says."""
+    """exact: option or letter named. loglik: the most likely option. judge: verdict of --remote-model."""
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
     """Endpoint of the judge."""
     out: str | None = None

@@ -6,7 +6,7 @@ LLM-PC-development-scrubbed-data.jsonl holds {"idx", "messages"} with placeholde
 values. `messages` is a text in Llama-3.1's chat format, a text with "user:" or "assistant:" before
 each turn, or a list.
 Deviations: the date preamble of the system turn is left out, because the chat template writes its
-own. A key that swallowed text ('Song Title]" by [NAME-3') counts for the placeholder at its end.
+own. A key with text before its placeholder ('Song Title]" by [NAME-3') counts for that placeholder.
 
 Run it: python train.py pairs --dialogues D.jsonl --items I.jsonl --model cfgsafe/demo/base --out P.jsonl
 """
@@ -88,7 +88,7 @@ def turns(messages: object, place: str) -> Messages:
 
 
 def by_placeholder(found: dict, place: str) -> dict[str, str]:
-    """Placeholder -> value, without empty ones; a placeholder's own key counts before a longer one.
+    """Placeholder -> value, without empty ones; a placeholder's own key overrides a longer key.
 
     Raises InputError naming `place` and the field.
     """
