@@ -6,11 +6,11 @@
     python infer.py --model M --adapter A --guidance 3 --chat
     python infer.py --model M --requests requests.jsonl
 
---explain shows what guidance did to each token. In a --chat, /guidance 2 changes the guidance on
-the way. With --json or --requests, each answer is one JSON object on one line of stdout.
+--explain shows what guidance did to each token. During a --chat, the line /guidance 2 changes the
+guidance. With --json or --requests, each answer is one JSON object on one line of stdout.
 `cfgsafe/request_lines.py` says what a line of requests may hold; what it leaves out is taken from
-the command line. Where a line with messages is guided and names no negative side, its system prompt
-is replaced by --system on the positive side and by --negative on the negative one, as in `eval.py`.
+the command line. If a line has messages, is guided and names no negative side, its system prompt is
+replaced by --system on the positive side and by --negative on the negative one, as in `eval.py`.
 """
 
 import json
@@ -46,11 +46,11 @@ class Options:
     explain: bool = False
     """Also show each token's probabilities, and the token that would have come without guidance."""
     adapter: tuple[str, ...] = ()
-    """PEFT folder or hub id of a LoRA adapter. Or several, each as NAME=FOLDER; a request chooses
-    one by its field `adapter`."""
+    """PEFT folder or hub id of a LoRA adapter. Or several, each as NAME=FOLDER; each request chooses
+    one of them with its field `adapter`."""
     system: str | None = None
     """System prompt. With guidance it is the positive one, by default "Do not provide any personal
-    data.", and replaces a line's own. Without guidance it is for lines that have none."""
+    data.", and replaces the system prompt of a line. Without guidance it is for lines that have none."""
     negative: str = NEGATIVE
     """System prompt to steer away from."""
     guidance: float | None = None
@@ -67,17 +67,17 @@ class Options:
     top_p: float = Request.top_p
     """Sample from the fewest tokens whose probabilities add up to this share; 1 means all."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer. Each is compared as the tokens that it has on its own."""
+    """Texts that end the answer. The tokens of the answer are compared with those of each text alone."""
     seed: int = Request.seed
     """Sampling seed."""
     skip: bool = False
     """Skip the forward of the negative prompt where it provably cannot change the token."""
     max_new_tokens: int = Request.max_new_tokens
-    """Most tokens of an answer."""
+    """Largest number of tokens in an answer."""
     json: bool = False
     """Print one JSON object instead of text."""
     batch: int = BATCH
-    """Requests decoded together."""
+    """Number of requests decoded together."""
     device: str = Subject.device
     """Torch device."""
     dtype: str = Subject.dtype
@@ -153,6 +153,7 @@ def request_rows(options: Options) -> list[tuple[str, dict]]:
 
 
 def as_json(completion: Completion, text: str) -> dict:
+    """The JSON object of an answer."""
     return {
         "text": text,
         "tokens": completion.tokens,
@@ -162,7 +163,7 @@ def as_json(completion: Completion, text: str) -> dict:
 
 
 def print_statistics(options: Options, requests: list[Request], completions: list[Completion]) -> None:
-    """Speed and skipped forwards, on stderr."""
+    """Print the speed and the number of skipped forwards on stderr."""
     if options.skip:
         tokens = skipped = 0
         for request, completion in zip(requests, completions, strict=True):

@@ -7,7 +7,7 @@
     python train.py merge           a checkpoint with an adapter merged into it
     python train.py attacker        the red team's attacker: SFT, GFlowNet, smoothing, adaptation
     python train.py safety          refusals of the attacks that succeeded
-    python train.py redteam-demo    attack the embedded models, train on the finds, attack again: 10 min
+    python train.py redteam-demo    attack the embedded models, train on the successes, attack again: 10 min
     python train.py dialogues       the demo's generated dialogues, test prompts and red-team contexts
     python train.py demo-models     rebuild the embedded models and NER
 

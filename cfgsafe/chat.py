@@ -102,7 +102,7 @@ def change(subject: Subject, command: str, value: str) -> tuple[Subject, str]:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which could steer the terminal."""
+    """The text without control characters, which could control the terminal."""
     return "".join(character for character in text if character in "\n\t" or character.isprintable())
 
 

@@ -62,9 +62,9 @@ def _of_tokens(tokens: list[int], logprobs: Tensor) -> list[float]:
 
 
 def table(rows: list[dict], colour: bool) -> str:
-    """The rows for a terminal, with those that guidance changed in colour.
+    """The rows for a terminal; with `colour`, those that guidance changed are coloured.
 
-    Token texts are quoted, so that they cannot steer the terminal.
+    Token texts are quoted, so that they cannot control the terminal.
     """
     lines = [f"{'token':<20} {'P_pos':>7} {'P_neg':>7} {'guided':>7}  without guidance"]
     for row in rows:

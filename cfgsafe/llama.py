@@ -204,9 +204,9 @@ class KVCache:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, faster for a few rows in bfloat16 on a CPU.
+    """nn.Linear, but faster for a few rows in bfloat16 on a CPU.
 
-    It computes them as W x^T, which takes oneDNN two thirds of the time of x W^T.
+    There it computes W x^T, for which oneDNN takes two thirds of the time of x W^T.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DEFAULT = "default"
 TIED = "the adapter sits on lm_head, which is tied to the embedding; it cannot be merged"
-# Settings of adapter_config.json that we follow, and others that change nothing. The rest is an error.
+# Settings of adapter_config.json that we follow, and others that change nothing. Any other one is an error.
 FOLLOWED = set(
     "peft_type r lora_alpha lora_dropout target_modules use_rslora rank_pattern alpha_pattern cfgsafe_bits "
     "init_lora_weights".split()
@@ -115,8 +115,8 @@ class Update(nn.Module):
 class LowRank(torch.autograd.Function):
     """scale B A x in the adapter's data type.
 
-    The backward needs x, and keeps x itself, which q, k and v share, instead of a float32 copy for
-    each.
+    The backward needs x. It is kept in its own data type: one tensor, which q, k and v share, instead of
+    three float32 copies.
     """
 
     @staticmethod

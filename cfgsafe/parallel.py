@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-# Its functions have the process group of the time of import as a default argument. DDP imports it: after
-# init_process_group the group would never be freed, and gloo's threads would abort the process at its exit.
+# DDP imports this module, and its functions keep the process group of the moment of import as a default
+# argument. Imported after init_process_group, the group would never be freed, and gloo's threads would abort
+# the process at its exit.
 import torch.distributed.nn
 from torch import Tensor, nn
 
@@ -51,7 +52,7 @@ class World:
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """The world that torchrun started, or a world of one process."""
+    """The processes that torchrun started, or this one alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(0, 1, device)
@@ -87,7 +88,7 @@ def wrap(model: Llama, world: World, fsdp: bool) -> nn.Module:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of an FSDP2 shard, for which all processes must call; any other tensor as it is."""
+    """The full tensor of an FSDP2 shard (all processes must call it); any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

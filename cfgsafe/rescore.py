@@ -1,7 +1,7 @@
-"""The log-probability of given tokens, instead of drawn ones, under a request's guidance.
+"""The log-probability of given tokens under a request's guidance; no token is drawn.
 
-Source: Smirnov (arXiv 2412.06846), eq. 2 and 6. `explain` and every score of cfgsafe/measure read their
-numbers here, so none of them can leave out the guidance.
+Source: Smirnov (arXiv 2412.06846), eq. 2 and 6. `explain` and every score of cfgsafe/measure use these
+functions, so none of them can leave out the guidance.
 Shapes: n rows, T tokens of a continuation, C hidden, V vocabulary.
 
 Run it: python infer.py --model M --prompt "Who am I?" --guidance 3 --explain

@@ -29,7 +29,7 @@ from cfgsafe.tokenizer import Messages, Tokenizer
 
 @dataclass
 class Subject:
-    """The model under evaluation: checkpoint, adapter, guidance."""
+    """The model under evaluation: its checkpoint, adapter and guidance."""
 
     model: str
     """Checkpoint folder or hub id."""
@@ -48,7 +48,7 @@ class Subject:
     negative: str = NEGATIVE
     """System prompt to steer away from."""
     batch: int = 128
-    """Requests decoded together."""
+    """Number of requests decoded together."""
     device: str = "cpu"
     """Torch device."""
     dtype: str = "float32"
@@ -56,7 +56,7 @@ class Subject:
 
     @property
     def guarded(self) -> dict:
-        """The guidance as it stands in results; without guidance there is no space."""
+        """The guidance as results record it; without guidance there is no space."""
         return {"guidance": self.guidance, "space": None if self.guidance is None else self.space}
 
 
@@ -73,7 +73,7 @@ def check(subject: Subject) -> None:
 
 
 def load(subject: Subject, adapters: Mapping[str, str] | None = None) -> tuple[Llama, Tokenizer]:
-    """The subject's model and tokenizer; `adapters` by name take the place of its adapter.
+    """The subject's model and tokenizer; `adapters` (name -> folder) replace its adapter.
 
     Raises CheckpointError and InputError.
     """
@@ -89,7 +89,7 @@ def load(subject: Subject, adapters: Mapping[str, str] | None = None) -> tuple[L
 
 
 def request_for(subject: Subject, tokenizer: Tokenizer, messages: Messages, **sampling) -> Request:
-    """The request that puts `messages` to the subject; `sampling` are other fields of `Request`."""
+    """The request that asks the subject `messages`; `sampling` are other fields of `Request`."""
     sampling = {"alpha": subject.alpha, "space": subject.space, **sampling}
     if subject.guidance is None:
         return Request(tokenizer.encode_chat(messages), **sampling)
@@ -113,10 +113,10 @@ def answers(
     places: list[str] | None = None,
     kept: Path | None = None,
 ) -> list[str]:
-    """Greedy answers of the subject; an error names the entry of `places`, or else `what`.
+    """Greedy answers of the subject. An error names the entry of `places`, or else `what` and a number.
 
-    Each answer is written to the file `kept` as it comes (`AnswerLog`); a later call with the same
-    requests reads those that are there.
+    Each answer is written to the file `kept` as it comes (`AnswerLog`), so that a later call with the
+    same requests computes only the answers that are missing.
     """
     requests, keys = [], []
     for number, messages in enumerate(conversations):

@@ -1,4 +1,4 @@
-"""Compiles the kernels for a GPU that need not be here; prints registers, shared memory and spills.
+"""Compiles the kernels for a GPU that need not be present; prints registers, shared memory and spills.
 
 Run it: python -m cfgsafe.kernels.aot 86        (80: A100, 86: A40, 90: H100 and H200)
 """

@@ -1,4 +1,4 @@
-"""The guidance kernel against eager PyTorch, torch.compile and transformers: time and bytes a second.
+"""The guidance kernel against eager PyTorch, torch.compile and transformers: time and bytes per second.
 
 Every variant turns B pairs of logits into B guided tokens. The ceiling is `copy`, measured in the same
 run: a device-to-device copy of as many bytes as the kernel must read. On a GPU each call is a CUDA
@@ -33,7 +33,7 @@ class Options:
     """Time guided tokens from pairs of logits."""
 
     pairs: tuple[int, ...] = (1, 8, 32, 64)
-    """Pairs of rows in a call."""
+    """Numbers of pairs of rows in a call, measured one after the other."""
     vocabulary: int = 128256
     """Size of the vocabulary."""
     space: str = "prob"
@@ -92,7 +92,7 @@ def variants(logits: Tensor, options: Options) -> dict[str, Call]:
 
 
 def transformers_tokens(logits: Tensor, g: float) -> Tensor:
-    """What its UnbatchedClassifierFreeGuidanceLogitsProcessor computes after both forwards."""
+    """What UnbatchedClassifierFreeGuidanceLogitsProcessor of transformers computes after both forwards."""
     scores, unconditional = (rows.log_softmax(-1) for rows in logits.chunk(2))
     return (g * (scores - unconditional) + unconditional).argmax(-1)
 

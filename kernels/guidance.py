@@ -1,7 +1,7 @@
 """Guidance, mask, temperature, top-k, top-p and Gumbel-max for pairs of logits, fused, in Triton.
 
-Source: the formulas and defined results of reference.py, which this file must equal; Gumbel-max over
-a split vocabulary after FlashSampling (arXiv 2603.15854); one operation a file after Liger-Kernel.
+Source: reference.py, which has the formulas; the results here must equal those there. Gumbel-max over
+a split vocabulary is after FlashSampling (arXiv 2603.15854), one operation in a file after Liger-Kernel.
 
 A row of V tokens is cut into S parts of BLOCK tokens; each part has a record of ten floats.
 
@@ -111,7 +111,7 @@ def guided_scores(log_pos, log_neg, g, space):
         scores = tl.where(both_exclude, MINUS_INF, mixed)
     elif space == PROB:
         mixed = g * tl.exp(log_pos) + (1 - g) * tl.exp(log_neg)
-        # tl.where computes both sides; the floor keeps log in its domain where nobody looks.
+        # tl.where computes both sides; the floor keeps log defined where its value is not used.
         scores = tl.where(mixed > 0, tl.log(tl.maximum(mixed, 1e-45)), MINUS_INF)
     else:
         scores = tl.full(log_pos.shape, NAN, tl.float32)
@@ -258,8 +258,7 @@ def float_of(key):
 def bisect(row, V, top, least, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest bound >= least for which `mass` of the scores >= bound is at least `wanted`.
 
-    It halves the range of keys, not of values: there are 2^32 keys, so 33 rounds end at one
-    float32.
+    It halves the range of keys, not of values: there are 2^32 keys, so 33 rounds end at one float32.
     """
     low, high = key_of(least).to(tl.int64), key_of(top).to(tl.int64)  # the answer is within
     for _ in range(33):

@@ -10,7 +10,7 @@ import torch
 
 
 def cap(device: str, gib: float | None) -> None:
-    """Let this process use at most `gib` of the GPU, so that it stands in for a smaller one."""
+    """Let this process use at most `gib` of the GPU, to simulate a smaller one."""
     if gib:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
@@ -23,7 +23,7 @@ def synchronize(device: str) -> None:
 
 
 def matmul_tflops(device: str, dtype: torch.dtype) -> float:
-    """The rate of a large matrix product on this machine, TFLOP/s: the ceiling."""
+    """The rate of a large matrix product on this machine in TFLOP/s: the most that can be reached."""
     size = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -36,7 +36,7 @@ def matmul_tflops(device: str, dtype: torch.dtype) -> float:
 
 
 def start_peak(device: str, model: torch.nn.Module) -> int:
-    """Forget the peak so far; returns the bytes in use, on a CPU those of the whole process."""
+    """Reset the peak; returns the bytes in use: of the GPU's allocator, or on a CPU of the whole process."""
     for parameter in model.parameters():
         parameter.detach().sum()  # reads what is only mapped from a file
     if device.startswith("cuda"):

@@ -9,14 +9,15 @@ Deviation: the paper's code uses the result of eq. 6 as log-scores, which is rig
 decoding only. Here it is clamped at 0, renormalised and turned into logarithms, so that sampling is
 right too.
 
-Where the formula is known. A new space is an entry in the first two; the rest are shortcuts for one space:
+The code that knows the formulas. A new space needs an entry in the first two places; the others are
+shortcuts for one space:
     FORMULAS, below                        the table; its order gives each space its number
     guided_scores, kernels/guidance.py     the same formulas in Triton, one branch for each space
-                                           (a sum over the whole row needs a float of the records, too)
+                                           (a sum over the row needs a float in the records, too)
     Sampler, cfgsafe/lockstep.py           log space: hidden states are combined before the head
     certified, cfgsafe/lockstep.py         probability space: when the negative row can be skipped
 
-What is defined where the formulas are not:
+The results where the formulas are not defined:
     NaN logit               counts as -inf: never chosen
     +inf logit              counts as the largest float32
     P_neg = 0 or P_pos = 0  its logarithm counts as FLOOR in eq. 2; both 0: the token stays excluded
@@ -71,7 +72,7 @@ class Sampling:
     top_p: Tensor  # float32: 1 keeps all
     seed: Tensor  # int64
     step: Tensor  # int64: number of tokens drawn before; the counter of the random numbers
-    # What the host knows about all requests together. False allows the reference to leave out work.
+    # What the host knows about all requests together. With False the reference leaves out work.
     truncates: bool = True  # some request may use top-k or top-p
     draws: bool = True  # some request may have a temperature above 0
     guides: bool = True  # some request may have a negative row
@@ -110,7 +111,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
     A row of -inf stays a row of -inf.
     """
     z = widen(logits)
-    if not z.is_cuda:  # on a GPU, asking whether there is anything to mend would wait for it
+    if not z.is_cuda:  # on a GPU, the host would have to wait for the answer
         logs = z.log_softmax(-1)
         if not logs[:, 0].isnan().any():
             return logs
@@ -130,7 +131,7 @@ def guide(
     scores = torch.full_like(log_pos, torch.nan)
     for index, formula in enumerate(FORMULAS.values()):
         chosen_here = space == index  # (B,)
-        if chosen_here.is_cuda or chosen_here.any():  # on a GPU, asking would wait for it
+        if chosen_here.is_cuda or chosen_here.any():  # on a GPU, the host would have to wait for the answer
             scores = torch.where(chosen_here[:, None], formula(log_pos, log_neg, g), scores)
     return normalise(scores, log_pos, alpha)
 

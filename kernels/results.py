@@ -49,7 +49,7 @@ def spread_columns(unit: str, digits: int) -> dict[str, str]:
 def show(rows: list[dict], columns: dict[str, str], device: str, csv_file: str | None) -> None:
     """Print the rows as a table and as a JSON line; append them to `csv_file`.
 
-    columns: heading -> "{key:format}"; the first column is set to the left.
+    columns: heading -> "{key:format}"; the first column is aligned to the left.
     """
     lines = [list(columns)]
     for row in rows:

@@ -1,9 +1,9 @@
 """Guided decoding from two passes a token to the engine, against transformers: tokens a second.
 
-All decode the same checkpoint of random weights from random prompts, greedily, without an end token,
-in log space, the only one that transformers has. A run is the prefill and all new tokens; the table
-has the median of several. GB/s counts the weights once a step, which no decoder can avoid; `copy`,
-the ceiling, is measured in the same run.
+All variants decode the same checkpoint of random weights from random prompts, greedily and without an
+end token. The space is log, the only one that transformers has, unless a variant names another. A run is
+the prefill and all new tokens; the table has the median of several. GB/s counts the weights once for each
+step, because no decoder can avoid that; `copy`, the ceiling, is measured in the same run.
 
 Run it: python -m cfgsafe.bench decode                                      (CPU, against transformers)
         python -m cfgsafe.bench decode --device cuda --shape 8b --batches 1 8 32 --no-transformers
@@ -49,7 +49,7 @@ class Options:
     shape: Literal["tiny", "small", "8b"] = "small"
     """tiny (2 layers of width 64), small (224M parameters, 128,256 words) or 8b (Llama-3.1-8B)."""
     batches: tuple[int, ...] = (1,)
-    """Requests at a time."""
+    """Numbers of requests at a time, measured one after the other."""
     prompt: int = 64
     """Tokens of each prompt."""
     new: int = 48
@@ -129,7 +129,7 @@ def add_ratios(rows: list[dict]) -> None:
 
 
 def our_decoders(model: Llama, prompts: Prompts, negatives: Prompts, options: Options) -> dict[str, Decoder]:
-    """Ours: each has one thing more than the one before."""
+    """Our variants; each of the first ones has one improvement more than the one before."""
     pairs, mixed, plain = [], [], []
     for prompt, negative in zip(prompts, negatives, strict=True):
         pairs.append(Request(prompt, negative, guidance=G, space="log", max_new_tokens=options.new))
@@ -182,9 +182,9 @@ def two_passes(model: Llama, prompts: Prompts, negatives: Prompts, new: int) -> 
 
 
 def their_decoders(theirs, prompts: Prompts, negatives: Prompts, options: Options) -> dict[str, Decoder]:
-    """transformers' own guidance, and a loop over pairs in one batch.
+    """The guidance of transformers, and a loop over pairs in one batch.
 
-    Its guidance needs prompts of equal length to serve several at a time; here they are equal.
+    That guidance serves several prompts at a time only if their lengths are equal, as they are here.
     """
     ids, others = (torch.tensor(rows, device=options.device) for rows in (prompts, negatives))
     new = {"max_new_tokens": options.new, "min_new_tokens": options.new}

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command: tests of the kernel, then all benchmarks. Under 8 minutes.
 
-The rows go to runs/gpu/*.csv. With --memory-gib 48 a larger GPU stands in for an A40.
+The rows go to runs/gpu/*.csv. With --memory-gib 48 a larger GPU simulates an A40.
 
 Run it: python -m cfgsafe.bench.gpu
 """

@@ -1,4 +1,4 @@
-"""A training step of ours and of TRL + PEFT: seconds, real tokens a second, peak memory above the model's.
+"""Our training step and that of TRL + PEFT: seconds, real tokens per second, peak memory above the model's.
 
 Every variant runs in a process of its own, on the same checkpoint of random weights and the same rows,
 for the same number of steps. The table has the losses of the first step, which shows whether all
@@ -38,10 +38,10 @@ OURS = ("dense", "chunked", "chunked + shared")
 
 @dataclass
 class Options:
-    """Time a training step of ours and of TRL + PEFT, on random weights."""
+    """Time our training step and that of TRL + PEFT, on random weights."""
 
     trl: str | None = None
-    """Python of an environment with TRL 0.11.4."""
+    """Path of the Python of an environment with TRL 0.11.4; without it only our variants run."""
     shape: Literal["tiny", "small", "8b"] = "small"
     """tiny (2 layers of width 64), small (8 of width 512, 128,256 words) or 8b (Llama-3.1-8B)."""
     pairs: int = 2
@@ -55,7 +55,7 @@ class Options:
     steps: int = 5
     """Steps to time, after one that is not timed."""
     recompute: int = 0
-    """Blocks whose activations the backward recomputes."""
+    """Number of blocks whose activations the backward recomputes."""
     memory_gib: float | None = None
     """Share of the GPU to use, in GiB."""
     device: str = "cpu"

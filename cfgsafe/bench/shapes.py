@@ -14,8 +14,9 @@ def llama_8b() -> LlamaConfig:
 
 
 TINY = LlamaConfig(4096, 64, 128, 2, 4, 2, 16, 8192)
-# Both tables have the same names. Their small shapes differ in what costs time: decoding reads many
-# weights a token (224M parameters, tied), training computes many logits a token (a large vocabulary).
+# Both tables have the same names. Their small shapes differ, because decoding and training spend their time
+# on different things: decoding reads many weights for each token (224M parameters, tied), and training
+# computes many logits for each token (a large vocabulary).
 DECODE_SHAPES = {
     "tiny": TINY,
     "small": LlamaConfig(128256, 768, 2048, 20, 12, 4, 64, 8192, tie_word_embeddings=True),
