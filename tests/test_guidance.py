@@ -7,7 +7,7 @@ import torch
 from conftest import random_model
 
 from cfgsafe.guidance import combine, next_tokens
-from cfgsafe.kernels.reference import SPACES, Sampling, guide, philox, truncate
+from cfgsafe.kernels.reference import SPACES, Sampling, guide, gumbel, philox, truncate
 
 POS = torch.tensor([[0.5, 0.3, 0.2]]).log()
 NEG = torch.tensor([[0.7, 0.2, 0.1]]).log()
@@ -93,6 +93,12 @@ def test_philox_gives_its_published_numbers():
     zero = torch.zeros(1, dtype=torch.long)
     assert philox(zero, zero, zero).item() == 0x6627E8D5
     assert philox(torch.tensor([-1]), zero, zero).item() != philox(torch.tensor([1]), zero, zero).item()
+
+
+def test_the_noise_is_another_for_each_seed_step_and_token():
+    seeds, steps = torch.tensor([5, 5, 6, 5]), torch.tensor([0, 1, 0, 0])
+    noise = gumbel(seeds, steps, 50)
+    assert torch.equal(noise[3], noise[0]) and len(noise[:3].unique()) == 150
 
 
 def p_value(drawn: torch.Tensor, expected: torch.Tensor) -> float:
