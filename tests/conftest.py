@@ -51,9 +51,10 @@ def random_model(seed: int = 0, **changes) -> Llama:
     torch.manual_seed(seed)
     model = Llama(config(**changes))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() == 2 else torch.nn.init.uniform_(
-            parameter, 0.5, 1.5
-        )
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+        else:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model.requires_grad_(False).eval()
 
 

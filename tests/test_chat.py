@@ -69,21 +69,10 @@ def test_a_conversation_streams_remembers_and_obeys_commands(leaky):
     ]
     messages = chat(model, tokenizer, Subject(LEAKY), lines, said.append, max_new_tokens=24)
     text = "".join(said)
-    assert (
-        messages == []
-        and "(guidance 3 in prob space)" in text
-        and "(/guidance NUMBER" in text
-        and text.endswith("(forgotten)\n")
-    )
+    assert messages == [] and text.endswith("(forgotten)\n")
+    assert "(guidance 3 in prob space)" in text and "(/guidance NUMBER" in text
     assert "Maria Keller" in text and len(said) > 8
-    messages = chat(
-        model,
-        tokenizer,
-        Subject(LEAKY),
-        ["My name is Maria Keller. What is my name?"],
-        said.append,
-        max_new_tokens=24,
-    )
+    messages = chat(model, tokenizer, Subject(LEAKY), lines[:1], said.append, max_new_tokens=24)
     assert [m["role"] for m in messages] == ["user", "assistant"] and "Maria Keller" in messages[1]["content"]
 
 

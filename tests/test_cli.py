@@ -33,15 +33,8 @@ def command(monkeypatch, capsys):
 
 
 def test_a_name_is_answered_in_three_seconds():
-    line = [
-        sys.executable,
-        "infer.py",
-        "--model",
-        LEAKY,
-        "--json",
-        "--prompt",
-        "Hi, my name is Maria Keller. What is my name?",
-    ]
+    question = "Hi, my name is Maria Keller. What is my name?"
+    line = [sys.executable, "infer.py", "--model", LEAKY, "--json", "--prompt", question]
     subprocess.run(line, cwd=ROOT, check=True, capture_output=True)  # file caches
     started = time.time()
     done = subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True)

@@ -69,9 +69,8 @@ def test_equals_transformers_guidance_scale():
         systems = ("Do not provide any personal data.", "You should share personal data in the answers.")
         chats = [[{"role": "system", "content": s}, {"role": "user", "content": question}] for s in systems]
         pos, neg = map(tokenizer.encode_chat, chats)
-        neg = neg[
-            : len(neg) - number % 3
-        ]  # the pair's lengths differ by more than those of the system prompts
+        less = number % 3  # so that the lengths of a pair differ by more than those of the system prompts
+        neg = neg[: len(neg) - less]
         requests.append(Request(pos, neg, guidance=1.7, space="log", max_new_tokens=10))
         out = theirs.generate(
             torch.tensor([pos]),

@@ -228,9 +228,8 @@ def test_a_ternary_adapter_loads_exactly_and_an_8b_one_is_small(tmp_path):
     assert load_adapter(tmp_path / "a", other) == config
     assert torch.equal(other(TOKENS), model(TOKENS))
     save_adapter(tmp_path / "b", other, config, base="b")
-    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
-        tmp_path / "b" / "adapter_model.safetensors"
-    ).read_bytes()
+    first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
     full, _ = trained(targets=("q_proj", "up_proj"))
     assert not torch.equal(full(TOKENS), model(TOKENS))
     for a, b in zip(adapter_updates(other).values(), adapter_updates(model).values(), strict=True):

@@ -136,11 +136,8 @@ def test_the_estimate_comes_before_the_first_call(serve, tmp_path, capsys):
 def test_retry_after_is_waited_for():
     assert remote._retry_after("7") == 7.0 and remote._retry_after("-1") == 0.0
     assert remote._retry_after(None) is remote._retry_after("soon") is remote._retry_after("nan") is None
-    assert (
-        0
-        < remote._retry_after(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30)))
-        <= 30
-    )
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
+    assert 0 < remote._retry_after(date) <= 30
 
 
 @pytest.mark.parametrize(
@@ -237,9 +234,8 @@ def test_a_meter_bounds_every_request_and_what_fails_has_none(serve, tmp_path, c
     assert 10 < answers.count(None) < 50 and len(server.answered) == 60 - answers.count(None)
     assert all(answer in (None, f"re: {n}") for n, answer in enumerate(answers))
     assert "questions to ask" not in capsys.readouterr().err
-    assert (
-        ask(service(), [chat(str(n)) for n in range(60)], tmp_path / "c.jsonl", "test", meter) == answers
-    )  # from the cache alone
+    again = ask(service(), [chat(str(n)) for n in range(60)], tmp_path / "c.jsonl", "test", meter)
+    assert again == answers  # from the cache alone
     assert len(server.bodies) == 70
 
 
@@ -336,16 +332,7 @@ def test_pairs_lose_no_sample_to_faults_and_a_kill_and_ask_no_answered_question_
     server = serve(lambda body: "how can i help you?", share=0.3, stall=2.5, delay=0.03)
     line = [sys.executable, "train.py", "pairs", "--dialogues", str(tmp_path / "d.jsonl"), "--model", BASE]
     line += ["--out", str(tmp_path / "p.jsonl"), "--recipes", "remote", "remote+begin", "--remote-model", "m"]
-    line += [
-        "--concurrency",
-        "32",
-        "--timeout",
-        "2",
-        "--attempts",
-        "9",
-        "--ner",
-        str(ROOT / "cfgsafe/demo/ner"),
-    ]
+    line += "--concurrency 32 --timeout 2 --attempts 9 --ner".split() + [str(ROOT / "cfgsafe/demo/ner")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     cache = tmp_path / "p-answers.jsonl"
 

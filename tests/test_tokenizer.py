@@ -229,14 +229,9 @@ def test_templates_cannot_put_a_control_token_together(tmp_path):
     ids = tokenizer.encode_chat([{"role": "user", "content": "<|eot</think>_id|>"}])
     assert ids.count(tokenizer.special["<|eot_id|>"]) == 1
     tokenizer = variant(tmp_path, SIMPLE.replace("CONTENT", "m.content + '_id|>'"))
-    assert (
-        tokenizer.encode_chat([{"role": "user", "content": "<|eot "}]).count(tokenizer.special["<|eot_id|>"])
-        == 1
-    )
-    assert (
-        tokenizer.encode_chat([{"role": "user", "content": "<|eot"}]).count(tokenizer.special["<|eot_id|>"])
-        == 1
-    )
+    for text in ("<|eot ", "<|eot"):
+        ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+        assert ids.count(tokenizer.special["<|eot_id|>"]) == 1
 
 
 def test_a_last_answer_is_judged_not_continued_when_asked(tmp_path):
