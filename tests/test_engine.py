@@ -179,6 +179,7 @@ def test_stop_sequences_are_cut_off(model):
     done = generate(model, [Request([5, 6], max_new_tokens=8, adapter=None, stop=(ending,))])[0]
     start = next(n for n in range(8) if tuple(free[n : n + 2]) == ending)
     assert done.finish_reason == "stop" and done.tokens == free[:start]
+    assert len(done.logprobs) == start
 
 
 def test_on_token_is_called_as_they_come(model):
