@@ -55,6 +55,8 @@ class Options:
 
 
 def run(options: Options) -> None:
+    if options.space not in reference.SPACES:
+        raise SystemExit(f"error: --space {options.space}: must be one of {', '.join(reference.SPACES)}")
     rows = []
     for pairs in tqdm(options.pairs, leave=False):
         torch.manual_seed(0)

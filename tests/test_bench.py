@@ -80,3 +80,8 @@ def test_the_rungs_of_the_decode_ladder_say_the_same():
 def test_spread_of_one_and_of_many():
     assert spread([2.0]) == {"p20": 2.0, "p50": 2.0, "p80": 2.0}
     assert spread([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == {"p20": 2.0, "p50": 3.5, "p80": 5.0}
+
+
+def test_an_unknown_space_is_one_line(bench):
+    with pytest.raises(SystemExit, match="--space both: must be one of prob, log"):
+        bench("guidance", "--space", "both")
