@@ -137,7 +137,7 @@ MUTANTS = (
     Mutant("rslora-ignored", "cfgsafe/lora.py",
            "math.sqrt(rank) if self.rslora else rank", "rank", "test_lora.py"),
     Mutant("lora-slope-unscaled", "cfgsafe/lora.py",
-           "to_inner = ctx.scale * (grad @ b)", "to_inner = grad @ b", "test_step.py"),
+           "to_inner = ctx.scale * (grad @ b)", "to_inner = grad @ b", "test_lora.py"),
     Mutant("a-missing-tensor-is-fine", "cfgsafe/checkpoint.py",
            "missing = sorted(set(expected) - set(found))", "missing: list[str] = []", "test_checkpoint.py"),
     Mutant("any-shape-is-fine", "cfgsafe/checkpoint.py",

@@ -70,6 +70,11 @@ def test_finds_that_only_touch_stay_apart():
     assert merge("AnnLee", [[a], [Entity(2, 6, "B", "nLee")]]) == [Entity(0, 6, "B", "AnnLee")]
 
 
+def test_a_find_that_only_touches_a_gold_span_is_no_match():
+    figures = detectors.score([[Entity(3, 6, "X", ""), Entity(9, 12, "X", "")]], [[(6, 9, "PERSON")]])
+    assert {estimate.value for estimate in figures.values()} == {0.0}
+
+
 def test_wrong_detectors_are_named(one, monkeypatch):
     with pytest.raises(InputError, match="--combine both"):
         Detector(one, "both")

@@ -7,6 +7,7 @@ import json
 import operator
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from cfgsafe.blue import resume
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_jsonl
 from cfgsafe.lora import DEFAULT, LoRAConfig, adapter_parameters, attach
+from cfgsafe.red import gflownet
 from cfgsafe.red.buffer import ReplayBuffer
-from cfgsafe.red.gflownet import Settings, explore, log_rewards, novelty
+from cfgsafe.red.gflownet import Settings, draw_batch, explore, log_rewards, novelty
 from cfgsafe.red.policy import Attacker, Rules
 from cfgsafe.red.records import Attack, Trial, read_attacks
 from cfgsafe.red.training import Training, fit
@@ -104,6 +106,33 @@ def test_the_objectives_without_log_z_find_them_too(objective, out):
 @pytest.mark.parametrize("seed", range(5))
 def test_reinforce_loses_them(seed, out):
     assert modes("reinforce", seed, out) < 10
+
+
+def test_half_of_the_drawn_prompts_explore_at_other_temperatures():
+    """Half of the batch is replayed where there is something to replay; ppo does neither."""
+    agent = SimpleNamespace(draw=lambda temperatures, random: temperatures.tolist())
+    settings = Settings(batch_size=16, min_temperature=3.0, max_temperature=4.0)
+    buffer, random = ReplayBuffer(), torch.Generator().manual_seed(0)
+    drawn, replayed = draw_batch(agent, buffer, settings, random)
+    assert len(set(drawn[:8])) == 8 and 3 <= min(drawn[:8]) and max(drawn[:8]) <= 4
+    assert drawn[8:] == [1.0] * 8 and replayed == []
+    buffer.add(Attack((5,), "5", -1.0, trials(1.0)))
+    drawn, replayed = draw_batch(agent, buffer, settings, random)
+    assert min(drawn[:4]) >= 3 and drawn[4:] == [1.0] * 4 and replayed == buffer.items * 8
+    assert draw_batch(agent, buffer, replace(settings, objective="ppo"), random) == ([1.0] * 16, [])
+
+
+def test_the_reward_cools_down_over_the_first_fifth_of_the_steps(tmp_path, monkeypatch):
+    heard = []
+
+    def listen(attacks, settings, temperature):
+        heard.append(temperature)
+        return log_rewards(attacks, settings, temperature)
+
+    monkeypatch.setattr(gflownet, "log_rewards", listen)
+    settings = Settings(steps=20, batch_size=4, reward_temperature=3.0)
+    explore(attacker(), nearest(planted(0)), Meter(), settings, tmp_path)
+    assert heard == [3.0, 2.5, 2.0, 1.5] + [1.0] * 16
 
 
 def weights(agent: Attacker) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from cfgsafe.errors import CheckpointError
 from cfgsafe.lora import (
     TARGETS,
     LoRAConfig,
+    LowRank,
     adapted_layers,
     adapter_names,
     adapter_updates,
@@ -59,6 +60,13 @@ def test_one_layer_by_hand():
     assert torch.allclose(
         layer(x), x @ (layer.base.weight + 2.0 * update.lora_B @ update.lora_A).T, atol=1e-5
     )
+
+
+def test_the_gradients_of_the_update_are_those_of_its_formula():
+    torch.manual_seed(0)
+    shapes = (2, 3, 5), (4, 5), (6, 4)  # x, A and B
+    x, a, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    assert torch.autograd.gradcheck(lambda *inputs: LowRank.apply(*inputs, 0.7), (x, a, b))
 
 
 SETTINGS = [
