@@ -161,6 +161,9 @@ def test_both_attacks_are_guided(attack, files, checkpoint, monkeypatch, capsys,
         assert request.guided and request.guidance == 3.0 and request.space == "log"
         assert POSITIVE in tokenizer.decode(request.prompt)
         assert NEGATIVE in tokenizer.decode(request.negative)
+    if attack == "rr":
+        assert {request.temperature for request in seen[0]} == {1.0}
+        assert len({request.seed for request in seen[0]}) == 6
     rows = [json.loads(row) for row in (tmp_path / "out" / "targets.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and (attack == "baseline" or {*rows[2]["ranked"]} == {"Bob", "Leeds"})
 
@@ -176,6 +179,7 @@ class Fake:
 
 def test_the_base_model_calibrates_the_ranking(files, checkpoint, monkeypatch):
     """What the reference finds likely too counts less: 2 / (4 + 1) is below 1 / (1 + 1)."""
+    assert recollect.calibrate([2.0, 1.0], [4.0, 1.0]) == [0.4, 0.5]
     losses_of = {checkpoint: [2.0, 1.0], "base": [4.0, 1.0]}
 
     def losses(who, model, tokenizer, prompts, candidates):

@@ -135,6 +135,22 @@ def test_the_reward_cools_down_over_the_first_fifth_of_the_steps(tmp_path, monke
     assert heard == [3.0, 2.5, 2.0, 1.5] + [1.0] * 16
 
 
+def test_ppo_adds_a_bonus_for_novelty_to_the_reward(tmp_path, monkeypatch):
+    heard, real = [], gflownet.objective_loss
+
+    def listen(settings, log_pi, rewards, *more):
+        heard.append(rewards)
+        return real(settings, log_pi, rewards, *more)
+
+    monkeypatch.setattr(gflownet, "objective_loss", listen)
+    monkeypatch.setattr(gflownet, "novelty", lambda attack, buffer: 0.5)
+    for bonus in (0.0, 3.0):
+        settings = Settings(objective="ppo", steps=1, batch_size=4, novelty=bonus, updates=1)
+        explore(attacker(), nearest(planted(0)), Meter(), settings, tmp_path)
+    without, with_bonus = heard
+    assert torch.allclose(with_bonus - without, torch.tensor(1.5, dtype=without.dtype))
+
+
 def weights(agent: Attacker) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in adapter_parameters(agent.model).values()]
 

@@ -152,6 +152,17 @@ def test_a_resumed_run_uses_the_data_that_it_wrote(tuned, monkeypatch, capsys):
     }
 
 
+def test_the_training_gets_the_options_asked_for(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(orpo, "run", started.append)
+    monkeypatch.setattr(safety, "build", lambda attacked, options: [])
+    asked = {"lr": 1e-3, "batch_size": 7, "grad_accum": 3, "epochs": 5, "rank": 2, "seed": 9}
+    safety.run(options(tmp_path, lora_alpha=11.0, **asked))
+    (training,) = started
+    assert {name: getattr(training, name) for name in asked} == asked
+    assert (training.objective, training.alpha, training.model) == ("sft", 11.0, LEAKY)
+
+
 def test_a_guarded_target_goes_on_from_its_adapter(tuned, tmp_path):
     adapter = str(tuned / "out" / "epoch-2")
     safety.run(options(tmp_path, adapter=adapter, limit=1, tries=1, epochs=1, lr=1e-9, rank=3))
