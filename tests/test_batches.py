@@ -118,6 +118,8 @@ def test_every_pair_comes_once_an_epoch(group):
         for batch in batches:
             padded += max(lengths[number] for number in batch) * len(batch)
         waste = padded / sum(lengths)
+        longest = [max(lengths[number] for number in batch) for batch in batches]
+        assert longest[:20] != sorted(longest[:20])
         assert waste < 1.05 if group else waste > 1.3
     assert [len(step.batches) for step in steps[:42]] == [3] * 42 and len(steps) == 2 * 42
     assert steps == plan(lengths, options(seed=1, **settings))

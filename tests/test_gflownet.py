@@ -22,7 +22,7 @@ from cfgsafe.red.buffer import ReplayBuffer
 from cfgsafe.red.gflownet import Settings, draw_batch, explore, log_rewards, novelty
 from cfgsafe.red.policy import Attacker, Rules
 from cfgsafe.red.records import Attack, Trial, read_attacks
-from cfgsafe.red.training import Training, fit
+from cfgsafe.red.training import Group, Trainer, Training, fit
 from cfgsafe.remote import Meter
 
 VOCABULARY = 16
@@ -149,6 +149,14 @@ def test_ppo_adds_a_bonus_for_novelty_to_the_reward(tmp_path, monkeypatch):
         explore(attacker(), nearest(planted(0)), Meter(), settings, tmp_path)
     without, with_bonus = heard
     assert torch.allclose(with_bonus - without, torch.tensor(1.5, dtype=without.dtype))
+
+
+def test_gradients_are_clipped_together_but_not_that_of_log_z(tmp_path):
+    weight, log_z = torch.zeros(3, requires_grad=True), torch.zeros((), requires_grad=True)
+    groups = [Group({"weight": weight}, 0.1), Group({"log_z": log_z}, 0.1, clipped=False)]
+    with Trainer(tmp_path, groups, Training(steps=1), data="d", title="t") as trainer:
+        trainer.update(0, 30 * weight.sum() + 50 * log_z)
+    assert weight.grad.norm().item() == pytest.approx(1, abs=1e-4) and log_z.grad.item() == 50
 
 
 def weights(agent: Attacker) -> list[torch.Tensor]:

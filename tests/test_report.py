@@ -30,6 +30,11 @@ def test_the_legend_shows_bare_markers(tmp_path, drawn):
     assert all(isinstance(handle, Line2D) for handle in legend.legend_handles)
 
 
+def test_error_bars_reach_to_the_ends_of_the_interval():
+    row = {"utility": 90.0, "utility_ci": [80.0, 95.0]}
+    assert figures.spread(row, "utility") == [[10.0], [5.0]]  # below, above
+
+
 @pytest.mark.parametrize("low", [0.0, 50.0, 100.0])
 def test_markers_at_full_utility_are_drawn_whole(tmp_path, drawn, low):
     figures.leaks_and_utility(tmp_path / "f.png", [{**ROW, "utility_ci": [low, 100.0]}], ["m"])

@@ -47,6 +47,20 @@ def test_a_request_without_adapter_is_scored_without_one_on_the_head():
     assert torch.equal(continuation_logprobs(model, [request], [[9, 10]])[0], bare[0])
 
 
+def test_each_request_is_scored_with_its_own_adapter():
+    model = random_model()
+    for number, name in enumerate(("default", "other")):
+        torch.manual_seed(number)
+        for parameter in attach(model, LoRAConfig(rank=4), name):
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapters = ("other", None, "default")
+    requests = [Request([5, 6], [7, 8], guidance=2.0, adapter=name, max_new_tokens=3) for name in adapters]
+    completions = generate(model, requests)
+    scored = continuation_logprobs(model, requests, [completion.tokens for completion in completions])
+    for completion, logprobs in zip(completions, scored, strict=True):
+        assert torch.allclose(logprobs, torch.tensor(completion.logprobs), atol=1e-4)
+
+
 def test_answers_that_are_written_are_not_asked_for_again(tmp_path, checkpoint, monkeypatch):
     who = Subject(checkpoint, guidance=2.0)
     model, tokenizer = subject.load(who)

@@ -153,6 +153,15 @@ def test_shared_chunked_and_recomputed_equal_dense(monkeypatch, dtype, tolerance
             assert (found[name] - gradient).abs().max() <= allowed, (path, name)
 
 
+def test_held_out_batches_weigh_as_much_as_they_have_pairs():
+    model = random_model()
+    values = []
+    for size in (3, 2):
+        values.append(evaluate(model, model, PAIRS, settings(batch_size=size), None, ALONE))
+    for name in ("rewards_chosen", "rewards_margin", "rewards_accuracy", "log_odds_ratio"):
+        assert values[0][name] == pytest.approx(values[1][name], rel=1e-4, abs=1e-6)
+
+
 def test_objectives_by_hand():
     means, ratios = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[0.5], [-1.5]])
     nlls = torch.tensor([[3.0], [1.25]])
