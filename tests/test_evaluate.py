@@ -6,7 +6,8 @@ import pytest
 
 from cfgsafe.files import write_jsonl
 from cfgsafe.red import evaluate
-from cfgsafe.red.records import Attack, Trial
+from cfgsafe.red.policy import Attacker
+from cfgsafe.red.records import Attack, Trial, read_attacks
 from cfgsafe.red.target import LocalTarget
 from cfgsafe.remote import Service
 
@@ -29,6 +30,20 @@ def test_an_attack_on_an_endpoint_reports_what_it_could_not_score(serve, context
     evaluate.run(options)
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert 0 < row["unscorable"] < 12 and row["success"] == 100  # of those that could be scored
+
+
+def test_a_prompt_that_is_drawn_again_meets_other_conversations(
+    serve, contexts, checkpoint, tmp_path, monkeypatch
+):
+    serve(lambda body: "Hello.")
+    monkeypatch.setattr(Attacker, "draw", lambda self, temperatures, _: [(5, 6, 7)] * len(temperatures))
+    options = evaluate.Options(contexts=contexts, out=str(tmp_path / "out"), draws=4, samples=1)
+    options.attacker = (f"bare={checkpoint}",)
+    options.service = Service(remote_model="m")
+    evaluate.run(options)
+    attacks = read_attacks(tmp_path / "out" / "attacks-bare.jsonl")
+    assert len({attack.text for attack in attacks}) == 1
+    assert sorted(attack.trials[0].context for attack in attacks) == ["c0", "c1", "c2", "c3"]
 
 
 def test_what_the_ancestor_gives_away_too_is_no_hit(checkpoint, tmp_path, monkeypatch):

@@ -232,6 +232,16 @@ def test_perplexity_by_hand(tokenizer):
     assert together.value != alone.value
 
 
+def test_perplexity_reads_an_answer_up_to_the_end_of_the_context(tokenizer):
+    chat, text = [{"role": "user", "content": "Hi"}], " one two three" * 20
+    prompt, answer = tokenizer.encode_chat(chat), tokenizer.encode(text)
+    model = random_model(max_position_embeddings=len(prompt) + 5)
+    found = fluency.perplexity(model, tokenizer, [text], [chat])
+    logp = model.head(model(torch.tensor([prompt + answer[:5]])))[0].log_softmax(-1)
+    nll = -sum(logp[len(prompt) - 1 + n, answer[n]].item() for n in range(5)) / 5
+    assert math.isclose(found.value, math.exp(nll), rel_tol=1e-4)
+
+
 def test_intervals_by_hand():
     assert mean_interval([5.0] * 10) == type(mean_interval([5.0]))(5.0, 5.0, 5.0)
     estimate = mean_interval([0, 100] * 50)

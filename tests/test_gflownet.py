@@ -159,6 +159,20 @@ def test_gradients_are_clipped_together_but_not_that_of_log_z(tmp_path):
     assert weight.grad.norm().item() == pytest.approx(1, abs=1e-4) and log_z.grad.item() == 50
 
 
+def test_log_z_starts_at_its_best_value_for_the_first_batch(tmp_path, monkeypatch):
+    starts, real = [], gflownet.objective_loss
+
+    def listen(settings, log_pi, rewards, log_z, log_old):
+        starts.append((log_z.item(), (rewards - log_old).mean().item()))
+        return real(settings, log_pi, rewards, log_z, log_old)
+
+    monkeypatch.setattr(gflownet, "objective_loss", listen)
+    explore(attacker(), nearest(planted(0)), Meter(), Settings(steps=2, batch_size=8), tmp_path)
+    (first, best), (second, _) = starts
+    assert first == pytest.approx(best) and first != 0
+    assert second == pytest.approx(first, abs=0.11)  # a step of AdamW at --lr-log-z 0.1
+
+
 def weights(agent: Attacker) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in adapter_parameters(agent.model).values()]
 

@@ -54,6 +54,15 @@ def test_log_space_by_hand():
     assert torch.allclose(guided(2.0, "log"), raw / raw.sum())
 
 
+def test_log_space_where_one_side_excludes_a_token():
+    """Its logarithm counts as -1000: g = 0 is still the negative row, and at g = 2 the token wins."""
+    excluding = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    found = guide(excluding, NEG, torch.tensor([0.0]), number("log")).exp()[0]
+    assert torch.allclose(found, NEG.exp()[0])
+    found = guide(POS, excluding, torch.tensor([2.0]), number("log")).exp()[0]
+    assert torch.allclose(found, torch.tensor([0.0, 0.0, 1.0]))
+
+
 def test_the_mask_keeps_what_is_plausible():
     """0.3 is at least half of 0.5, 0.2 is not."""
     assert torch.allclose(guided(2.0, "prob", 0.5), torch.tensor([0.3, 0.4, 0.0]) / 0.7)

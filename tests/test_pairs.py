@@ -55,6 +55,7 @@ def test_one_sample_for_each_item_of_an_answer(tmp_path, spans):
         ("Hello Ann! How is", " Leeds?"),
     ]
     assert [value for _, value in samples[0].values] == ["Ann", "Leeds"]
+    assert [value for _, value in samples[1].values] == ["Leeds"]
 
 
 def test_an_item_that_opens_the_answer_leaves_the_users_turn_last(tmp_path):

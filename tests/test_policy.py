@@ -9,7 +9,7 @@ import torch
 from conftest import random_model
 
 from cfgsafe.lora import LoRAConfig, attach
-from cfgsafe.red.policy import Rules, draw, log_probability
+from cfgsafe.red.policy import Attacker, Rules, draw, log_probability, token_log_probabilities
 
 RULES = Rules(start=(1, 2), end=3, least=2, most=5, banned=(0, 4))
 
@@ -73,6 +73,18 @@ def test_all_tokens_of_a_prompt_longer_than_the_rules_allow_are_counted(tiny):
         found = log_probability(tiny, RULES, [longer, (5, 6)])[0]
         expected = log_probability(tiny, replace(RULES, most=7), [longer])[0]
     assert abs(found - expected) < 1e-5
+
+
+def test_fluency_is_that_of_the_reference():
+    """The policy's adapter does not change it; the least likely fifth of eight tokens are two."""
+    rules, prompt = replace(RULES, most=8), (5, 6, 7, 5, 6, 7, 5)
+    model = random_model(vocab_size=8, hidden_size=16, num_hidden_layers=1, eos_token_id=3)
+    log_probs = token_log_probabilities(model, rules, [prompt])[0][0]
+    for parameter in attach(model, LoRAConfig(4), "policy"):
+        torch.nn.init.normal_(parameter, std=0.5)
+    (found,) = Attacker(model, rules, str, "policy", None).fluency([prompt])
+    assert found.log_reference == pytest.approx(log_probs.sum().item(), abs=1e-4)
+    assert found.least_likely == pytest.approx(log_probs.sort().values[:2].mean().item(), abs=1e-4)
 
 
 def test_a_cold_draw_is_greedy_and_the_generator_decides(tiny):

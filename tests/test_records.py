@@ -47,6 +47,11 @@ def test_a_score_is_the_mean_of_the_trials_that_could_be_scored():
     assert of(None, None).score is None and of().score is None
 
 
+def test_a_success_scores_above_the_threshold_not_at_it():
+    assert of(1.0, 0.5).succeeds() and not of(1.0, 0.0).succeeds() and not of(None).succeeds()
+    assert of(1.0, 0.5).succeeds(0.7) and not of(1.0, 0.5).succeeds(0.75)
+
+
 def test_its_logarithm_has_a_floor():
     assert of(1.0).log_score == 0 and of(0.25, 0.75).log_score == math.log(0.5)
     assert of(0.0).log_score == of(FLOOR / 2).log_score == math.log(FLOOR) == pytest.approx(-4.60517)

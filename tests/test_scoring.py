@@ -1,6 +1,7 @@
 """Scores under guidance equal the log-probabilities of decoding; answers survive a crash."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import random_model
 
 from cfgsafe import subject
 from cfgsafe.decode import Request, generate
+from cfgsafe.files import AnswerLog, read_answers
 from cfgsafe.guidance import SPACES
 from cfgsafe.lora import LoRAConfig, attach
 from cfgsafe.measure.scoring import continuation_logprobs
@@ -61,6 +63,13 @@ def test_each_request_is_scored_with_its_own_adapter():
         assert torch.allclose(logprobs, torch.tensor(completion.logprobs), atol=1e-4)
 
 
+def test_an_answer_is_in_the_file_as_soon_as_it_is_kept(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    with AnswerLog(path) as log:
+        log.keep("key", "answer")
+        assert read_answers(path) == {"key": "answer"}
+
+
 def test_answers_that_are_written_are_not_asked_for_again(tmp_path, checkpoint, monkeypatch):
     who = Subject(checkpoint, guidance=2.0)
     model, tokenizer = subject.load(who)
@@ -88,3 +97,7 @@ def test_answers_that_are_written_are_not_asked_for_again(tmp_path, checkpoint, 
         Subject(checkpoint, guidance=3.0), model, tokenizer, chats, "test", 5, kept=tmp_path / "cut.jsonl"
     )
     assert len(asked) == 6  # another guidance is another question
+    for other in (replace(who, adapter="a"), replace(who, model="m"), replace(who, dtype="bfloat16")):
+        asked.clear()
+        answers(other, model, tokenizer, chats[:1], "test", 5, kept=tmp_path / "cut.jsonl")
+        assert len(asked) == 1  # and so is another adapter, model or data type
