@@ -259,7 +259,7 @@ def attempt(mutant: Mutant, copy: Path) -> Result:
     path.write_text(source, encoding="utf-8")
     if code == 0:
         return Result(mutant, "survives", seconds=seconds)
-    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", output, re.MULTILINE)
     if code != FAILED or failed is None:
         return Result(mutant, f"pytest ended with {code}", seconds=seconds)
     return Result(mutant, "caught", failed[1], seconds)
