@@ -8,6 +8,7 @@ the cache. On a CPU there is no kernel, and the reference stands in for it.
 Run it: python -m cfgsafe.bench guidance --device cuda      (or python -m cfgsafe.kernels.bench)
 """
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,7 +57,9 @@ class Options:
 
 def run(options: Options) -> None:
     if options.space not in reference.SPACES:
-        raise SystemExit(f"error: --space {options.space}: must be one of {', '.join(reference.SPACES)}")
+        known = ", ".join(reference.SPACES)
+        print(f"error: --space {options.space}: must be one of {known}", file=sys.stderr)
+        sys.exit(2)
     rows = []
     for pairs in tqdm(options.pairs, leave=False):
         torch.manual_seed(0)
