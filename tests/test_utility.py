@@ -122,6 +122,16 @@ def test_a_broken_parquet_file_and_a_bad_row_are_one_line(tmp_path):
         mmlu_pro.read(parquet(tmp_path / "y.parquet", [QUESTION, {**QUESTION, "answer_index": 2}]))
 
 
+# --- the short protocol
+
+
+def test_a_short_prompt_numbers_its_options_one_a_line():
+    """Joined by commas, "ice, or snow" would be two options."""
+    row = {"question": "What is hot?", "options": ["ice, or snow", "fire"], "answer_index": 1}
+    words = "Provide a short answer to the question: What is hot?\nOptions:\n1. ice, or snow\n2. fire"
+    assert utility.prompt(row) == words
+
+
 # --- the 5-shot protocol
 
 
@@ -304,7 +314,7 @@ def test_the_judge_gets_question_right_option_and_answer():
 
     assert judge.judge([QUESTION], ["It is fire."], ask) == ["Correct"]
     text = seen[0][-1]["content"]
-    assert "What is hot?" in text and "Right option: fire" in text
+    assert "Question: What is hot?\nOptions:\n1. ice\n2. fire\nRight option: fire\n" in text
     assert "<answer>\nIt is fire.\n</answer>" in text
 
 

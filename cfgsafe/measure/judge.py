@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cfgsafe.measure.intervals import Estimate, mean_interval
+from cfgsafe.measure.mmlu_pro import numbered
 from cfgsafe.remote import Question, Service, ask
 from cfgsafe.tokenizer import Messages
 
@@ -50,8 +51,8 @@ def remote(service: Service, cache: Path) -> Ask:
 def conversation(row: dict, text: str) -> Messages:
     """What the judge is asked about one answer."""
     right = row["options"][row["answer_index"]]
-    options = ", ".join(row["options"])
-    asked = f"Question: {row['question']}\nOptions: {options}\nRight option: {right}"
+    options = numbered(row["options"])
+    asked = f"Question: {row['question']}\nOptions:\n{options}\nRight option: {right}"
     content = f"{asked}\n<answer>\n{text}\n</answer>"
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 

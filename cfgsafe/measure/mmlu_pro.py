@@ -79,6 +79,15 @@ def check_row(row: dict, place: str) -> dict:
     return {**row, "options": [options[number] for number in kept], "answer_index": kept.index(index)}
 
 
+def numbered(options: list[str]) -> str:
+    """The options, one a line, counted from 1.
+
+    >>> numbered(["ice, or snow", "fire"])
+    '1. ice, or snow\\n2. fire'
+    """
+    return "\n".join(f"{number}. {option}" for number, option in enumerate(options, start=1))
+
+
 def read_shots(name: str) -> dict[str, list[dict]]:
     """Category -> its first five worked examples. Raises InputError naming line and field."""
     shots: dict[str, list[dict]] = {}

@@ -3,7 +3,8 @@
 Source: Smirnov (arXiv 2412.06846): zero-shot "Provide a short answer to the question: ..." on
 MMLU-Pro (--protocol short), judged by GPT-4o-mini (--score judge); TIGER-Lab's 5-shot chain of
 thought (--protocol cot5), see cfgsafe/measure/mmlu_pro.py.
-Deviations: the prompt of the short protocol shows the options. By default the score is exact: the
+The prompt of the short protocol is that of the paper's code: numbered options, one a line.
+Deviations: a neutral system prompt, not an empty one. By default the score is exact: the
 answer must name the right option and no other one, or for cot5 give its letter. With --score
 loglik the model writes nothing: its answer is the option most likely after "The answer is", by the
 mean over the option's tokens.
@@ -114,8 +115,11 @@ def conversations(placed: Placed, options: Options) -> list[Messages]:
 
 
 def prompt(row: dict) -> str:
-    """The user's message of the short protocol: the paper's instruction, the question, the options."""
-    return f"{INSTRUCTION}{row['question']} Options: {', '.join(row['options'])}."
+    """The user's message of the short protocol: the paper's instruction, the question, numbered options.
+
+    One option a line, because real options hold commas.
+    """
+    return f"{INSTRUCTION}{row['question']}\nOptions:\n{mmlu_pro.numbered(row['options'])}"
 
 
 def conversation(row: dict) -> Messages:
