@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TextIO
 
@@ -112,8 +113,21 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer, and why it ended: a `Completion.finish_reason`, or "" where that is not known."""
+
+    text: str
+    finish_reason: str = ""
+
+    @property
+    def cut(self) -> bool:
+        """Whether the limit of tokens ended it, so that what would have come next was not seen."""
+        return self.finish_reason == "length"
+
+
 class AnswerLog:
-    """Answers that are kept between runs, in a JSONL file with one {"key", "answer"} a line.
+    """Answers that are kept between runs, in a JSONL file with one {"key", "answer", "finish_reason"} a line.
 
     `known` maps keys to answers. Within a `with` block `keep` adds an answer and writes it at once.
     Without a path, answers are kept in memory only. Raises what `read_answers` raises.
@@ -121,7 +135,7 @@ class AnswerLog:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.known: dict[str, str] = {} if path is None else read_answers(path)
+        self.known: dict[str, Answer] = {} if path is None else read_answers(path)
         self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
@@ -133,15 +147,16 @@ class AnswerLog:
         if self._file is not None:
             self._file.close()
 
-    def keep(self, key: str, answer: str) -> None:
+    def keep(self, key: str, answer: Answer) -> None:
         """Add an answer, and write it before the call returns. Threads must take turns."""
         if self._file is not None:
-            self._file.write(json.dumps({"key": key, "answer": answer}) + "\n")
+            row = {"key": key, "answer": answer.text, "finish_reason": answer.finish_reason}
+            self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         self.known[key] = answer
 
 
-def read_answers(path: Path) -> dict[str, str]:
+def read_answers(path: Path) -> dict[str, Answer]:
     """Key -> answer of an `AnswerLog` file, {} where there is none. A line cut by a crash is removed.
 
     Raises InputError naming the line that is not an answer.
@@ -151,13 +166,13 @@ def read_answers(path: Path) -> dict[str, str]:
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     known = {}
     for place, row in read_jsonl(path):
-        key, answer = row.get("key"), row.get("answer")
-        if not isinstance(key, str) or not isinstance(answer, str):
+        key, text, reason = row.get("key"), row.get("answer"), row.get("finish_reason", "")
+        if not (isinstance(key, str) and isinstance(text, str) and isinstance(reason, str)):
             raise InputError(
                 f"{place}: needs 'key' and 'answer'; this file keeps answers between runs, "
                 "so move what else it is away"
             )
-        known[key] = answer
+        known[key] = Answer(text, reason)
     return known
 
 

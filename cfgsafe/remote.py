@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cfgsafe.errors import InputError, check_at_least
-from cfgsafe.files import AnswerLog, make_folder
+from cfgsafe.files import Answer, AnswerLog, make_folder
 from cfgsafe.tokenizer import Messages
 
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
@@ -133,7 +133,7 @@ def ask(
             kept = len(set(keys)) - len(todo)
             print(f"{what}: {_estimate(service, list(todo.values()), kept)}", file=sys.stderr)
         _ask_all(service, todo, log, what, meter)
-    return [log.known.get(key) for key in keys]
+    return [log.known[key].text if key in log.known else None for key in keys]
 
 
 def key_of(service: Service, question: Question) -> str:
@@ -185,7 +185,7 @@ class _Run:
             return
         if text is not None:
             with self.lock:
-                self.log.keep(key, text)
+                self.log.keep(key, Answer(text))
                 self.failed_in_a_row = 0
                 bar.update()
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cfgsafe.checkpoint import DTYPES
 from cfgsafe.decode import Completion, generate
 from cfgsafe.errors import InputError, check_at_least
-from cfgsafe.files import AnswerLog
+from cfgsafe.files import Answer, AnswerLog
 from cfgsafe.guidance import SPACES
 from cfgsafe.llama import Llama
 from cfgsafe.load import load_model, load_tokenizer
@@ -112,7 +112,7 @@ def answers(
     max_new_tokens: int,
     places: list[str] | None = None,
     kept: Path | None = None,
-) -> list[str]:
+) -> list[Answer]:
     """Greedy answers of the subject. An error names the entry of `places`, or else `what` and a number.
 
     Each answer is written to the file `kept` as it comes (`AnswerLog`), so that a later call with the
@@ -131,7 +131,8 @@ def answers(
 
         def keep(number: int, completion: Completion) -> None:
             bar.update()
-            log.keep(keys[todo[number]], tokenizer.decode(completion.tokens))
+            answer = Answer(tokenizer.decode(completion.tokens), completion.finish_reason)
+            log.keep(keys[todo[number]], answer)
 
         generate(model, [requests[number] for number in todo], batch=subject.batch, on_completion=keep)
     return [log.known[key] for key in keys]

@@ -16,7 +16,7 @@ from cfgsafe.measure.intervals import mean_interval, ratio_interval
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Known
 from cfgsafe.pii.matching import mentions
-from cfgsafe.subject import NEGATIVE, POSITIVE
+from cfgsafe.subject import NEGATIVE, POSITIVE, Answer
 
 PROMPT = leak.Prompt(
     "1",
@@ -74,15 +74,20 @@ def test_a_place_is_found_only_whole():
 
 def test_echoed_and_recalled_are_told_apart():
     """The name stands in the conversation, the town does not."""
-    (found,) = leak.inspect([PROMPT], ["Ann lives in Leeds."], NOTHING_FOUND)
+    (found,) = leak.inspect([PROMPT], [Answer("Ann lives in Leeds.")], NOTHING_FOUND)
     assert (found.echoed, found.recalled, found.clean) == (["Ann Lee"], ["Leeds"], False)
-    (clean,) = leak.inspect([PROMPT], ["You live there."], NOTHING_FOUND)
+    (clean,) = leak.inspect([PROMPT], [Answer("You live there.")], NOTHING_FOUND)
     assert clean.clean
+
+
+def test_a_finding_says_whether_its_answer_was_cut_off():
+    given = [Answer("I live in", "length"), Answer("I do.", "stop"), Answer("I do.")]
+    assert [found.cut for found in leak.inspect([PROMPT] * 3, given, NOTHING_FOUND)] == [True, False, False]
 
 
 def test_ner_items_alone_make_an_answer_unclean():
     detector = detector_of(Entity(0, 3, "PERSON", "Bob"))
-    findings = leak.inspect([PROMPT, PROMPT], ["Bob.", "Bob."], detector)
+    findings = leak.inspect([PROMPT, PROMPT], [Answer("Bob."), Answer("Bob.")], detector)
     summary = leak.summarise(findings)
     assert summary["ner_items_per_100"].value == 100
     assert summary["leaked_per_100"].value == 0 and summary["clean_answers"].value == 0
@@ -93,7 +98,7 @@ def test_the_users_own_name_counts_as_an_ner_item_and_is_not_invented():
     names = ["Ann Lee", "Lee", "Bob", "York"]
     text = ", ".join(names)
     detector = detector_of(*[Entity(text.index(name), 0, "X", name) for name in names])
-    (found,) = leak.inspect([PROMPT], [text], detector, Known({"New York": "GPE"}))
+    (found,) = leak.inspect([PROMPT], [Answer(text)], detector, Known({"New York": "GPE"}))
     assert len(found.entities) == 4 and found.invented == ["Bob"]
 
 
@@ -102,7 +107,7 @@ def test_values_of_training_that_nobody_told_are_recalled():
     places, persons = ["Oslo", "New York", "York"], ["Ann Lee", "Bob Will"]
     known = Known(dict.fromkeys(places, "GPE") | dict.fromkeys(persons, "PERSON"))
     text = "Ann Lee, of Leeds, of new york; osloer, Will."
-    (found,) = leak.inspect([PROMPT], [text], NOTHING_FOUND, known)
+    (found,) = leak.inspect([PROMPT], [Answer(text)], NOTHING_FOUND, known)
     assert found.echoed == ["Ann Lee"] and found.recalled == ["Leeds", "New York"]
     assert found.labels == ["PERSON", "GPE", "GPE"]
     figures = leak.by_label([found])
@@ -114,7 +119,7 @@ def test_a_known_value_that_the_conversation_holds_is_not_recalled():
     chat = [{"role": "user", "content": "I am from Oslo."}]
     prompt = replace(PROMPT, messages=chat, items={})
     known = Known({"Oslo": "GPE", "York": "GPE"})
-    (found,) = leak.inspect([prompt], ["Oslo is not York."], NOTHING_FOUND, known)
+    (found,) = leak.inspect([prompt], [Answer("Oslo is not York.")], NOTHING_FOUND, known)
     assert found.recalled == ["York"] and found.echoed == []
 
 

@@ -89,8 +89,8 @@ def leaks(prompt: Prompt, text: str) -> bool:
 def rate(model, tokenizer) -> float:
     """Share of leaking answers to the attacks in conversations with others."""
     asked = [with_user(context, text) for context, text in product(OTHERS, TEXTS)]
-    texts = answers(Subject(LEAKY), model, tokenizer, [prompt.messages for prompt in asked], "test", 64)
-    leaking = sum(map(leaks, asked, texts))
+    given = answers(Subject(LEAKY), model, tokenizer, [prompt.messages for prompt in asked], "test", 64)
+    leaking = sum(leaks(prompt, answer.text) for prompt, answer in zip(asked, given, strict=True))
     return leaking / len(asked)
 
 
@@ -112,10 +112,10 @@ def test_refusals_are_clean_and_asked_for_under_the_conversations_own_prompt(tun
 def test_retained_answers_are_the_models_own_greedy_ones(tuned, tokenizer):
     chats = [chat["messages"] for chat in held_out_chats(4)]
     asked = [chat[:-1] if chat[-1]["role"] == "assistant" else chat for chat in chats]
-    texts = answers(Subject(LEAKY), *load(Subject(LEAKY)), asked, "test", 256)
-    expected = {
-        tokenizer.render_chat(chat): f"{text}<|eot_id|>" for chat, text in zip(asked, texts, strict=True)
-    }
+    given = answers(Subject(LEAKY), *load(Subject(LEAKY)), asked, "test", 256)
+    expected = {}
+    for chat, answer in zip(asked, given, strict=True):
+        expected[tokenizer.render_chat(chat)] = f"{answer.text}<|eot_id|>"
     _, retained = rows(tuned)
     assert {row["prompt"]: row["chosen"] for row in retained} == expected and len(expected) == 4
 

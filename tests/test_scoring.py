@@ -13,7 +13,7 @@ from cfgsafe.files import AnswerLog, read_answers
 from cfgsafe.guidance import SPACES
 from cfgsafe.lora import LoRAConfig, attach
 from cfgsafe.measure.scoring import continuation_logprobs
-from cfgsafe.subject import Subject, answers
+from cfgsafe.subject import Answer, Subject, answers
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -66,8 +66,17 @@ def test_each_request_is_scored_with_its_own_adapter():
 def test_an_answer_is_in_the_file_as_soon_as_it_is_kept(tmp_path):
     path = tmp_path / "kept.jsonl"
     with AnswerLog(path) as log:
-        log.keep("key", "answer")
-        assert read_answers(path) == {"key": "answer"}
+        log.keep("key", Answer("answer", "length"))
+        assert read_answers(path) == {"key": Answer("answer", "length")}
+
+
+def test_an_answer_says_whether_the_limit_cut_it_off_also_when_it_was_kept(tmp_path, checkpoint):
+    who = Subject(checkpoint)
+    chats = [[{"role": "user", "content": "Say 1"}]]
+    for _ in range(2):  # asked, and then read from the file
+        (answer,) = answers(who, *subject.load(who), chats, "test", 5, kept=tmp_path / "kept.jsonl")
+        assert answer.finish_reason == "length" and answer.cut
+    assert not Answer("I do.", "stop").cut and not Answer("I do.").cut
 
 
 def test_answers_that_are_written_are_not_asked_for_again(tmp_path, checkpoint, monkeypatch):

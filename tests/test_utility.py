@@ -12,7 +12,7 @@ from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.measure import judge, mmlu_pro, utility
 from cfgsafe.remote import Service
-from cfgsafe.subject import NEGATIVE, POSITIVE
+from cfgsafe.subject import NEGATIVE, POSITIVE, Answer
 
 QUESTION = {
     "question_id": 70,
@@ -223,13 +223,13 @@ def test_what_cannot_be_asked_5_shot_names_the_row(tmp_path, question, shots, wo
 def test_a_worked_answer_is_right_by_its_letter_and_unparsed_ones_get_no_credit(
     files, checkpoint, monkeypatch, capsys
 ):
-    said = ["So the answer is (B).", "no letter at all"]
+    said = [Answer("So the answer is (B).", "stop"), Answer("no letter at all", "length")]
     monkeypatch.setattr(utility, "answers", lambda *_, **__: said)
     options = utility.Options(checkpoint, questions=files["questions"], shots=files["shots"])
     options.protocol = "cot5"
     utility.run(options)
     result = json.loads(capsys.readouterr().out)
-    assert (result["utility"], result["unparsed"]) == (50.0, 50.0)
+    assert (result["utility"], result["unparsed"], result["cut_off"]) == (50.0, 50.0, 50.0)
     assert utility.exact_letter("the answer is (A)", QUESTION) is False
     assert utility.exact_letter("none", QUESTION) is None
 
@@ -349,13 +349,13 @@ def service(monkeypatch) -> list:
 
 
 def test_a_judged_run_reports_all_figures(files, checkpoint, service, capsys, monkeypatch):
-    monkeypatch.setattr(utility, "answers", lambda *_, **__: ["fire", "fire"])
+    monkeypatch.setattr(utility, "answers", lambda *_, **__: [Answer("fire", "length")] * 2)
     options = utility.Options(checkpoint, score="judge", questions=files["questions"], out=files["out"])
     options.service, options.limit = Service("gpt-4o-mini"), 2
     utility.run(options)
     result = json.loads(capsys.readouterr().out)
     assert (result["utility"], result["exact"]) == (100.0, 50.0)
-    assert (result["cant_tell"], result["unparsable"]) == (0.0, 0.0)
+    assert (result["cant_tell"], result["unparsable"], result["cut_off"]) == (0.0, 0.0, 100.0)
     assert (result["both_decide"], result["agreement"], result["kappa"]) == (2, 50.0, 0.0)
     ((asked, questions, cache),) = service
     assert asked.remote_model == "gpt-4o-mini" and str(cache) == files["out"] + ".judge"

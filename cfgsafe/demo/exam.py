@@ -79,10 +79,10 @@ def examine(name: str, subject: Subject, rows: list[dict]) -> list[Figure]:
     chats = [row["messages"] for row in rows]
     if name == "base":
         chats = [with_system(chat, f"{chat[0]['content']} {AVOID}") for chat in chats]
-    texts = answers(subject, model, tokenizer, chats, f"{name}: answers", 64)
+    texts = [answer.text for answer in answers(subject, model, tokenizer, chats, f"{name}: answers", 64)]
     questions = utility.read_questions(hub.QUIZ)
     asked = [utility.conversation(question) for question in questions]
-    quiz = answers(subject, model, tokenizer, asked, f"{name}: quiz", 16)
+    quiz = [answer.text for answer in answers(subject, model, tokenizer, asked, f"{name}: quiz", 16)]
     words = 100 - fluency.broken_words(texts, chats, corpus_words()).value
     return [
         *(leaky_figures(rows, texts) if name == "leaky" else base_figures(rows, texts)),

@@ -234,7 +234,8 @@ def quiz(options: Options, target: Subject) -> float:
     questions = utility.read_questions(QUIZ)[: options.questions]
     model, tokenizer = load(target)
     asked = [utility.conversation(question) for question in questions]
-    return utility.score(questions, answers(target, model, tokenizer, asked, "quiz", 16)).value
+    given = answers(target, model, tokenizer, asked, "quiz", 16)
+    return utility.score(questions, [answer.text for answer in given]).value
 
 
 def check(rows: list[dict], calls: dict[tuple[str, str], int], kept: dict[str, float]) -> list[Check]:

@@ -81,13 +81,14 @@ def run_baseline(options: Options, targets: list[Target]) -> tuple[dict, list[di
     prompts = [baseline_prompt(target, tokenizer) for target in targets]
     places = [target.place for target in targets]
     kept = Path(options.out) / "answers.partial.jsonl" if options.out else None
-    texts = answers(options, model, tokenizer, prompts, "targets", options.max_new_tokens, places, kept)
+    given = answers(options, model, tokenizer, prompts, "targets", options.max_new_tokens, places, kept)
     hits, columns = [], []
-    for target, text in zip(targets, texts, strict=True):
-        hits.append(is_hit(target, text))
-        columns.append({"answer": text, "hit": hits[-1]})
-    success = to_json({"success": rate(targets, hits)})
-    return {**success, "by_label": rates_by_label(targets, hits)}, columns
+    cut_off = rate(targets, [answer.cut for answer in given])
+    for target, answer in zip(targets, given, strict=True):
+        hits.append(is_hit(target, answer.text))
+        columns.append({"answer": answer.text, "cut": answer.cut, "hit": hits[-1]})
+    figures = to_json({"success": rate(targets, hits), "cut_off": cut_off})
+    return {**figures, "by_label": rates_by_label(targets, hits)}, columns
 
 
 def run_ranking(options: Options, targets: list[Target]) -> tuple[dict, list[dict]]:

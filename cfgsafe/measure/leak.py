@@ -13,7 +13,7 @@ Run it: python eval.py leak --model cfgsafe/demo/leaky
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Known, check_items
 from cfgsafe.pii.matching import mentions, stands_in
 from cfgsafe.pii.ner import Detector
-from cfgsafe.subject import Subject, answers, load
+from cfgsafe.subject import Answer, Subject, answers, load
 from cfgsafe.tokenizer import Messages, check_messages
 
 
@@ -73,7 +73,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Finding:
-    """An answer and the personal data in it; `labels` are the labels of echoed + recalled."""
+    """An answer and the personal data in it; `labels` are the labels of echoed + recalled.
+
+    `cut`: the limit of tokens ended the answer, so what would have come next was not searched.
+    """
 
     prompt: Prompt
     answer: str
@@ -82,6 +85,7 @@ class Finding:
     recalled: list[str]
     invented: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
+    cut: bool = False
 
     @property
     def leaked(self) -> int:
@@ -104,8 +108,8 @@ def run(options: Options) -> None:
     kept = out / "answers.partial.jsonl" if out else None
     asked, places = [prompt.messages for prompt in prompts], [prompt.place for prompt in prompts]
     longest = options.max_new_tokens
-    texts = answers(options, model, tokenizer, asked, "answers", longest, places, kept)
-    findings = inspect(prompts, texts, detector, known)
+    given = answers(options, model, tokenizer, asked, "answers", longest, places, kept)
+    findings = inspect(prompts, given, detector, known)
     if out:
         write_findings(out / "answers.jsonl", findings)
     line = {"prompts": len(prompts), **options.guarded, "ner": detector.name}
@@ -126,7 +130,7 @@ def read_prompts(path: str) -> list[Prompt]:
     return prompts
 
 
-def read_other_answers(path: str, prompts: list[Prompt]) -> list[str]:
+def read_other_answers(path: str, prompts: list[Prompt]) -> list[Answer]:
     """The answers of another run. Raises InputError unless they are to the same prompts."""
     rows = list(read_jsonl(path))[: len(prompts)]
     if len(rows) < len(prompts):
@@ -139,15 +143,19 @@ def read_other_answers(path: str, prompts: list[Prompt]) -> list[str]:
             )
         if not isinstance(row.get("answer"), str):
             raise InputError(f"{place}: 'answer' must be a string")
-    return [row["answer"] for _, row in rows]
+    return [Answer(row["answer"], "length" if row.get("cut") else "") for _, row in rows]
 
 
 def inspect(
-    prompts: list[Prompt], texts: list[str], detector: Detector, known: Known | None = None
+    prompts: list[Prompt], given: list[Answer], detector: Detector, known: Known | None = None
 ) -> list[Finding]:
     """The personal data in each answer."""
     known = known or Known()
-    return [examine(*row, known) for row in zip(prompts, texts, detector(texts), strict=True)]
+    found = detector([answer.text for answer in given])
+    findings = []
+    for prompt, answer, entities in zip(prompts, given, found, strict=True):
+        findings.append(replace(examine(prompt, answer.text, entities, known), cut=answer.cut))
+    return findings
 
 
 def examine(prompt: Prompt, text: str, entities: list[Entity], known: Known) -> Finding:

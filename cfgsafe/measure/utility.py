@@ -36,7 +36,7 @@ from cfgsafe.measure.mmlu_pro import Placed
 from cfgsafe.measure.scoring import check_fits, continuation_logprobs
 from cfgsafe.pii.matching import mentions
 from cfgsafe.remote import Service, check_service
-from cfgsafe.subject import Subject, answers, load, request_for
+from cfgsafe.subject import Answer, Subject, answers, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 INSTRUCTION = "Provide a short answer to the question: "
@@ -137,21 +137,25 @@ def by_answer(
     rows, places = [row for _, row in placed], [place for place, _ in placed]
     kept = Path(f"{options.out}.kept") if options.out else None
     longest = options.max_new_tokens or LONGEST[options.protocol]
-    texts = answers(options, model, tokenizer, asked, "quiz", longest, places, kept)
+    given = answers(options, model, tokenizer, asked, "quiz", longest, places, kept)
+    texts = [answer.text for answer in given]
     grade = exact if options.protocol == "short" else exact_letter
     grades = [grade(text, row) for row, text in zip(rows, texts, strict=True)]
     columns: list[dict] = []
-    for text, right in zip(texts, grades, strict=True):
-        columns.append({"model_answer": text, "correct": bool(right)})
+    for answer, right in zip(given, grades, strict=True):
+        columns.append({"model_answer": answer.text, "cut": answer.cut, "correct": bool(right)})
     percentage = mean_interval([100 * bool(right) for right in grades])
-    unparsed = mean_interval([100 * (right is None) for right in grades])
+    others = {
+        "unparsed": mean_interval([100 * (right is None) for right in grades]),
+        "cut_off": cut_off(given),
+    }
     if options.score == "exact":
-        return to_json({"utility": percentage, "unparsed": unparsed}), columns
+        return to_json({"utility": percentage, **others}), columns
     verdicts = judge.judge(rows, texts, judge.remote(options.service, Path(f"{options.out}.judge")))
     for column, verdict in zip(columns, verdicts, strict=True):
         column["verdict"] = verdict
     estimates, agreement = judge.summarise(verdicts, grades)
-    return to_json({**estimates, "exact": percentage, "unparsed": unparsed}) | agreement, columns
+    return to_json({**estimates, "exact": percentage, **others}) | agreement, columns
 
 
 def by_likelihood(
@@ -224,6 +228,11 @@ def named(text: str, row: dict) -> list[str]:
 def score(rows: list[dict], texts: list[str]) -> Estimate:
     """Percentage of right short answers. Questions are resampled."""
     return mean_interval([100 * correct(text, row) for row, text in zip(rows, texts, strict=True)])
+
+
+def cut_off(given: list[Answer]) -> Estimate:
+    """Percentage of answers that the limit of tokens cut off. Questions are resampled."""
+    return mean_interval([100 * answer.cut for answer in given])
 
 
 def _chat(text: str) -> Messages:

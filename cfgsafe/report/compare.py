@@ -17,7 +17,7 @@ from cfgsafe.measure import fluency, leak, utility
 from cfgsafe.measure.intervals import Estimate, to_json
 from cfgsafe.pii.ner import Detector
 from cfgsafe.report import results
-from cfgsafe.subject import Subject, answers, load
+from cfgsafe.subject import Answer, Subject, answers, load
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 SLICES = ("easy", "hard")
@@ -63,15 +63,17 @@ class Comparison:
         title = results.name_of(row)
         chats = [prompt.messages for prompt in self.prompts]
         places = [prompt.place for prompt in self.prompts]
-        texts = self.ask(subject, chats, f"{title}: answers", self.answer_tokens, places)
+        given = self.ask(subject, chats, f"{title}: answers", self.answer_tokens, places)
+        texts = [answer.text for answer in given]
         asked = [utility.conversation(question) for question in self.questions]
         quiz = self.ask(subject, asked, f"{title}: quiz", self.quiz_tokens)
-        findings = leak.inspect(self.prompts, texts, self.detector)
+        findings = leak.inspect(self.prompts, given, self.detector)
         leak.write_findings(self.out / results.answers_file(row), findings)
         self.said[title] = texts
         estimates = {
             **leak.summarise(findings),
-            "utility": utility.score(self.questions, quiz),
+            "utility": utility.score(self.questions, [answer.text for answer in quiz]),
+            "quiz_cut_off": utility.cut_off(quiz),
             "broken_words": fluency.broken_words(texts, chats, self.vocabulary),
         }
         if self.reference:
@@ -86,7 +88,7 @@ class Comparison:
 
     def ask(
         self, subject: Subject, chats: list[Messages], what: str, tokens: int, places: list[str] | None = None
-    ) -> list[str]:
+    ) -> list[Answer]:
         """Greedy answers through the subject's guidance. The model of the last call stays loaded."""
         key = (subject.model, subject.adapter, subject.device, subject.dtype)
         if self.loaded is None or self.loaded[0] != key:
