@@ -7,7 +7,6 @@ gets its requests from `request_for`.
 Run it: python eval.py leak --help
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from cfgsafe.decode import Completion, generate
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.files import Answer, AnswerLog
 from cfgsafe.guidance import SPACES
+from cfgsafe.identity import digest_of, identity
 from cfgsafe.llama import Llama
 from cfgsafe.load import load_model, load_tokenizer
 from cfgsafe.request import NEGATIVE, POSITIVE, Request, check_request, guided_request
@@ -116,14 +116,15 @@ def answers(
     """Greedy answers of the subject. An error names the entry of `places`, or else `what` and a number.
 
     Each answer is written to the file `kept` as it comes (`AnswerLog`), so that a later call with the
-    same requests computes only the answers that are missing.
+    same requests, and with the same contents of model and adapter, computes only what is missing.
     """
+    weights = identity(subject.model, subject.adapter) if kept else ""
     requests, keys = [], []
     for number, messages in enumerate(conversations):
         request = request_for(subject, tokenizer, messages, max_new_tokens=max_new_tokens)
         check_request(request, model, places[number] if places else f"{what} {number + 1}")
         requests.append(request)
-        keys.append(_key(subject, request))
+        keys.append(digest_of((weights, subject.dtype, request)))
     log = AnswerLog(kept)
     todo = [number for number, key in enumerate(keys) if key not in log.known]
     done = len(requests) - len(todo)
@@ -136,9 +137,3 @@ def answers(
 
         generate(model, [requests[number] for number in todo], batch=subject.batch, on_completion=keep)
     return [log.known[key] for key in keys]
-
-
-def _key(subject: Subject, request: Request) -> str:
-    """The key of an answer in `AnswerLog`: the same for the same model and request."""
-    asked = repr((subject.model, subject.adapter, subject.dtype, request))
-    return hashlib.sha256(asked.encode()).hexdigest()[:16]

@@ -5,10 +5,14 @@ import shutil
 from itertools import product
 
 import pytest
+import torch
+from conftest import random_model
 
 from cfgsafe import subject
+from cfgsafe.checkpoint import save_checkpoint
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
+from cfgsafe.hub import BASE
 from cfgsafe.measure import leak
 from cfgsafe.report import compare, figures, sweep
 from cfgsafe.report.compare import Comparison
@@ -92,8 +96,19 @@ def test_a_second_run_reads_its_answers_until_the_weights_change(checkpoint, req
     assert len(requests) == 4
     assert row() == first and len(requests) == 4
     (tmp_path / "model" / "model.safetensors").touch()
+    assert row() == first and len(requests) == 4
+    save_checkpoint(tmp_path / "model", random_model(1), tokenizer_from=BASE, dtype=torch.float32)
     row()
     assert len(requests) == 8
+
+
+def test_a_model_that_is_written_again_between_two_rows_is_loaded_again(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    comparison = Comparison(PROMPTS, QUESTIONS, nothing, tmp_path, resume=False, **LENGTHS)
+    comparison.row("first", Subject(str(tmp_path / "model")))
+    save_checkpoint(tmp_path / "model", random_model(1), tokenizer_from=BASE, dtype=torch.float32)
+    comparison.row("second", Subject(str(tmp_path / "model")))
+    assert comparison.said["first"] != comparison.said["second"]
 
 
 def test_a_second_sweep_leaves_no_answers_of_the_first(checkpoint, files, tmp_path):

@@ -7,11 +7,11 @@ not); leaks are counted by gold items as well as by NER; there are two measures 
 Run it: python eval.py sweep --help
 """
 
-import hashlib
 from collections.abc import Set
 from pathlib import Path
 
 from cfgsafe.files import make_folder
+from cfgsafe.identity import identity
 from cfgsafe.llama import Llama
 from cfgsafe.measure import fluency, leak, utility
 from cfgsafe.measure.intervals import Estimate, to_json
@@ -51,7 +51,7 @@ class Comparison:
         self.kept = make_folder(out / "kept") if resume else None
         self.answer_tokens, self.quiz_tokens = answer_tokens, quiz_tokens
         self.said: dict[str, list[str]] = {}  # the model's title -> its answers
-        self.loaded: tuple[tuple, Llama, Tokenizer] | None = None
+        self.loaded: tuple[tuple, Llama, Tokenizer] | None = None  # its weights, device and dtype; itself
 
     def row(self, name: str, subject: Subject, epoch: int | None = None) -> dict:
         """A row of results.json; the answers go to `results.answers_file(row)`.
@@ -90,12 +90,13 @@ class Comparison:
         self, subject: Subject, chats: list[Messages], what: str, tokens: int, places: list[str] | None = None
     ) -> list[Answer]:
         """Greedy answers through the subject's guidance. The model of the last call stays loaded."""
-        key = (subject.model, subject.adapter, subject.device, subject.dtype)
+        weights = identity(subject.model, subject.adapter)
+        key = (weights, subject.device, subject.dtype)
         if self.loaded is None or self.loaded[0] != key:
             self.loaded = None  # release the last model before the next one is loaded
             self.loaded = (key, *load(subject))
         _, model, tokenizer = self.loaded
-        kept = self.kept / f"{weights_id(subject)}.jsonl" if self.kept else None
+        kept = self.kept / f"{weights}.jsonl" if self.kept else None
         return answers(subject, model, tokenizer, chats, what, tokens, places, kept)
 
     def examples(self) -> list[str]:
@@ -120,17 +121,6 @@ def words_of(prompts: list[leak.Prompt], questions: list[dict]) -> frozenset[str
     for prompt in prompts:
         texts += [message["content"] for message in prompt.messages]
     return frozenset(word.lower() for word in fluency.words("\n".join(texts)))
-
-
-def weights_id(subject: Subject) -> str:
-    """A name that changes when a file of the model's or the adapter's folder is written again."""
-    stamps = []
-    for folder in (subject.model, subject.adapter):
-        if folder and Path(folder).is_dir():
-            for path in sorted(Path(folder).iterdir()):
-                if path.is_file():
-                    stamps.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
-    return hashlib.sha256(repr((subject.model, subject.adapter, stamps)).encode()).hexdigest()[:16]
 
 
 def line_of(estimates: dict[str, Estimate]) -> str:
