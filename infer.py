@@ -22,7 +22,7 @@ from pathlib import Path
 from cfgsafe.chat import chat, terminal_lines, terminal_say
 from cfgsafe.cli import run_single
 from cfgsafe.decode import BATCH, Completion, generate
-from cfgsafe.errors import InputError
+from cfgsafe.errors import InputError, Unused
 from cfgsafe.explain import explain, table
 from cfgsafe.files import read_jsonl
 from cfgsafe.lora import DEFAULT, adapter_names
@@ -82,6 +82,22 @@ class Options:
     """Torch device."""
     dtype: str = Subject.dtype
     """Data type of the model: float32 or bfloat16."""
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        if self.requests is not None:  # where a line may guide itself, and sample
+            return
+        greedy = self.temperature == 0
+        if greedy:
+            yield "on greedy answers, without --temperature", "top_k", "top_p", "seed"
+        if self.chat:  # where /guidance may switch guidance on
+            yield "in a --chat", "explain", "json", "skip", "batch"
+            return
+        yield "on a single request", "batch"
+        if self.guidance is None:
+            yield "without --guidance", "space", "negative", "skip"
+        if self.guidance is None and greedy and not self.explain:
+            yield "on greedy answers without --guidance", "alpha"
 
 
 def run(options: Options) -> None:

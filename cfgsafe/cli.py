@@ -1,5 +1,8 @@
 """From the command line to one stage: subcommands, and one line for a mistake of the user.
 
+An option that is given but has no effect is refused, because whoever gave it believes that it has one. The
+rules stand beside the options, in the method `unused` of their dataclass, whose values code may set freely.
+
 Run it: python train.py --help
 """
 
@@ -9,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import tyro
 
-from cfgsafe.errors import CfgsafeError
+from cfgsafe.errors import CfgsafeError, InputError, option
 
 # Subcommand -> (the dataclass of its options, the function that runs it).
 Commands = Mapping[str, tuple[type, Callable]]
@@ -31,6 +34,7 @@ def run_single(options_of: type, run: Callable, description: str | None) -> None
 def run_command(run: Callable, options: object) -> None:
     """Call `run(options)`. A `CfgsafeError` becomes one line on stderr, and its exit code."""
     try:
+        check_used(options, sys.argv[1:])
         run(options)
     except CfgsafeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,3 +45,15 @@ def run_command(run: Callable, options: object) -> None:
     except BrokenPipeError:  # the reader of our stdout has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def check_used(options: object, words: list[str]) -> None:
+    """Raise InputError for an option among the words of the command line that has no effect, and say why."""
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    rules = options.unused() if hasattr(options, "unused") else ()
+    for why, *names in rules:
+        for name in names:
+            flag = option(name)
+            for typed in (flag, flag.replace("--", "--no-", 1)):
+                if typed in given:
+                    raise InputError(f"{typed} has no effect {why}; leave it out")

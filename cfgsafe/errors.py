@@ -10,6 +10,13 @@ Everything else that is raised is a bug and keeps its traceback.
 Run it: python infer.py --model nowhere --prompt "Hello!"      (a CheckpointError, in one line)
 """
 
+import math
+from collections.abc import Iterator
+
+# What the method `unused` of a dataclass of options yields: (why, option, option, ...), options that have no
+# effect as the others stand. The command line refuses them (cfgsafe/cli.py).
+Unused = Iterator[tuple[str, ...]]
+
 
 class CfgsafeError(Exception):
     """A mistake that the user can fix; `str(error)` is the one line that is shown."""
@@ -30,8 +37,27 @@ class ContextError(CfgsafeError):
 
 
 def check_at_least(least: int, options: object, *names: str) -> None:
-    """Raise InputError for the first of the named options that is below `least`."""
+    """Raise InputError for the first of the named options that is below `least`, or not finite."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if value is not None and not least <= value < math.inf:
+            bound = "finite" if value == math.inf else f"at least {least}"
+            raise InputError(f"{option(name)} {value}: must be {bound}")
+
+
+def check_above_zero(options: object, *names: str) -> None:
+    """Raise InputError for the first of the named options that is not above 0, or not finite."""
+    for name in names:
+        value = getattr(options, name)
+        if not 0 < value < math.inf:
+            bound = "finite" if value == math.inf else "above 0"
+            raise InputError(f"{option(name)} {value}: must be {bound}")
+
+
+def option(name: str) -> str:
+    """The option of a field, as it is typed.
+
+    >>> option("max_grad_norm")
+    '--max-grad-norm'
+    """
+    return f"--{name.replace('_', '-')}"

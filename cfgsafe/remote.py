@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,9 @@ class Service:
     """Price in USD of a million input tokens, for the cost estimate."""
     price_out: float | None = None
     """Price in USD of a million output tokens, for the cost estimate."""
+
+
+SERVICE = tuple(field.name for field in fields(Service))  # names of its options
 
 
 @dataclass(frozen=True)

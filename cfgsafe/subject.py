@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from cfgsafe.checkpoint import DTYPES
 from cfgsafe.decode import Completion, generate
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import Answer, AnswerLog
 from cfgsafe.guidance import SPACES
 from cfgsafe.identity import digest_of, identity
@@ -48,7 +48,7 @@ class Subject:
     negative: str = NEGATIVE
     """System prompt to steer away from."""
     batch: int = 128
-    """Number of requests decoded together."""
+    """Number of requests decoded or scored together."""
     device: str = "cpu"
     """Torch device."""
     dtype: str = "float32"
@@ -58,6 +58,16 @@ class Subject:
     def guarded(self) -> dict:
         """The guidance as results record it; without guidance there is no space."""
         return {"guidance": self.guidance, "space": None if self.guidance is None else self.space}
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`. At g = 1 nothing is refused, so that scripts can sweep g."""
+        if self.guidance is None:
+            yield "without --guidance", "space", "positive", "negative"
+
+    def unused_if_greedy(self) -> Unused:
+        """The options that have no effect besides `unused` where all answers are greedy."""
+        if self.guidance is None:
+            yield "on greedy answers without --guidance", "alpha"
 
 
 def check(subject: Subject) -> None:

@@ -69,10 +69,16 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
         ("infer.py --model nowhere --prompt x", "nowhere: no such folder"),
         ("infer.py --model {LEAKY}", "one of --prompt TEXT, --requests FILE and --chat"),
         ("infer.py --model {LEAKY} --prompt x --stop ''", "--stop: an empty text cannot end an answer"),
-        ("infer.py --model {LEAKY} --prompt x --space both", "--space both: must be one of prob, log"),
+        (
+            "infer.py --model {LEAKY} --prompt x --guidance 2 --space both",
+            "--space both: must be one of prob, log",
+        ),
         ("infer.py --model {LEAKY} --prompt x --dtype int8", "--dtype int8"),
         ("infer.py --model {LEAKY} --prompt x --adapter {tmp}", "adapter_config.json: not found"),
-        ("infer.py --model {LEAKY} --prompt x --top-p 2", "alpha and top_p must lie from 0 to 1"),
+        (
+            "infer.py --model {LEAKY} --prompt x --temperature 1 --top-p 2",
+            "alpha and top_p must lie from 0 to 1",
+        ),
         (
             "infer.py --model {LEAKY} --requests {tmp}/stop.jsonl",
             "stop.jsonl:1: field 'stop' must be a list of non-empty strings",
@@ -101,10 +107,10 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
             "surrogate.jsonl:1: half of a surrogate pair",
         ),
         (
-            "infer.py --model {LEAKY} --prompt x --seed 99999999999999999999",
+            "infer.py --model {LEAKY} --prompt x --temperature 1 --seed 99999999999999999999",
             "--prompt: max_new_tokens must be at least 1 and seed",
         ),
-        ("infer.py --model {LEAKY} --prompt x --batch 0", "--batch 0: must be at least 1"),
+        ("eval.py leak --model {LEAKY} --batch 0", "--batch 0: must be at least 1"),
         ("infer.py --model {LEAKY} --prompt x --device nothing", "--device nothing: cannot be used"),
         ("infer.py --model {LEAKY} --prompt x --adapter {tmp} {tmp}", "two adapters called 'default'"),
         ("infer.py --model a/b--c --prompt x", "a/b--c: no such folder"),
@@ -139,7 +145,7 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
             "error: --guidance nan: must be a finite number",
         ),
         (
-            "eval.py utility --model {LEAKY} --limit 1 --space foo",
+            "eval.py utility --model {LEAKY} --limit 1 --guidance 2 --space foo",
             "error: --space foo: must be one of prob, log",
         ),
         ("eval.py canaries --model {LEAKY} --alpha 2", "error: --alpha 2.0: must lie from 0 to 1"),

@@ -39,14 +39,14 @@ from tqdm import tqdm
 
 from cfgsafe import load_tokenizer
 from cfgsafe.decode import Completion, Request, check_request, generate
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.llama import Llama
 from cfgsafe.pii.dialogues import Dialogue, Sample, read_dialogues, samples_of, shared_values, split
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.matching import mentions
 from cfgsafe.pii.ner import Detector
-from cfgsafe.remote import Question, Service, ask, check_service
+from cfgsafe.remote import SERVICE, Question, Service, ask, check_service
 from cfgsafe.subject import NEGATIVE, POSITIVE, Subject, load
 from cfgsafe.tokenizer import Messages, Tokenizer, with_system
 
@@ -99,6 +99,14 @@ class Options:
     """Largest share of dialogues for OUT-test.jsonl; dialogues that share a name stay together."""
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
     """Endpoint of the remote recipes."""
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        recipes, local = set(self.recipes), set(LOCAL)
+        if recipes <= local:
+            yield "without a remote recipe", *SERVICE
+        if not recipes & local:
+            yield "where only an endpoint is asked", "batch", "device", "dtype"
 
 
 @dataclass

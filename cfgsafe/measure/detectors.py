@@ -16,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from cfgsafe.errors import InputError
+from cfgsafe.errors import InputError, Unused
 from cfgsafe.files import read_jsonl
 from cfgsafe.hub import GOLD
 from cfgsafe.measure.intervals import Estimate, ratio_interval, to_json
 from cfgsafe.pii.entities import Entity
-from cfgsafe.pii.ner import Detector
+from cfgsafe.pii.ner import Detector, is_single
 from cfgsafe.pii.spans import check_spans
 from cfgsafe.tokenizer import check_messages
 
@@ -40,6 +40,11 @@ class Options:
     """With several detectors: union keeps what any of them finds, vote what more than half find."""
     gold: str = GOLD
     """JSONL of dialogues with spans for every personal value; default: the demo's test set."""
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        if is_single(self.ner):
+            yield "with one detector", "combine"
 
 
 def run(options: Options) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.hub import PLANTED
 from cfgsafe.measure.intervals import Estimate, ratio_interval, to_json
@@ -58,6 +58,13 @@ class Options(Subject):
     """rr: detectors, separated by commas, as for `leak`; default: en_core_web_trf or the demo's."""
     seed: int = 0
     """rr: sampling seed."""
+
+    def unused(self) -> Unused:
+        """See `Subject.unused`."""
+        yield from super().unused()
+        if self.attack == "baseline":
+            yield from self.unused_if_greedy()
+            yield "without --attack rr", "samples", "candidates", "base", "ner", "seed"
 
 
 def run(options: Options) -> None:

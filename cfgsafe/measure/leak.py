@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.hub import PROMPTS
 from cfgsafe.measure.intervals import Estimate, mean_interval, paired_difference, to_json
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Known, check_items
 from cfgsafe.pii.matching import mentions, stands_in
-from cfgsafe.pii.ner import Detector
+from cfgsafe.pii.ner import Detector, is_single
 from cfgsafe.subject import Answer, Subject, answers, load
 from cfgsafe.tokenizer import Messages, check_messages
 
@@ -49,6 +49,13 @@ class Options(Subject):
     """Use only the first prompts."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
+
+    def unused(self) -> Unused:
+        """See `Subject.unused`."""
+        yield from super().unused()
+        yield from self.unused_if_greedy()
+        if is_single(self.ner):
+            yield "with one detector", "combine"
 
 
 @dataclass(frozen=True)

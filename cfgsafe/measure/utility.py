@@ -26,7 +26,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.hub import QUIZ
 from cfgsafe.llama import Llama
@@ -35,7 +35,7 @@ from cfgsafe.measure.intervals import Estimate, mean_interval, to_json
 from cfgsafe.measure.mmlu_pro import Placed
 from cfgsafe.measure.scoring import check_fits, continuation_logprobs
 from cfgsafe.pii.matching import mentions
-from cfgsafe.remote import Service, check_service
+from cfgsafe.remote import SERVICE, Service, check_service
 from cfgsafe.subject import Answer, Subject, answers, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
 
@@ -67,6 +67,18 @@ class Options(Subject):
     """Use only the first questions."""
     max_new_tokens: int | None = None
     """Longest answer, in tokens; default: 64 for short, 2048 for cot5."""
+
+    def unused(self) -> Unused:
+        """See `Subject.unused`."""
+        yield from super().unused()
+        if self.score != "judge":
+            yield "without --score judge", *SERVICE
+        if self.score == "loglik":
+            yield "with --score loglik, which writes nothing", "max_new_tokens"
+        else:
+            yield from self.unused_if_greedy()
+        if self.protocol != "cot5":
+            yield "without --protocol cot5", "shots"
 
 
 def run(options: Options) -> None:

@@ -46,6 +46,11 @@ class Detector:
         return merged
 
 
+def is_single(names: str | None) -> bool:
+    """Whether `names`, as `Detector` takes them, are one detector, so that there is nothing to combine."""
+    return names is None or "," not in names
+
+
 def default_pipeline() -> str:
     """The paper's pipeline if it is installed, else the demo's."""
     import spacy

@@ -15,7 +15,7 @@ from html import escape
 from itertools import chain
 from pathlib import Path
 
-from cfgsafe.errors import InputError
+from cfgsafe.errors import InputError, Unused
 from cfgsafe.files import read_jsonl, write_text
 from cfgsafe.measure import leak
 from cfgsafe.pii.matching import places
@@ -75,6 +75,11 @@ class Options:
     """A line of your own below the title."""
     ner: str | None = None
     """spaCy pipeline that finds what to mask; by default en_core_web_trf where installed, else the demo's."""
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        if self.show_pii:
+            yield "with --show-pii, which masks nothing", "ner"
 
 
 @dataclass(frozen=True)
