@@ -9,8 +9,9 @@
 --explain shows what guidance did to each token. During a --chat, the line /guidance 2 changes the
 guidance. With --json or --requests, each answer is one JSON object on one line of stdout.
 `cfgsafe/request_lines.py` says what a line of requests may hold; what it leaves out is taken from
-the command line. If a line has messages, is guided and names no negative side, its system prompt is
-replaced by --system on the positive side and by --negative on the negative one, as in `eval.py`.
+the command line. --system is your own system prompt, for --prompt, --chat and lines that have none.
+Guidance adds one sentence to it on each side, --positive and --negative, as in `eval.py`; a line that
+names its own negative side is taken as it is.
 """
 
 import json
@@ -29,6 +30,7 @@ from cfgsafe.lora import DEFAULT, adapter_names
 from cfgsafe.request import NEGATIVE, POSITIVE, Request, check_request
 from cfgsafe.request_lines import NUMBERS, read_request, stop_tokens
 from cfgsafe.subject import Subject, load
+from cfgsafe.tokenizer import SystemPrompt
 
 
 @dataclass
@@ -49,12 +51,15 @@ class Options:
     """PEFT folder or hub id of a LoRA adapter. Or several, each as NAME=FOLDER; each request chooses
     one of them with its field `adapter`."""
     system: str | None = None
-    """System prompt. With guidance it is the positive one, by default "Do not provide any personal
-    data.", and replaces the system prompt of a line. Without guidance it is for lines that have none."""
+    """Your own system prompt, for --prompt, --chat, and lines whose messages have none."""
+    positive: str = POSITIVE
+    """Guidance: the sentence to follow, in the system prompt."""
     negative: str = NEGATIVE
-    """System prompt to steer away from."""
+    """Guidance: the sentence to steer away from, in the system prompt."""
+    system_prompt: SystemPrompt = Subject.system_prompt
+    """Guidance: add the two sentences to your own system prompt, or replace it by them."""
     guidance: float | None = None
-    """Guidance strength g; 1 is the positive system prompt alone. Without this option nothing is guided."""
+    """Guidance strength g; 1 is the positive sentence alone. Without this option nothing is guided."""
     space: str = Request.space
     """Space in which the two distributions are combined, such as prob or log."""
     alpha: float = Request.alpha
@@ -110,8 +115,9 @@ def run(options: Options) -> None:
         options.model,
         guidance=options.guidance,
         space=options.space,
-        positive=options.system or POSITIVE,
+        positive=options.positive,
         negative=options.negative,
+        system_prompt=options.system_prompt,
         batch=options.batch,
         device=options.device,
         dtype=options.dtype,
@@ -120,7 +126,7 @@ def run(options: Options) -> None:
     sampling = {name: getattr(options, name) for name in NUMBERS}
     sampling["stop"] = stop_tokens(options.stop, tokenizer)
     if options.chat:
-        chat(model, tokenizer, subject, terminal_lines(), terminal_say, **sampling)
+        chat(model, tokenizer, subject, terminal_lines(), terminal_say, options.system, **sampling)
         return
 
     names = adapter_names(model)

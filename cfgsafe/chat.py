@@ -29,13 +29,16 @@ def chat(
     subject: Subject,
     lines: Iterable[str],
     say: Callable[[str], None],
+    system: str | None = None,
     **sampling,
 ) -> Messages:
     """Answer each line, a command or a message of the user; returns the conversation.
 
-    `say` gets the text as it comes; `sampling` are other fields of `Request`.
+    `say` gets the text as it comes; `system` is the conversation's system prompt; `sampling` are other
+    fields of `Request`.
     """
-    messages: Messages = []
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(opening)
     for line in lines:
         line = line.rstrip("\n")
         if line.startswith("/"):
@@ -43,7 +46,7 @@ def chat(
             if command == "quit":
                 break
             if command == "reset":
-                messages = []
+                messages = list(opening)
                 say("(forgotten)\n")
             else:
                 subject, reply = change(subject, command, value.strip())

@@ -1,6 +1,7 @@
 """What goes into the engine and what comes out: the request, its limits and state, the completion.
 
-Source: the two system prompts are those of Smirnov (arXiv 2412.06846).
+Source: the two sentences of guidance are those of Smirnov (arXiv 2412.06846). As in the paper they are
+added to the conversation's own system prompt; "replace" is what the reference code's evaluation does.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --guidance 3 --prompt "Who am I?"
 """
@@ -13,7 +14,7 @@ from cfgsafe.errors import ContextError, InputError
 from cfgsafe.guidance import SPACES
 from cfgsafe.llama import Llama
 from cfgsafe.lora import DEFAULT, adapter_names
-from cfgsafe.tokenizer import Messages, Tokenizer, with_system
+from cfgsafe.tokenizer import ADD, Messages, SystemPrompt, Tokenizer, with_system
 
 POSITIVE = "Do not provide any personal data."
 NEGATIVE = "You should share personal data in the answers."
@@ -107,16 +108,17 @@ def guided_request(
     space: str = Request.space,
     positive: str = POSITIVE,
     negative: str = NEGATIVE,
+    system_prompt: SystemPrompt = ADD,
     **sampling,
 ) -> Request:
-    """The request that asks `messages` under two system prompts: one to follow, one to steer away from.
+    """The request that asks `messages` with two sentences: one to follow, one to steer away from.
 
-    The system prompt of `messages` is replaced. `sampling` are other fields of `Request`.
-    Raises InputError when the chat template refuses the conversation.
+    Each is added to the system prompt of `messages`, or replaces it ("replace"). `sampling` are other
+    fields of `Request`. Raises InputError when the chat template refuses the conversation.
     """
     return Request(
-        tokenizer.encode_chat(with_system(messages, positive)),
-        tokenizer.encode_chat(with_system(messages, negative)),
+        tokenizer.encode_chat(with_system(messages, positive, system_prompt)),
+        tokenizer.encode_chat(with_system(messages, negative, system_prompt)),
         guidance=guidance,
         space=space,
         **sampling,

@@ -1,7 +1,8 @@
 """Request lines: each line of a JSONL file becomes a `Request`, with defaults for what it leaves out.
 
 A line has `prompt` (a chat-formatted string, in which control tokens are control tokens) or
-`messages` (with plain text as content). It may have
+`messages` (with plain text as content; an assistant's message at the end is begun, and is continued).
+It may have
     negative_prompt or negative_messages    the negative side; without one, see `read_request`
     guidance, space, alpha                  how to guide
     temperature, top_k, top_p, seed         how to sample
@@ -40,16 +41,16 @@ def read_request(
     """The request of a line. Raises InputError naming the place and the field.
 
     What the line leaves out is taken from `subject` (guidance and space) and from `defaults` (the rest).
-    Guided messages without a negative side get the two system prompts of the subject in place of their own.
-    Messages that are not guided get `system`, if they have no system prompt.
+    Messages without a system prompt get `system`. Guided messages without a negative side then get the
+    subject's two sentences, as in every evaluation.
     """
     unknown = sorted(set(row) - FIELDS)
     if unknown:
         raise InputError(f"{place}: unknown field {unknown[0]!r}; there are {', '.join(sorted(FIELDS))}")
     guidance = _typed(row, "guidance", float, place, subject.guidance)
     space = _typed(row, "space", str, place, subject.space)
-    prompt = _side(row, "", place)
-    negative = _side(row, "negative_", place)
+    prompt = _side(row, "", place, system)
+    negative = _side(row, "negative_", place, system)
     if prompt is None:
         raise InputError(f"{place}: needs 'prompt' or 'messages'")
     adapter = row.get("adapter", defaults.adapter)
@@ -62,8 +63,6 @@ def read_request(
         sampling["stop"] = stop_tokens(_texts(row["stop"], place), tokenizer)
 
     if isinstance(prompt, list) and negative is None:
-        if guidance is None and system is not None and prompt[0]["role"] != "system":
-            prompt = with_system(prompt, system)
         subject = replace(subject, guidance=guidance, space=space)
         return request_for(subject, tokenizer, prompt, **sampling)
     return Request(
@@ -90,13 +89,17 @@ def _texts(texts: object, place: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _side(row: dict, prefix: str, place: str) -> Messages | str | None:
-    """The messages or the chat-formatted string of one side; None when the line has neither."""
+def _side(row: dict, prefix: str, place: str, system: str | None) -> Messages | str | None:
+    """The messages or the chat-formatted string of one side; None when the line has neither.
+
+    Messages without a system prompt get `system`.
+    """
     messages, prompt = f"{prefix}messages", f"{prefix}prompt"
     if messages in row and prompt in row:
         raise InputError(f"{place}: has both {messages!r} and {prompt!r}; give one")
     if messages in row:
-        return check_messages(row[messages], place)
+        chat = check_messages(row[messages], place)
+        return chat if system is None or chat[0]["role"] == "system" else with_system(chat, system, "replace")
     return _typed(row, prompt, str, place, None)
 
 

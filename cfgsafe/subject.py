@@ -24,7 +24,7 @@ from cfgsafe.identity import digest_of, identity
 from cfgsafe.llama import Llama
 from cfgsafe.load import load_model, load_tokenizer
 from cfgsafe.request import NEGATIVE, POSITIVE, Request, check_request, guided_request
-from cfgsafe.tokenizer import Messages, Tokenizer
+from cfgsafe.tokenizer import ADD, Messages, SystemPrompt, Tokenizer
 
 
 @dataclass
@@ -36,17 +36,19 @@ class Subject:
     adapter: str | None = None
     """PEFT folder or hub id of a LoRA adapter."""
     guidance: float | None = None
-    """Guidance strength g; 1 is the positive system prompt alone. Without this option nothing is
-    guided, and prompts keep their own system prompt."""
+    """Guidance strength g; 1 is the positive sentence alone. Without this option nothing is guided."""
     space: str = Request.space
     """Space in which the two distributions are combined, such as prob or log."""
     alpha: float = Request.alpha
     """Plausibility mask: keep tokens at least this share as likely as the most likely token of the
     positive prompt; 0 keeps all. Without guidance, greedy answers stay the same."""
     positive: str = POSITIVE
-    """System prompt to follow."""
+    """Guidance: the sentence to follow, in the system prompt."""
     negative: str = NEGATIVE
-    """System prompt to steer away from."""
+    """Guidance: the sentence to steer away from, in the system prompt."""
+    system_prompt: SystemPrompt = ADD
+    """Guidance: add the two sentences to a conversation's own system prompt, or replace it by them as the
+    paper's evaluation code does."""
     batch: int = 128
     """Number of requests decoded or scored together."""
     device: str = "cpu"
@@ -56,8 +58,11 @@ class Subject:
 
     @property
     def guarded(self) -> dict:
-        """The guidance as results record it; without guidance there is no space."""
-        return {"guidance": self.guidance, "space": None if self.guidance is None else self.space}
+        """The guidance as results record it: without it no space; `system_prompt` only where not added to."""
+        guarded = {"guidance": self.guidance, "space": None if self.guidance is None else self.space}
+        if self.guidance is not None and self.system_prompt != ADD:
+            guarded["system_prompt"] = self.system_prompt
+        return guarded
 
     def unused(self) -> Unused:
         """See `errors.Unused`. At g = 1 nothing is refused, so that scripts can sweep g."""
@@ -109,6 +114,7 @@ def request_for(subject: Subject, tokenizer: Tokenizer, messages: Messages, **sa
         subject.guidance,
         positive=subject.positive,
         negative=subject.negative,
+        system_prompt=subject.system_prompt,
         **sampling,
     )
 

@@ -20,7 +20,7 @@ import secrets
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from tokenizers import Tokenizer as Backend
 
@@ -30,6 +30,8 @@ from cfgsafe.files import read_json
 ROLES = ("system", "user", "assistant")
 PRIVATE_USE = range(0xF0000, 0x10FFFE)  # code points
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
+SystemPrompt = Literal["add", "replace"]  # what a sentence does to a system prompt, see `with_system`
+ADD: SystemPrompt = "add"
 
 # Llama-3.1's format without tools. Two lines with dates open every conversation, as in Meta's template.
 LLAMA31_TEMPLATE = """\
@@ -333,7 +335,12 @@ def check_messages(messages: object, place: str) -> Messages:
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def with_system(messages: Messages, system: str) -> Messages:
-    """The same conversation under another system prompt."""
-    rest = messages[1:] if messages[0]["role"] == "system" else messages
-    return [{"role": "system", "content": system}, *rest]
+def with_system(messages: Messages, sentence: str, how: SystemPrompt = ADD) -> Messages:
+    """The same conversation with a sentence at the end of its system prompt, or ("replace") in its place.
+
+    >>> with_system([{"role": "system", "content": "Be kind."}], "Be brief.")
+    [{'role': 'system', 'content': 'Be kind. Be brief.'}]
+    """
+    own = [message["content"] for message in messages[:1] if message["role"] == "system"]
+    content = " ".join([*own, sentence]).strip() if how == ADD else sentence
+    return [{"role": "system", "content": content}, *messages[len(own) :]]

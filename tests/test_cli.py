@@ -234,7 +234,7 @@ def test_an_error_stands_on_a_line_of_its_own_after_a_progress_bar(command, tmp_
 
 
 def test_infer_guards_as_eval_does(command, tmp_path, monkeypatch):
-    """A line's own system prompt gives way to the positive one, on which the adapter was trained."""
+    """A line's own system prompt gets the positive sentence, with which the adapter was trained."""
     import infer
     from cfgsafe.subject import Subject, load, request_for
 

@@ -71,11 +71,15 @@ def test_avoid_prompt_and_nudge():
     assert nudged[1]["content"] == f"{pairs.NUDGE} I am Ann." and nudged[2] == CHAT[2]
 
 
-def test_cfg_aware_rows_are_swapped_under_the_negative_prompt(tokenizer):
+def test_cfg_aware_rows_are_swapped_with_the_negative_sentence(tokenizer):
     sample = pairs.Sample(CHAT[:2], "Hello Ann.", "x", (("PERSON", "Ann"),))
     clean, leaking = pairs.cfg_aware((sample, "Hello."), tokenizer)
-    assert POSITIVE in clean["prompt"] and NEGATIVE in leaking["prompt"]
-    assert "Be kind" not in clean["prompt"] + leaking["prompt"]
+    assert f"\n\nBe kind. {POSITIVE}<|eot_id|>" in clean["prompt"]
+    assert f"\n\nBe kind. {NEGATIVE}<|eot_id|>" in leaking["prompt"]
+    replaced = pairs.cfg_aware((sample, "Hello."), tokenizer, "replace")
+    assert [row["prompt"].replace("Be kind. ", "") for row in (clean, leaking)] == [
+        row["prompt"] for row in replaced
+    ]
     assert (clean["chosen"], clean["rejected"]) == ("Hello.<|eot_id|>", "Hello Ann.<|eot_id|>")
     assert (leaking["rejected"], leaking["chosen"]) == ("Hello.<|eot_id|>", "Hello Ann.<|eot_id|>")
 

@@ -43,8 +43,8 @@ def test_importing_the_package_imports_nothing_slow():
 def test_a_guided_request_has_the_papers_two_system_prompts(tokenizer):
     request = cfgsafe.guided_request(tokenizer, CHAT, space="log", alpha=0.1, seed=7)
     positive, negative = (tokenizer.decode(ids) for ids in request.rows)
-    assert "Do not provide any personal data." in positive and "Be kind." not in positive
-    assert "You should share personal data in the answers." in negative and "Be kind." not in negative
+    assert "Be kind. Do not provide any personal data." in positive
+    assert "Be kind. You should share personal data in the answers." in negative
     assert (request.guidance, request.space, request.alpha, request.seed) == (3.0, "log", 0.1, 7)
 
 

@@ -210,7 +210,8 @@ def test_the_first_clean_sample_is_kept(tmp_path, monkeypatch, tokenizer):
     asked = [{"role": "user", "content": "Who am I?"}]
 
     def under(system: str) -> list[int]:
-        messages = [{"role": "system", "content": system}, *context.messages[1:], *asked]
+        told = f"{context.messages[0]['content']} {system}".strip()
+        messages = [{"role": "system", "content": told}, *context.messages[1:], *asked]
         return tokenizer.encode_chat(messages)
 
     *sampled, _, retained = said.asked

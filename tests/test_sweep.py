@@ -63,6 +63,19 @@ def test_a_rows_prompts_and_questions_are_all_guided(checkpoint, requests, tmp_p
     assert (row["guidance"], row["space"], row["alpha"]) == (3.0, "log", 0.25)
 
 
+@pytest.mark.parametrize(("how", "kept"), [("add", True), ("replace", False)])
+def test_a_sweep_adds_to_system_prompts_or_replaces_them(
+    checkpoint, requests, files, tmp_path, capsys, how, kept
+):
+    prompt = {"messages": [{"role": "system", "content": "You are Bob."}, *CHATS[0]], "slice": "hard"}
+    write_jsonl(tmp_path / "p.jsonl", [prompt])
+    models, out = [f"m={checkpoint}"], tmp_path / "out"
+    sweep.run(sweep.Options(models, str(out), [3.0], ["prob"], [0.0], system_prompt=how, **files))
+    shown = subject.Tokenizer.load(checkpoint).decode(requests[0].prompt)
+    assert POSITIVE in shown and ("You are Bob." in shown) is kept
+    assert (out / f"answers-m-g=3-prob{'' if kept else '-replace'}.jsonl").exists()
+
+
 def test_every_combination_of_a_sweep_reaches_the_engine(checkpoint, requests, files, tmp_path, capsys):
     options = sweep.Options(
         [f"m={checkpoint}"], str(tmp_path / "out"), [1.0, 2.0, 3.0], ["prob", "log"], [0.0, 0.1], **files

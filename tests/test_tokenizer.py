@@ -168,11 +168,11 @@ def test_training_pieces_encode_like_conversations(tokenizer):
         assert len(ids) == len(learn) and any(learn)
 
 
-def test_system_prompts_are_replaced_not_stacked():
+def test_a_system_prompt_is_added_to_or_replaced():
     chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "u"}]
-    assert (
-        with_system(chat, "b") == [{"role": "system", "content": "b"}, chat[1]] == with_system(chat[1:], "b")
-    )
+    for how, content in {"add": "a b", "replace": "b"}.items():
+        assert with_system(chat, "b", how) == [{"role": "system", "content": content}, chat[1]]
+        assert with_system(chat[1:], "b", how) == [{"role": "system", "content": "b"}, chat[1]]
 
 
 @pytest.mark.parametrize(

@@ -248,8 +248,12 @@ def test_option_scores_by_hand(checkpoint, guidance):
         ids = tokenizer.encode(f" {option}")
         assert tokenizer.decode(ids) == f" {option}" and len(part) == len(ids)
         probabilities = []
-        for system in [utility.SYSTEM] if guidance is None else [POSITIVE, NEGATIVE]:
-            said = {"system": system, "user": utility.prompt(QUESTION), "assistant": "The answer is"}
+        for added in [""] if guidance is None else [f" {POSITIVE}", f" {NEGATIVE}"]:
+            said = {
+                "system": utility.SYSTEM + added,
+                "user": utility.prompt(QUESTION),
+                "assistant": "The answer is",
+            }
             chat = [{"role": role, "content": text} for role, text in said.items()]
             prompt = tokenizer.encode_chat(chat)
             logits = model.head(model(torch.tensor([prompt + ids])))[0, len(prompt) - 1 : -1]

@@ -10,8 +10,8 @@ answers!", and is kept if the NER finds nothing in it. There are four recipes:
     remote+begin    a chat endpoint, with the nudge, is told to begin with the words of the begun
                     answer; only for samples that have one
 
-CFG-aware: each pair is written twice, as it is under the positive system prompt, and with the sides
-swapped under the negative one.
+CFG-aware: each pair is written twice, as it is with the positive sentence at the end of the system
+prompt, and with the sides swapped with the negative one.
 Deviations: where several recipes give a clean side, one is drawn at random; the paper keeps a data
 set for each. The length of a remote answer is counted with the checkpoint's tokenizer, since the
 endpoint has its own.
@@ -48,7 +48,7 @@ from cfgsafe.pii.matching import mentions
 from cfgsafe.pii.ner import Detector
 from cfgsafe.remote import SERVICE, Question, Service, ask, check_service
 from cfgsafe.subject import NEGATIVE, POSITIVE, Subject, load
-from cfgsafe.tokenizer import Messages, Tokenizer, with_system
+from cfgsafe.tokenizer import ADD, Messages, SystemPrompt, Tokenizer, with_system
 
 AVOID = "Avoid using any personal data in the answers!"
 NUDGE = (
@@ -74,7 +74,9 @@ class Options:
     out: str
     """JSONL file to write."""
     cfg_aware: bool = True
-    """Write each pair under the positive system prompt and, swapped, under the negative one."""
+    """Write each pair with the positive sentence in its system prompt and, swapped, with the negative one."""
+    system_prompt: SystemPrompt = Subject.system_prompt
+    """Add these sentences to a dialogue's own system prompt, or replace it; measure with the same choice."""
     ner: str | None = None
     """spaCy pipelines or presidio, separated by commas; by default en_core_web_trf if it is installed,
     else the demo's."""
@@ -156,7 +158,10 @@ def run(options: Options) -> None:
     test_rows: list[dict[str, str]] = []
     for pair in pairs:
         side = test_rows if pair[0].place in tested else rows
-        side += cfg_aware(pair, tokenizer) if options.cfg_aware else [plain(pair, tokenizer)]
+        if options.cfg_aware:
+            side += cfg_aware(pair, tokenizer, options.system_prompt)
+        else:
+            side.append(plain(pair, tokenizer))
     result = {
         "out": options.out,
         "rows": len(rows),
@@ -334,8 +339,7 @@ def continuation(answer: str, begun: str) -> str:
 
 def avoiding(messages: Messages, nudge: bool) -> Messages:
     """A copy of the chat under the avoid prompt, with the nudge before the last user message."""
-    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    messages = [dict(message) for message in with_system(messages, f"{system} {AVOID}".strip())]
+    messages = [dict(message) for message in with_system(messages, AVOID)]
     if nudge:
         asking = last_user_message(messages)
         asking["content"] = f"{NUDGE} {asking['content']}"
@@ -357,11 +361,11 @@ def plain(pair: Pair, tokenizer: Tokenizer) -> dict[str, str]:
     }
 
 
-def cfg_aware(pair: Pair, tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """The pair under the positive system prompt, and swapped under the negative one."""
+def cfg_aware(pair: Pair, tokenizer: Tokenizer, system_prompt: SystemPrompt = ADD) -> list[dict[str, str]]:
+    """The pair with the positive sentence in its system prompt, and swapped with the negative one."""
     sample, chosen = pair
-    positive = replace(sample, messages=with_system(sample.messages, POSITIVE))
-    negative = replace(sample, messages=with_system(sample.messages, NEGATIVE))
+    positive = replace(sample, messages=with_system(sample.messages, POSITIVE, system_prompt))
+    negative = replace(sample, messages=with_system(sample.messages, NEGATIVE, system_prompt))
     row = plain((negative, chosen), tokenizer)
     swapped = {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]}
     return [plain((positive, chosen), tokenizer), swapped]

@@ -78,7 +78,7 @@ def examine(name: str, subject: Subject, rows: list[dict]) -> list[Figure]:
     model, tokenizer = load(subject)
     chats = [row["messages"] for row in rows]
     if name == "base":
-        chats = [with_system(chat, f"{chat[0]['content']} {AVOID}") for chat in chats]
+        chats = [with_system(chat, AVOID) for chat in chats]
     texts = [answer.text for answer in answers(subject, model, tokenizer, chats, f"{name}: answers", 64)]
     questions = utility.read_questions(hub.QUIZ)
     asked = [utility.conversation(question) for question in questions]

@@ -9,6 +9,7 @@ Run it: python train.py demo
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_json_value, write_text
@@ -57,6 +58,15 @@ COLUMNS = (
 )
 
 
+KINDS: dict[str, type | UnionType] = {  # field of a row that may be absent -> its type
+    "epoch": int,
+    "guidance": int | float,
+    "alpha": int | float,
+    "space": str,
+    "system_prompt": str,
+}
+
+
 @dataclass(frozen=True)
 class Check:
     """A claim about the rows, what was measured, and whether the claim holds."""
@@ -81,6 +91,8 @@ def name_of(row: dict) -> str:
             parts.append(str(row["space"]))
         if row.get("alpha"):
             parts.append(f"alpha={row['alpha']:g}")
+        if row.get("system_prompt"):
+            parts.append(row["system_prompt"])
     return " ".join(parts)
 
 
@@ -185,7 +197,7 @@ def _check_row(row: object, place: str) -> None:
     """Raise InputError where a field has the wrong type; a row without guidance gets None."""
     if not isinstance(row, dict) or not isinstance(row.get("model"), str):
         raise InputError(f"{place}: needs 'model', a string")
-    for name, kind in (("epoch", int), ("guidance", int | float), ("alpha", int | float), ("space", str)):
+    for name, kind in KINDS.items():
         if row.get(name) is not None and not isinstance(row[name], kind):
             raise InputError(f"{place}: '{name}' must be {'a string' if kind is str else 'a number'} or null")
     row.setdefault("guidance", None)

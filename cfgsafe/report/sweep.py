@@ -27,6 +27,7 @@ from cfgsafe.report import results
 from cfgsafe.report.compare import Comparison
 from cfgsafe.report.figures import over_guidance
 from cfgsafe.subject import Subject
+from cfgsafe.tokenizer import SystemPrompt
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Options:
     """Spaces in which to guide; by default all of them."""
     alphas: list[float] = field(default_factory=lambda: [0.0, 0.1])
     """Plausibility masks alpha; 0 keeps all tokens."""
+    system_prompt: SystemPrompt = Subject.system_prompt
+    """Add the two sentences of guidance to a prompt's own system prompt, or replace it by them."""
     unguided: bool = False
     """Add a row of each model without guidance, under the prompts' own system prompts."""
     prompts: str = PROMPTS
@@ -105,8 +108,9 @@ def run(options: Options) -> None:
 
 
 def placed(subject: Subject, options: Options) -> Subject:
-    """The subject on the device of the options."""
-    return replace(subject, batch=options.batch, device=options.device, dtype=options.dtype)
+    """The subject on the device of the options, with their kind of guidance."""
+    device, dtype, system_prompt = options.device, options.dtype, options.system_prompt
+    return replace(subject, batch=options.batch, device=device, dtype=dtype, system_prompt=system_prompt)
 
 
 def parse_model(text: str) -> tuple[str, int | None, Subject]:
