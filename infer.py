@@ -100,7 +100,9 @@ class Options:
             return
         yield "on a single request", "batch"
         if self.guidance is None:
-            yield "without --guidance", "space", "negative", "skip"
+            yield "without --guidance", "space", "positive", "negative", "system_prompt", "skip"
+        elif self.system_prompt == "replace":
+            yield "with --system-prompt replace", "system"
         if self.guidance is None and greedy and not self.explain:
             yield "on greedy answers without --guidance", "alpha"
 

@@ -67,7 +67,7 @@ class Subject:
     def unused(self) -> Unused:
         """See `errors.Unused`. At g = 1 nothing is refused, so that scripts can sweep g."""
         if self.guidance is None:
-            yield "without --guidance", "space", "positive", "negative"
+            yield "without --guidance", "space", "positive", "negative", "system_prompt"
 
     def unused_if_greedy(self) -> Unused:
         """The options that have no effect besides `unused` where all answers are greedy."""

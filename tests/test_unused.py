@@ -8,7 +8,7 @@ import sys
 import pytest
 
 SERVICE = "--concurrency 4 --timeout 5 --attempts 2 --price-in 1 --price-out 1"
-UNGUIDED = "--space log --positive x --negative x"
+UNGUIDED = "--space log --positive x --negative x --system-prompt replace"
 # The words of a command; the options that have no effect there, each with its value; and why.
 RULES = (
     ("eval.py leak --model M", UNGUIDED, "without --guidance"),
@@ -31,12 +31,22 @@ RULES = (
     ),
     ("eval.py detectors", "--combine vote", "with one detector"),
     ("eval.py report --run R --show-pii", "--ner N", "with --show-pii"),
-    ("infer.py --model M --prompt x", "--space log --negative x --skip", "without --guidance"),
+    ("infer.py --model M --prompt x", f"{UNGUIDED} --skip", "without --guidance"),
+    (
+        "infer.py --model M --prompt x --guidance 3 --system-prompt replace",
+        "--system x",
+        "with --system-prompt replace",
+    ),
     ("infer.py --model M --prompt x", "--alpha 0.1", "on greedy answers without --guidance"),
     ("infer.py --model M --prompt x", "--top-k 5 --top-p 0.5 --seed 1", "on greedy answers"),
     ("infer.py --model M --prompt x", "--batch 4", "on a single request"),
     ("infer.py --model M --chat", "--explain --json --skip --batch 4", "in a --chat"),
     ("infer.py --model M --chat", "--top-k 5 --top-p 0.5 --seed 1", "on greedy answers"),
+    (
+        "train.py pairs --dialogues D --model M --out O --no-cfg-aware",
+        "--system-prompt replace",
+        "with --no-cfg-aware",
+    ),
     ("train.py pairs --dialogues D --model M --out O", f"--remote-model J {SERVICE}", "without a remote"),
     (
         "train.py pairs --dialogues D --model M --out O --recipes remote remote+begin --remote-model J",

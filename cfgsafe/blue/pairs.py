@@ -109,6 +109,8 @@ class Options:
             yield "without a remote recipe", *SERVICE
         if not recipes & local:
             yield "where only an endpoint is asked", "batch", "device", "dtype"
+        if not self.cfg_aware:
+            yield "with --no-cfg-aware", "system_prompt"
 
 
 @dataclass
