@@ -43,19 +43,20 @@ REFUSALS = (  # after the idea of Maini et al. (arXiv 2401.06121)
 class Needs:
     """What an objective needs besides the two completions of a pair."""
 
-    beta: float  # the default of --beta
+    reads: tuple[str, ...]  # which of beta, gamma and retain its loss reads
+    beta: float = 1.0  # the default of --beta, which rewards are also logged with
     reference: bool = False  # log-probabilities of the completions under the model before training
     rejected: bool = True  # False: the rejected side is not read, and may be missing
     answers: tuple[str, ...] = ()  # one of them, drawn at random, replaces the chosen side
 
 
 NEEDS: dict[Objective, Needs] = {
-    "orpo": Needs(beta=0.1),
-    "simpo": Needs(beta=2.0),
-    "npo": Needs(beta=0.1, reference=True),
-    "dpo-idk": Needs(beta=0.1, reference=True, answers=REFUSALS),
-    "graddiff": Needs(beta=0.1),
-    "sft": Needs(beta=0.1, rejected=False),
+    "orpo": Needs(("beta",), beta=0.1),
+    "simpo": Needs(("beta", "gamma"), beta=2.0),
+    "npo": Needs(("beta", "retain"), beta=0.1, reference=True),
+    "dpo-idk": Needs(("beta",), beta=0.1, reference=True, answers=REFUSALS),
+    "graddiff": Needs(("retain",)),
+    "sft": Needs((), rejected=False),
 }
 
 

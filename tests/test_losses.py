@@ -24,6 +24,18 @@ def test_every_objective_has_a_loss_for_each_pair(objective):
     assert losses.shape == (2,) and losses.isfinite().all()
 
 
+@pytest.mark.parametrize("objective", get_args(Objective))
+@pytest.mark.parametrize("name", ["beta", "gamma", "retain"])
+def test_needs_name_the_options_that_a_loss_reads(objective, name):
+    """The command line refuses the others."""
+    means, ratios = torch.tensor([[-0.5], [-0.7]]), torch.tensor([[0.2], [-0.4]])
+    losses = []
+    for value in (0.3, 0.9):
+        options = Options("model", "pairs", "out", objective=objective, **{name: value})
+        losses.append(objective_loss(options, means, ratios, torch.tensor([1.5]), torch.tensor([0.5])))
+    assert (losses[0] != losses[1]).item() == (name in NEEDS[objective].reads)
+
+
 def test_an_unknown_objective_has_no_loss():
     options = Options("model", "pairs", "out", objective="none", beta=0.1)
     with pytest.raises(AssertionError, match="none"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cfgsafe import load_model
 from cfgsafe.blue import orpo
+from cfgsafe.blue.options import check
 from cfgsafe.blue.orpo import Options, learning_rate
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
@@ -174,3 +176,76 @@ def test_rank_alpha_and_dropout_are_those_asked_for():
     assert (config.rank, config.alpha, config.dropout, config.targets) == (3, 5.0, 0.25, ("q_proj",))
     for update in adapter_updates(model).values():
         assert len(update.lora_A) == 3 and update.scale == 5 / 3 and update.dropout.p == 0.25
+
+
+def test_a_loaded_adapter_keeps_its_size_and_gets_the_dropout_asked_for(tmp_path, pairs_file, checkpoint):
+    small = {"rank": 3, "alpha": 5.0, "targets": ("q_proj",), "lora_bits": 1.58, "lora_dropout": 0.5}
+    train(checkpoint, pairs_file, tmp_path / "a", epochs=1, **small)
+    adapter = str(tmp_path / "a" / "epoch-1")
+    losses = {}
+    for dropout in (0.0, 0.9):
+        out = tmp_path / str(dropout)
+        settings = {"lora_dropout": dropout, "lr": 5e-3, "epochs": 1, "max_grad_norm": 0.0}
+        train(checkpoint, pairs_file, out, init_adapter=adapter, **settings)
+        losses[dropout] = [line["loss"] for line in metrics(out)]
+        written = json.loads((out / "config.json").read_text())
+        assert (written["rank"], written["alpha"], written["targets"]) == (3, 5.0, ["q_proj"])
+        assert (written["lora_bits"], written["lora_dropout"]) == (1.58, dropout)
+        config = json.loads((out / "epoch-1" / "adapter_config.json").read_text())
+        assert config["lora_dropout"] == dropout
+    assert losses[0.0] != losses[0.9]
+
+
+@pytest.mark.parametrize(
+    ("objective", "used"),
+    [
+        ("orpo", {"beta": 0.1, "gamma": None, "retain": None}),
+        ("simpo", {"beta": 2.0, "gamma": 0.5, "retain": None}),
+        ("graddiff", {"beta": None, "gamma": None, "retain": 1.0}),
+    ],
+)
+def test_the_config_records_what_the_loss_read(tmp_path, pairs_file, checkpoint, objective, used):
+    train(checkpoint, pairs_file, tmp_path / "o", objective=objective, epochs=1)
+    written = json.loads((tmp_path / "o" / "config.json").read_text())
+    assert {name: written[name] for name in used} == used
+
+
+def test_no_largest_norm_leaves_the_gradient_as_it_is(tmp_path, pairs_file, checkpoint):
+    """Two steps, because Adam's first one depends on no scale."""
+    settings = {"lr": 5e-3, "epochs": 2, "batch_size": 5}
+    for name, norm in (("off", 0.0), ("far", 1e6), ("near", 1e-3)):
+        train(checkpoint, pairs_file, tmp_path / name, max_grad_norm=norm, **settings)
+    off, far = (weights(tmp_path / name / "epoch-2") for name in ("off", "far"))
+    assert all(torch.equal(off[key], far[key]) for key in off)
+    assert metrics(tmp_path / "off")[0]["grad_norm"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr": 0.0}, "--lr 0.0: must be above 0"),
+        ({"lr": math.nan}, "--lr nan: must be above 0"),
+        ({"lr": math.inf}, "--lr inf: must be finite"),
+        ({"alpha": 0.0}, "--alpha 0.0: must be above 0"),
+        ({"lr_min_ratio": -0.1}, "--lr-min-ratio -0.1: must lie from 0 to 1"),
+        ({"lr_min_ratio": 1.1}, "--lr-min-ratio 1.1: must lie from 0 to 1"),
+        ({"lora_dropout": 1.0}, "--lora-dropout 1.0: must be at least 0 and below 1"),
+        ({"lora_dropout": -0.1}, "--lora-dropout -0.1: must be at least 0 and below 1"),
+        ({"max_grad_norm": -1.0}, "--max-grad-norm -1.0: must be at least 0"),
+        ({"max_grad_norm": math.nan}, "--max-grad-norm nan: must be at least 0"),
+        ({"beta": -0.1}, "--beta -0.1: must be at least 0"),
+        ({"beta": 0.0, "objective": "npo"}, "--beta 0.0: must be above 0 with --objective npo"),
+        ({"gamma": -1.0, "objective": "simpo"}, "--gamma -1.0: must be at least 0"),
+        ({"retain": -1.0, "objective": "npo"}, "--retain -1.0: must be at least 0"),
+        ({"retain": math.inf, "objective": "npo"}, "--retain inf: must be finite"),
+        ({"group_by_length": True, "shuffle": False}, "--group-by-length changes the order"),
+    ],
+)
+def test_a_number_that_cannot_train_is_refused(changes, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        check(Options("model", "pairs", "out", **changes))
+
+
+def test_numbers_at_the_borders_are_taken():
+    check(Options("model", "pairs", "out", beta=0.0, lr_min_ratio=1.0, max_grad_norm=0.0))
+    check(Options("model", "pairs", "out", objective="npo", retain=0.0, lr_min_ratio=0.0))

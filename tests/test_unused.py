@@ -47,6 +47,38 @@ RULES = (
         "--system-prompt replace",
         "with --no-cfg-aware",
     ),
+    (
+        "train.py orpo --model M --pairs P --out O --init-adapter A",
+        "--rank 16 --alpha 32 --targets q_proj --lora-bits 1.58",
+        "with --init-adapter, which has its own",
+    ),
+    ("train.py orpo --model M --pairs P --out O", "--gamma 1 --retain 2", "on the loss of --objective orpo"),
+    (
+        "train.py orpo --model M --pairs P --out O --objective simpo",
+        "--retain 2",
+        "on the loss of --objective simpo",
+    ),
+    (
+        "train.py orpo --model M --pairs P --out O --objective npo",
+        "--gamma 1",
+        "on the loss of --objective npo",
+    ),
+    (
+        "train.py orpo --model M --pairs P --out O --objective dpo-idk",
+        "--gamma 1 --retain 2",
+        "on the loss of --objective dpo-idk",
+    ),
+    (
+        "train.py orpo --model M --pairs P --out O --objective graddiff",
+        "--beta 1 --gamma 1",
+        "on the loss of --objective graddiff",
+    ),
+    (
+        "train.py orpo --model M --pairs P --out O --objective sft",
+        "--beta 1 --gamma 1 --retain 2",
+        "on the loss of --objective sft",
+    ),
+    ("train.py orpo --model M --pairs P --out O", "--fsdp", "in a single process"),
     ("train.py pairs --dialogues D --model M --out O", f"--remote-model J {SERVICE}", "without a remote"),
     (
         "train.py pairs --dialogues D --model M --out O --recipes remote remote+begin --remote-model J",

@@ -5,11 +5,12 @@ Source of the defaults: Smirnov (arXiv 2412.06846) for learning rate and lengths
 Run it: python train.py orpo --help
 """
 
+import os
 from dataclasses import dataclass
 
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError, Unused, check_above_zero, check_at_least
 from cfgsafe.lora import TARGETS
-from cfgsafe.losses import Objective
+from cfgsafe.losses import NEEDS, Objective
 
 # A resumed run may change these.
 FREE = ("pairs", "eval_pairs", "out", "recompute", "save_every", "resume", "tensorboard", "fsdp", "device")
@@ -31,7 +32,7 @@ class Options:
     """Loss to minimise; see cfgsafe/losses.py. dpo-idk prefers its own refusals to the rejected side;
     sft learns the chosen answers alone."""
     init_adapter: str | None = None
-    """PEFT folder or hub id of an adapter to start from; its rank, alpha and layers are used."""
+    """PEFT folder or hub id of an adapter to start from; its rank, alpha, layers and bits are used."""
     rank: int = 16
     """LoRA rank."""
     alpha: float = 32.0
@@ -39,7 +40,7 @@ class Options:
     targets: tuple[str, ...] = TARGETS
     """Linear layers that get an adapter; lm_head is also possible."""
     lora_dropout: float = 0.0
-    """Dropout on the input of the adapter."""
+    """Dropout on the input of the adapter, also of --init-adapter."""
     lora_bits: float | None = None
     """1.58 trains ternary adapter weights (BitNet b1.58), stored in two bits each."""
     lr: float = 1e-4
@@ -73,7 +74,7 @@ class Options:
     compile: bool = False
     """Run each block through torch.compile."""
     max_grad_norm: float = 1.0
-    """Largest norm of the gradient; a larger gradient is scaled down to it."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it. 0: no limit."""
     seed: int = 0
     """Seed of the adapter's initial weights and of the order of the pairs."""
     save_every: int = 100
@@ -89,12 +90,34 @@ class Options:
     dtype: str = "float32"
     """Data type of the frozen base model: float32 or bfloat16. The adapter is always float32."""
 
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        if self.init_adapter is not None:
+            yield "with --init-adapter, which has its own", "rank", "alpha", "targets", "lora_bits"
+        yield f"on the loss of --objective {self.objective}", *unread(self)
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            yield "in a single process, without torchrun", "fsdp"
+
+
+def unread(options: Options) -> list[str]:
+    """The options of losses that this objective's loss does not read."""
+    return [name for name in ("beta", "gamma", "retain") if name not in NEEDS[options.objective].reads]
+
 
 def check(options: Options) -> None:
     """Raise InputError for values that cannot work."""
     positive = ("rank", "batch_size", "grad_accum", "epochs", "max_prompt_length", "save_every")
     check_at_least(1, options, *positive)
-    check_at_least(0, options, "recompute")
+    check_at_least(0, options, "recompute", "max_grad_norm", "beta", "gamma", "retain")
+    check_above_zero(options, "lr", "alpha")
+    if options.beta == 0 and options.objective != "orpo":
+        raise InputError(f"--beta 0.0: must be above 0 with --objective {options.objective}")
+    if not 0 <= options.lr_min_ratio <= 1:
+        raise InputError(f"--lr-min-ratio {options.lr_min_ratio}: must lie from 0 to 1")
+    if not 0 <= options.lora_dropout < 1:
+        raise InputError(f"--lora-dropout {options.lora_dropout}: must be at least 0 and below 1")
+    if options.group_by_length and not options.shuffle:
+        raise InputError("--group-by-length changes the order of the pairs; leave out it or --no-shuffle")
     if options.max_prompt_length >= options.max_length:
         raise InputError(
             f"--max-prompt-length {options.max_prompt_length}: must be below "

@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -31,13 +31,13 @@ from tqdm import tqdm
 
 from cfgsafe.blue import batches, memory, resume
 from cfgsafe.blue.batches import Pair, Step
-from cfgsafe.blue.options import FREE, Options, check
+from cfgsafe.blue.options import FREE, Options, check, unread
 from cfgsafe.blue.step import LOGGED, batch_loss, evaluate, reference_logprobs
 from cfgsafe.errors import InputError
 from cfgsafe.files import make_folder, write_text
 from cfgsafe.hub import resolve
 from cfgsafe.llama import Llama
-from cfgsafe.lora import LoRAConfig, adapter_parameters, attach, load_adapter, write_adapter
+from cfgsafe.lora import LoRAConfig, adapter_parameters, adapter_updates, attach, load_adapter, write_adapter
 from cfgsafe.losses import beta_of
 from cfgsafe.parallel import World, join, whole, wrap
 from cfgsafe.subject import Subject, load
@@ -94,7 +94,7 @@ def train(
     reference = reference_logprobs(net, model, pairs, options, world)
     held_out_reference = reference_logprobs(net, model, held_out, options, world)
     this = Run(options, world, model, net, parameters, optimiser, pairs, reference)
-    done = begin(this, out, data, steps)
+    done = begin(this, settings_of(options, config), out, data, steps)
     writer = tensorboard(out) if options.tensorboard and world.main else None
     title = f"{options.objective} {out.name}"
     bar = tqdm(total=len(steps), initial=done, desc=title, leave=False, disable=not world.main)
@@ -151,7 +151,7 @@ def take_step(run: Run, step: Step, lr: float, what: str) -> dict[str, float]:
         values += logged / len(step.batches)
         all_numbers += numbers
     pairs = [run.pairs[number] for number in all_numbers]
-    norm = nn.utils.clip_grad_norm_(run.parameters.values(), run.options.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(run.parameters.values(), run.options.max_grad_norm or math.inf)
     grad_norm = whole(norm).item()
     check_finite(f"{what}: the gradient's norm", grad_norm, pairs)
     for group in run.optimiser.param_groups:
@@ -196,15 +196,24 @@ def add_adapter(model: Llama, options: Options) -> LoRAConfig:
         attach(model, config)
     else:
         config = load_adapter(resolve(options.init_adapter), model)
+        config = replace(config, dropout=options.lora_dropout)
+        for update in adapter_updates(model).values():
+            update.dropout.p = options.lora_dropout
         for parameter in adapter_parameters(model).values():
             parameter.requires_grad_()
     return config
 
 
-def begin(run: Run, out: Path, data: str, steps: list[Step]) -> int:
+def settings_of(options: Options, config: LoRAConfig) -> dict:
+    """What the run uses, for config.json: the adapter's own size; None for what its loss does not read."""
+    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+    used = {"rank": config.rank, "alpha": config.alpha, "targets": targets, "lora_bits": config.bits}
+    return asdict(options) | used | {"beta": beta_of(options)} | dict.fromkeys(unread(options))
+
+
+def begin(run: Run, settings: dict, out: Path, data: str, steps: list[Step]) -> int:
     """Clear `out`, or with --resume restore its last state; returns the number of steps done."""
     options, world, done = run.options, run.world, 0
-    settings = asdict(options) | {"beta": beta_of(options), "targets": list(options.targets)}
     if options.resume:
         resume.check_same_run(out, settings, FREE)
         finished = (out / f"epoch-{options.epochs}").exists() and not resume.states(out)
