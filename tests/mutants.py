@@ -158,6 +158,8 @@ MUTANTS = (
     Mutant("held-out-batches-weigh-alike", "cfgsafe/blue/step.py", tests="test_step.py",
            before="values * len(pairs[some]) / len(pairs)",
            after="values / len(range(0, len(pairs), options.batch_size))"),
+    Mutant("finished-answers-continued", "cfgsafe/measure/leak.py",
+           "return prompt if prompt.begun else", "return prompt if answered else", "test_evaluation.py"),
     Mutant("canaries-unguided", "cfgsafe/measure/canaries.py",
            "exposure(options, model,", "exposure(Subject(options.model), model,", "test_extract.py"),
     Mutant("touching-is-overlap", "cfgsafe/measure/detectors.py",

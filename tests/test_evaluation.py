@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import random_model
 from cfgsafe import subject
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
+from cfgsafe.hub import PROMPTS
 from cfgsafe.measure import fluency, leak, perplexity, utility
 from cfgsafe.measure.intervals import mean_interval, ratio_interval
 from cfgsafe.pii.entities import Entity
@@ -160,6 +162,62 @@ def test_a_leak_run_resumes_and_is_compared_with_another(tmp_path, checkpoint, c
     write_jsonl(tmp_path / "other.jsonl", other)
     with pytest.raises(InputError, match="other.jsonl:2: 'prompt' is not that of"):
         leak.run(replace(options, compare=str(tmp_path / "other.jsonl")))
+
+
+def test_a_finished_answer_is_given_afresh_and_a_begun_one_is_continued(
+    tmp_path, checkpoint, tokenizer, capsys, monkeypatch
+):
+    """A model that continues an answer that has ended finds nothing more to say, and would look clean."""
+    asked, finished = (
+        {"role": "user", "content": "Who am I?"},
+        {"role": "assistant", "content": "You are Ann."},
+    )
+    chats = [[asked, finished], [asked, finished, asked], [asked, finished], [asked, finished, finished]]
+    rows = [{"messages": chat, "items": {"PERSON": "Ann"}} for chat in chats]
+    rows[2]["begun"] = True
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    seen = record_requests(monkeypatch)
+    path, out = str(tmp_path / "p.jsonl"), str(tmp_path / "out")
+    leak.run(leak.Options(checkpoint, prompts=path, out=out, max_new_tokens=2))
+    wanted = [[asked], chats[1], chats[2], [asked]]
+    assert [request.prompt for request in seen] == [tokenizer.encode_chat(chat) for chat in wanted]
+    line = json.loads(capsys.readouterr().out)
+    assert line["finished_answers_removed"] == 2
+    written = [
+        json.loads(text)["prompt"] for text in (tmp_path / "out/answers.jsonl").read_text().splitlines()
+    ]
+    assert [(row["messages"], row["begun"]) for row in written] == [
+        *((chat, number == 2) for number, chat in enumerate(wanted))
+    ]
+    leak.run(
+        leak.Options(checkpoint, prompts=path, limit=1, compare=f"{out}/answers.jsonl", max_new_tokens=2)
+    )
+    assert json.loads(capsys.readouterr().out)["finished_answers_removed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("roles", "begun", "words"),
+    [
+        ("us", False, "p.jsonl:1: 'messages' must end with the user, or with an answer to the user"),
+        ("s", False, "must end with the user"),
+        ("sa", True, "must end with the user"),
+        ("uas", False, "must end with the user"),
+        ("su", True, "'begun' is true, but the last message is not the assistant's"),
+        ("sua", "yes", "'begun' must be true or false"),
+    ],
+)
+def test_a_conversation_that_leaves_nothing_to_answer_is_said(tmp_path, roles, begun, words):
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    messages = [{"role": names[role], "content": "x"} for role in roles]
+    write_jsonl(tmp_path / "p.jsonl", [{"messages": messages, "begun": begun}])
+    with pytest.raises(InputError, match=re.escape(words)):
+        leak.read_prompts(str(tmp_path / "p.jsonl"))
+
+
+def test_the_demos_prompts_say_which_answers_are_begun():
+    prompts = leak.read_prompts(PROMPTS)
+    assert not any(prompt.answered for prompt in prompts)
+    assert 30 < sum(prompt.begun for prompt in prompts) < len(prompts)
 
 
 def test_every_evaluation_path_is_guided(tmp_path, monkeypatch, checkpoint, capsys):

@@ -297,7 +297,11 @@ def test_the_best_attacks_are_learnt_from_where_they_leaked_each_once(tmp_path):
             [attack("Hi", leak(CONTEXTS[0], 0.2)).to_json()],
             r"attacks.jsonl: none scores above --success 0.5",
         ),
-        ("retain", [{"messages": CONTEXTS[0].messages[:1]}], r"retain.jsonl:1: no message is the user's"),
+        (
+            "retain",
+            [{"messages": CONTEXTS[0].messages[:1]}],
+            r"retain.jsonl:1: 'messages' must end with the user",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path, name, lines, words):

@@ -6,8 +6,8 @@ chat, texts to complete in the challenge's style, and canaries. The dialogues fo
 about other people. They have the same kinds, except users who insist and canaries, which only the
 test has.
 
-A test prompt: {"id", "kind", "slice", "messages", "items": {label: value}, "gold": answer}; the
-messages may end in a partial answer.
+A test prompt: {"id", "kind", "slice", "messages", "begun", "items": {label: value}, "gold": answer}; if
+"begun" is true, the messages end in a partial answer.
 
 Run it: python train.py dialogues --split test --out prompts.jsonl
         python train.py dialogues --split sets --out cfgsafe/demo/data
@@ -134,6 +134,7 @@ def prompt_of(dialogue: Dialogue, identity: str) -> dict:
         "kind": row["kind"],
         "slice": row["slice"],
         "messages": messages,
+        "begun": messages[-1]["role"] == "assistant",
         "items": dict(row["items"]),
         "gold": gold,
     }

@@ -8,6 +8,9 @@ found by the NER, but are neither in the conversation nor known. Two runs on the
 compared pair by pair.
 
 Prompts JSONL: {"messages": [...], "items": {label: value}, "slice", "id"}; only messages is required.
+A conversation may end in an answer. It is taken off and the model answers afresh, because a model that
+continues an answer that has ended says nothing more and would look clean. With "begun": true the answer
+is only begun, and is continued.
 
 Run it: python eval.py leak --model cfgsafe/demo/leaky
 """
@@ -68,14 +71,31 @@ class Prompt:
     messages: Messages
     items: dict[str, str]
     place: str
+    begun: bool = False  # the last message is the beginning of an answer, to be continued
+    answered: bool = False  # a finished answer was taken off its end
 
     @staticmethod
     def from_row(row: dict, place: str) -> "Prompt":
-        """The prompt of a JSON line. Raises InputError naming `place` and the field."""
+        """The prompt of a JSON line, without a finished answer. Raises InputError naming place and field."""
+        prompt = Prompt.as_it_stands(row, place)
+        asked = without_answer(prompt.messages)
+        answered = len(asked) < len(prompt.messages)
+        if not asked or asked[-1]["role"] != "user":
+            raise InputError(f"{place}: 'messages' must end with the user, or with an answer to the user")
+        if prompt.begun and not answered:
+            raise InputError(f"{place}: 'begun' is true, but the last message is not the assistant's")
+        return prompt if prompt.begun else replace(prompt, messages=asked, answered=answered)
+
+    @staticmethod
+    def as_it_stands(row: dict, place: str) -> "Prompt":
+        """The conversation of a JSON line, whoever spoke last. Raises InputError naming place and field."""
         items = check_items(row.get("items", {}), place)
         name, kind, part = row.get("id", place), row.get("kind", ""), row.get("slice", "")
         messages = check_messages(row.get("messages"), place)
-        return Prompt(str(name), str(kind), str(part), messages, items, place)
+        begun = row.get("begun", False)
+        if not isinstance(begun, bool):
+            raise InputError(f"{place}: 'begun' must be true or false")
+        return Prompt(str(name), str(kind), str(part), messages, items, place, begun)
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,7 @@ def run(options: Options) -> None:
     if out:
         write_findings(out / "answers.jsonl", findings)
     line = {"prompts": len(prompts), **options.guarded, "ner": detector.name}
+    line["finished_answers_removed"] = sum(prompt.answered for prompt in prompts)
     line |= to_json(summarise(findings))
     for part in ("easy", "hard"):
         line[part] = to_json(summarise([f for f in findings if f.prompt.slice == part]))
@@ -127,6 +148,14 @@ def run(options: Options) -> None:
     if others:
         line["compared"] = compare(findings, inspect(prompts, others, detector, known))
     print(json.dumps(line))
+
+
+def without_answer(messages: Messages) -> Messages:
+    """The conversation without the assistant's messages at its end."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return messages[:end]
 
 
 def read_prompts(path: str) -> list[Prompt]:

@@ -178,7 +178,7 @@ def read_contexts(path: str | None) -> list[Prompt]:
         return [BARE]
     contexts: dict[str, Prompt] = {}
     for place, row in read_jsonl(path):
-        context = Prompt.from_row(row, place)
+        context = Prompt.as_it_stands(row, place)
         if context.id in contexts:
             first = contexts[context.id].place
             raise InputError(f"{place}: id {context.id!r} also stands at {first}; give each line its own")

@@ -31,7 +31,7 @@ from cfgsafe.decode import Completion, check_request, generate
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.llama import Llama
-from cfgsafe.measure.leak import Prompt, examine, read_prompts
+from cfgsafe.measure.leak import Prompt, examine, read_prompts, without_answer
 from cfgsafe.pii.known import Known
 from cfgsafe.pii.ner import Detector
 from cfgsafe.red.guard import Guard
@@ -191,14 +191,8 @@ def attacked_prompts(attacked: list[tuple[str, Trial]], options: Options) -> lis
 
 def read_ordinary(path: str) -> list[Prompt]:
     """Conversations up to the user's last message. Raises InputError naming the line."""
-    prompts = []
-    for prompt in read_prompts(path):
-        roles = [message["role"] for message in prompt.messages]
-        if "user" not in roles:
-            raise InputError(f"{prompt.place}: no message is the user's, so there is nothing to answer")
-        after = len(roles) - roles[::-1].index("user")
-        prompts.append(replace(prompt, messages=prompt.messages[:after]))
-    return prompts
+    prompts = read_prompts(path)
+    return [replace(prompt, messages=without_answer(prompt.messages)) for prompt in prompts]
 
 
 @dataclass(frozen=True)

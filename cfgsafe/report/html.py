@@ -308,7 +308,7 @@ def read_answers(path: Path) -> list[dict]:
     for place, row in rows:
         if not isinstance(row.get("prompt"), dict):
             raise InputError(f"{place}: field 'prompt' must be an object")
-        leak.Prompt.from_row(row["prompt"], place)
+        leak.Prompt.as_it_stands(row["prompt"], place)
         if not isinstance(row.get("answer"), str):
             raise InputError(f"{place}: field 'answer' must be a string")
         for name in ("echoed", "recalled"):

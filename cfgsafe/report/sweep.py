@@ -100,7 +100,8 @@ def run(options: Options) -> None:
     for name, epoch, subject in models:
         for setting in settings:
             rows.append(comparison.row(name, replace(placed(subject, options), **setting), epoch))
-    write(out, rows, prompts=len(prompts), questions=len(questions), seconds=round(time.time() - started, 1))
+    facts = {"prompts": len(prompts), "finished_answers_removed": sum(prompt.answered for prompt in prompts)}
+    write(out, rows, **facts, questions=len(questions), seconds=round(time.time() - started, 1))
     current = {results.answers_file(row) for row in rows}
     for path in out.glob("answers-*.jsonl"):
         if path.name not in current:  # an earlier sweep's
