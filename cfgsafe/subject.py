@@ -50,7 +50,7 @@ class Subject:
     """Guidance: add the two sentences to a conversation's own system prompt, or replace it by them as the
     paper's evaluation code does."""
     batch: int = 128
-    """Number of requests decoded or scored together."""
+    """Largest number of requests decoded or scored together."""
     device: str = "cpu"
     """Torch device."""
     dtype: str = "float32"

@@ -188,6 +188,8 @@ MUTANTS = (
            "replace(request, seed=rng.getrandbits(32))", "replace(request, seed=0)", "test_extract.py"),
     Mutant("calibration-without-bias", "cfgsafe/measure/recollect.py",
            "loss / (other + BIAS)", "loss / other", "test_extract.py"),
+    Mutant("scores-any-number-of-tokens-at-once", "cfgsafe/measure/scoring.py",
+           "if number and rows * width", "if False and rows * width", "test_scoring.py"),
     Mutant("right-among-others", "cfgsafe/measure/utility.py", tests="test_evaluation.py",
            before=" and all(option == right or option.lower() in right.lower() for option in found)",
            after=""),

@@ -12,6 +12,7 @@ from cfgsafe.decode import Request, generate
 from cfgsafe.files import AnswerLog, read_answers
 from cfgsafe.guidance import SPACES
 from cfgsafe.lora import LoRAConfig, attach
+from cfgsafe.measure import canaries, perplexity, recollect, scoring, utility
 from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.subject import Answer, Subject, answers
 
@@ -31,6 +32,53 @@ def test_scores_are_what_decoding_computed(space, alpha):
     scored = continuation_logprobs(model, requests, [c.tokens for c in completions], batch=2)
     for completion, logprobs in zip(completions, scored, strict=True):
         assert torch.allclose(logprobs, torch.tensor(completion.logprobs), atol=1e-4)
+
+
+CHAT = [{"role": "user", "content": "Say 1"}, {"role": "assistant", "content": "one"}] * 3
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda who, model, tokenizer: canaries.likelihoods(who, model, tokenizer, [[(CHAT[:1], " one")] * 3]),
+        lambda *of: perplexity.dialogue_logprobs(*of, "d:1", CHAT),
+        lambda *of: utility.option_logprobs(*of, {"options": ["a", "b", "c"]}, CHAT[:1], "q:1"),
+        lambda *of: recollect.mean_losses(*of, [CHAT[:1]], [["Ann", "Bo", "Cy"]]),
+    ],
+    ids=["canaries", "perplexity", "utility", "recollect"],
+)
+def test_batch_limits_what_is_scored_together(score, model, tokenizer, monkeypatch):
+    sizes = []
+    whole = scoring._score_batch
+
+    def spy(model, requests, continuations):
+        sizes.append(len(requests))
+        return whole(model, requests, continuations)
+
+    monkeypatch.setattr(scoring, "_score_batch", spy)
+    for batch, expected in ((2, [2, 1]), (128, [3])):
+        score(Subject("", batch=batch), model, tokenizer)
+        assert sizes == expected
+        sizes.clear()
+
+
+def test_a_forward_of_scoring_holds_no_more_tokens_than_one_of_prefill(model, monkeypatch):
+    """Guided pairs of 4 + 2 tokens: two pairs fill 24 slots; a longer one goes alone, whatever the limit."""
+    monkeypatch.setattr(scoring, "FORWARD_TOKENS", 24)
+    pair, long = Request([5, 6, 7, 8], [9], guidance=2.0), Request([5] * 30)
+    requests = [pair, pair, pair, long, long]
+    whole, sizes = scoring._score_batch, []
+
+    def spy(model, some, continuations):
+        sizes.append(len(some))
+        return whole(model, some, continuations)
+
+    expected = continuation_logprobs(model, requests, [[3, 4]] * 5, batch=1)
+    monkeypatch.setattr(scoring, "_score_batch", spy)
+    scored = continuation_logprobs(model, requests, [[3, 4]] * 5, batch=128)
+    assert sizes == [2, 1, 1, 1]
+    for one, other in zip(scored, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_guidance_changes_the_score():

@@ -116,6 +116,6 @@ def likelihoods(
             texts.append(tokenizer.encode(value))
     for number, request in enumerate(requests, start=1):
         check_request(request, model, f"probe {number}")
-    logprobs = continuation_logprobs(model, requests, texts)
+    logprobs = continuation_logprobs(model, requests, texts, batch=subject.batch)
     means = iter([part.mean().item() for part in logprobs])
     return [list(islice(means, len(probes))) for probes in groups]

@@ -96,7 +96,7 @@ def dialogue_logprobs(
     texts = [[*tokenizer.encode(messages[number]["content"].strip()), end] for number in turns]
     for number, request, text in zip(turns, requests, texts, strict=True):
         check_fits(model, request, text, f"{place}: messages[{number}]")
-    return torch.cat(continuation_logprobs(model, requests, texts))
+    return torch.cat(continuation_logprobs(model, requests, texts, batch=subject.batch))
 
 
 def pooled(parts: list[Tensor]) -> Estimate:

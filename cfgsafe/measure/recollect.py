@@ -123,7 +123,7 @@ def mean_losses(
         for value in values:
             requests.append(request)
             texts.append(tokenizer.encode(blank + value))
-    logprobs = continuation_logprobs(model, requests, texts)
+    logprobs = continuation_logprobs(model, requests, texts, batch=subject.batch)
     losses = iter([-part.mean().item() for part in logprobs])
     return [list(islice(losses, len(values))) for values in candidates]
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from cfgsafe.errors import ContextError
 from cfgsafe.llama import Llama
+from cfgsafe.prefill import PREFILL_TOKENS
 from cfgsafe.request import Request, check_request
 from cfgsafe.rescore import continuation_states, guided_logprobs, side_logits
 
 TOKENS_AT_ONCE = 512  # rows of logits that exist at a time
+FORWARD_TOKENS = PREFILL_TOKENS  # most tokens of one forward, padding included
 
 
 @torch.inference_mode()
@@ -23,13 +25,27 @@ def continuation_logprobs(
     """Log-probability of each token of continuations[i] after the prompt of requests[i], (T,) float32.
 
     The request's guidance, space and alpha apply; its temperature, top-k and top-p do not. Prompt and
-    continuation must fit in the context.
+    continuation must fit in the context. At most `batch` requests are computed together, and no more than
+    fit into FORWARD_TOKENS.
     """
     results: list[Tensor] = []
-    for start in range(0, len(requests), batch):
-        part = slice(start, start + batch)
-        results += _score_batch(model, requests[part], continuations[part])
+    while len(results) < len(requests):
+        start = len(results)
+        some, texts = requests[start : start + batch], continuations[start : start + batch]
+        size = _size(some, texts)
+        results += _score_batch(model, some[:size], texts[:size])
     return results
+
+
+def _size(requests: list[Request], continuations: list[list[int]]) -> int:
+    """How many of the first requests fit into FORWARD_TOKENS; at least 1."""
+    rows = width = 0
+    for number, (request, continuation) in enumerate(zip(requests, continuations, strict=True)):
+        rows += len(request.rows)
+        width = max(width, max(map(len, request.rows)) + len(continuation))
+        if number and rows * width > FORWARD_TOKENS:
+            return number
+    return len(requests)
 
 
 def check_fits(model: Llama, request: Request, continuation: list[int], place: str) -> None:

@@ -206,7 +206,7 @@ def option_logprobs(
     options = [tokenizer.encode(f" {option}") for option in row["options"]]
     for option in options:
         check_fits(model, request, option, place)
-    return continuation_logprobs(model, [request] * len(options), options)
+    return continuation_logprobs(model, [request] * len(options), options, batch=subject.batch)
 
 
 def likeliest(logprobs: list[float]) -> int | None:
