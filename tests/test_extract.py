@@ -274,9 +274,9 @@ def test_canaries_measures_a_users_own_probes(tmp_path, checkpoint, capsys):
 def test_the_canaries_command_asks_under_guidance(tmp_path, checkpoint, monkeypatch):
     seen, real = [], canaries.continuation_logprobs
 
-    def listen(model, requests, texts):
+    def listen(model, requests, texts, **more):
         seen.extend(requests)
-        return real(model, requests, texts)
+        return real(model, requests, texts, **more)
 
     monkeypatch.setattr(canaries, "continuation_logprobs", listen)
     write_jsonl(tmp_path / "p.jsonl", [probe("Ann", 5), probe("Cy", 0)])

@@ -72,9 +72,9 @@ def test_the_figures_depend_on_the_guidance(checkpoint, texts, capsys):
 def test_all_turns_are_guided(checkpoint, texts, capsys, monkeypatch):
     seen, real = [], perplexity.continuation_logprobs
 
-    def recorded(model, requests, *rest):
+    def recorded(model, requests, *rest, **more):
         seen.extend(requests)
-        return real(model, requests, *rest)
+        return real(model, requests, *rest, **more)
 
     monkeypatch.setattr(perplexity, "continuation_logprobs", recorded)
     result(capsys, checkpoint, texts=texts, guidance=3.0, space="log", alpha=0.1)
