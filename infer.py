@@ -125,14 +125,15 @@ def run(options: Options) -> None:
         dtype=options.dtype,
     )
     model, tokenizer = load(subject, named_adapters(options))
-    sampling = {name: getattr(options, name) for name in NUMBERS}
+    sampling: dict = {name: getattr(options, name) for name in NUMBERS}
     sampling["stop"] = stop_tokens(options.stop, tokenizer)
+    names = adapter_names(model)
+    sampling["adapter"] = names[0] if len(names) == 1 else DEFAULT
     if options.chat:
         chat(model, tokenizer, subject, terminal_lines(), terminal_say, options.system, **sampling)
         return
 
-    names = adapter_names(model)
-    defaults = Request([], adapter=names[0] if len(names) == 1 else DEFAULT, **sampling)
+    defaults = Request([], **sampling)
     requests = []
     for place, row in request_rows(options):
         request = read_request(row, place, tokenizer, subject, defaults, options.system)
@@ -155,7 +156,7 @@ def run(options: Options) -> None:
 
 
 def named_adapters(options: Options) -> dict[str, str]:
-    """Name -> folder of the --adapter entries. Raises InputError for a name given twice."""
+    """Name -> folder of --adapter. Raises InputError for a name given twice, or several that none chooses."""
     adapters: dict[str, str] = {}
     for entry in options.adapter:
         name, equals, folder = entry.partition("=")
@@ -166,6 +167,9 @@ def named_adapters(options: Options) -> dict[str, str]:
                 f"--adapter {entry}: two adapters called {name!r}; name them, as in guard=FOLDER"
             )
         adapters[name] = folder
+    if len(adapters) > 1 and options.requests is None:
+        several = " ".join(options.adapter)
+        raise InputError(f"--adapter {several}: several are for --requests, where each line chooses one")
     return adapters
 
 

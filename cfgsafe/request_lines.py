@@ -3,7 +3,8 @@
 A line has `prompt` (a chat-formatted string, in which control tokens are control tokens) or
 `messages` (with plain text as content; an assistant's message at the end is begun, and is continued).
 It may have
-    negative_prompt or negative_messages    the negative side; without one, see `read_request`
+    negative_prompt or negative_messages    the negative side, only with guidance; without one,
+                                            see `read_request`
     guidance, space, alpha                  how to guide
     temperature, top_k, top_p, seed         how to sample
     max_new_tokens, stop                    when to end; `stop` is a list of texts
@@ -62,6 +63,10 @@ def read_request(
     if "stop" in row:
         sampling["stop"] = stop_tokens(_texts(row["stop"], place), tokenizer)
 
+    if negative is not None and guidance in (None, 1.0):
+        field = "negative_prompt" if "negative_prompt" in row else "negative_messages"
+        why = "without guidance" if guidance is None else "at guidance 1"
+        raise InputError(f"{place}: field {field!r} has no effect {why}; leave it out, or set 'guidance'")
     if isinstance(prompt, list) and negative is None:
         subject = replace(subject, guidance=guidance, space=space)
         return request_for(subject, tokenizer, prompt, **sampling)

@@ -1,6 +1,7 @@
 """The commands as users run them: requests, adapters, help, and one wrong input of each kind."""
 
 import importlib
+import io
 import json
 import shlex
 import subprocess
@@ -101,6 +102,14 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
         (
             "infer.py --model {LEAKY} --requests {tmp}/both.jsonl",
             "both.jsonl:1: has both 'messages' and 'prompt'",
+        ),
+        (
+            "infer.py --model {LEAKY} --requests {tmp}/negative.jsonl",
+            "negative.jsonl:1: field 'negative_prompt' has no effect without guidance",
+        ),
+        (
+            "infer.py --model {LEAKY} --guidance 3 --requests {tmp}/one.jsonl",
+            "one.jsonl:1: field 'negative_messages' has no effect at guidance 1",
         ),
         (
             "infer.py --model {LEAKY} --requests {tmp}/surrogate.jsonl",
@@ -215,6 +224,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(command, tmp_path, line, words)
     lines |= {
         "stop": {"messages": chat, "stop": "x"},
         "both": {"messages": chat, "prompt": "x"},
+        "negative": {"messages": chat, "negative_prompt": "x"},
+        "one": {"messages": chat, "negative_messages": chat, "guidance": 1},
         "surrogate": {"messages": [{"role": "user", "content": "\ud83d"}]},
     }
     for name, row in lines.items():
@@ -253,7 +264,7 @@ def test_infer_guards_as_eval_does(command, tmp_path, monkeypatch):
     assert code == 0 and seen == [request_for(subject, load(subject)[1], chat, max_new_tokens=1)]
 
 
-def test_an_adapter_is_never_silently_left_out(command, tmp_path):
+def test_an_adapter_is_never_silently_left_out(command, tmp_path, monkeypatch):
     from cfgsafe import load_model
     from cfgsafe.lora import LoRAConfig, adapter_updates, attach, save_adapter
 
@@ -268,7 +279,14 @@ def test_an_adapter_is_never_silently_left_out(command, tmp_path):
     _, adapted, _ = answer(f"--adapter {tmp_path}/a")
     assert bare != adapted and answer(f"--adapter guard={tmp_path}/a")[1] == adapted
     code, stdout, stderr = answer(f"--adapter guard={tmp_path}/a other={tmp_path}/a")
+    assert code == 2 and "several are for --requests" in stderr
+    (tmp_path / "r.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    two = f"--adapter guard={tmp_path}/a other={tmp_path}/a"
+    code, _, stderr = command(f"infer.py --model {LEAKY} --requests {tmp_path}/r.jsonl {two}")
     assert code == 2 and "no adapter 'default' is attached; there are ['guard', 'other']" in stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who am I?\n"))
+    _, said, _ = command(f"infer.py --model {LEAKY} --adapter guard={tmp_path}/a --chat --max-new-tokens 8")
+    assert said.strip() == adapted.strip()
 
 
 @pytest.mark.parametrize("script", ["train.py", "infer.py", "eval.py"])
