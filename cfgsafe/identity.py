@@ -30,6 +30,21 @@ def identity(*sources: str | Path | None) -> str:
     return digest_of(parts)
 
 
+def contents(options: object, folders: tuple[str, ...] = (), files: tuple[str, ...] = ()) -> dict[str, str]:
+    """Option -> digest of what it names: checkpoints and adapters in `folders`, or `files`.
+
+    Options without a value are left out. Raises CheckpointError and InputError.
+    """
+    found = {}
+    for names, digest in ((folders, identity), (files, file_digest)):
+        for name in names:
+            value = getattr(options, name)
+            sources = value if isinstance(value, tuple) else (value,)
+            if any(sources):
+                found[name] = digest_of([digest(source) for source in sources])
+    return found
+
+
 def digest_of(value: object) -> str:
     """A digest of a value, by its `repr`."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:32]

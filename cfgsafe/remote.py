@@ -120,11 +120,11 @@ def ask(
 ) -> list[str | None]:
     """The answer to each question, in order. `what` names the questions in messages.
 
-    Answers are kept in the file `cache` (`AnswerLog`) as they come. A question that has an answer
-    there is not asked again, and equal questions are asked once. Raises InputError when the
-    endpoint refuses a question, or does not answer it in `attempts` attempts. With a `meter`, only
-    a refused key or model raises. The answer is then None for a question that the endpoint refuses or
-    does not answer, or for which the meter allows no request.
+    Answers are kept in the file `cache` (`AnswerLog`) as they come. A question that a model of this name
+    at this URL has answered there is not asked again, and equal questions are asked once. Raises
+    InputError when the endpoint refuses a question, or does not answer it in `attempts` attempts. With a
+    `meter`, only a refused key or model raises. The answer is then None for a question that the endpoint
+    refuses or does not answer, or for which the meter allows no request.
     """
     check_service(service)
     make_folder(cache.parent)
@@ -140,11 +140,19 @@ def ask(
 
 
 def key_of(service: Service, question: Question) -> str:
-    """The key of an answer in `AnswerLog`: the same for the same model and question."""
+    """The key of an answer in `AnswerLog`: the same for the same endpoint and question."""
     asked = asdict(question)
     if question.top_p is None:
         del asked["top_p"]  # so that answers that were kept before there was a top_p are found
-    return hashlib.sha256(json.dumps([service.remote_model, asked], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([*endpoint_of(service), asked], sort_keys=True).encode()).hexdigest()[
+        :32
+    ]
+
+
+def endpoint_of(service: Service) -> list[str | None]:
+    """All that is known of who answers: the model's name, and the URL unless it is OpenAI's own."""
+    url = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/")
+    return [service.remote_model, url] if url else [service.remote_model]
 
 
 def _estimate(service: Service, questions: list[Question], kept: int) -> str:

@@ -147,6 +147,8 @@ MUTANTS = (
     Mutant("pairs-are-greedy", "cfgsafe/blue/pairs.py",
            "temperature=options.temperature,", "temperature=0.0,", "test_pairs.py"),
     Mutant("first-clean-recipe", "cfgsafe/blue/pairs.py", "rng.choice(clean)", "clean[0]", "test_pairs.py"),
+    Mutant("resumes-with-other-contents", "cfgsafe/blue/resume.py",
+           "known.get(name, digest) != digest", "False", "test_resume.py"),
     Mutant("second-moment-lost", "cfgsafe/blue/resume.py",
            'in ("exp_avg", "exp_avg_sq"):', 'in ("exp_avg", "exp_avg"):', "test_resume.py"),
     Mutant("evaluation-with-dropout", "cfgsafe/blue/step.py",

@@ -1,9 +1,13 @@
 """An attack on a target: what could not be scored is reported; what the ancestor says too is no hit."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.red import evaluate
 from cfgsafe.red.policy import Attacker
@@ -44,6 +48,50 @@ def test_a_prompt_that_is_drawn_again_meets_other_conversations(
     attacks = read_attacks(tmp_path / "out" / "attacks-bare.jsonl")
     assert len({attack.text for attack in attacks}) == 1
     assert sorted(attack.trials[0].context for attack in attacks) == ["c0", "c1", "c2", "c3"]
+
+
+def test_a_resumed_attack_belongs_to_the_contents_of_its_files_and_to_its_endpoint(
+    serve, contexts, checkpoint, tmp_path, monkeypatch
+):
+    serve(lambda body: "Hello.")
+    shutil.copytree(checkpoint, tmp_path / "model")
+    options = evaluate.Options(contexts=contexts, out=str(tmp_path / "out"), draws=2, samples=1)
+    options.attacker = (f"bare={tmp_path / 'model'}",)
+    options.service = Service(remote_model="m")
+    evaluate.run(options)
+    options.resume = True
+    evaluate.run(options)
+    changed = {"contexts": Path(contexts), "attacker": tmp_path / "model" / "tokenizer.json"}
+    for option, path in changed.items():
+        before = path.read_text()
+        path.write_text(before + "\n")
+        with pytest.raises(InputError, match=f"--{option}: holds something else than when the run in"):
+            evaluate.run(options)
+        path.write_text(before)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
+    with pytest.raises(InputError, match="--remote-model: holds something else"):
+        evaluate.run(options)
+
+
+def test_a_new_attack_that_was_killed_does_not_go_on_with_the_answers_of_an_earlier_one(
+    serve, contexts, checkpoint, tmp_path, monkeypatch
+):
+    serve(lambda body: "Hello.")
+    options = evaluate.Options(contexts=contexts, out=str(tmp_path / "out"), draws=2, samples=1)
+    options.attacker = (f"bare={checkpoint}",)
+    options.service = Service(remote_model="m")
+    evaluate.run(options)
+
+    def killed(*_):
+        raise RuntimeError("the power is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(evaluate, "draw_attacks", killed)
+        evaluate.run(replace(options, seed=1))
+    evaluate.run(replace(options, seed=1, resume=True))
+    evaluate.run(replace(options, seed=1, out=str(tmp_path / "whole")))
+    again, whole = (read_attacks(tmp_path / name / "attacks-bare.jsonl") for name in ("out", "whole"))
+    assert again == whole
 
 
 def test_what_the_ancestor_gives_away_too_is_no_hit(checkpoint, tmp_path, monkeypatch):

@@ -105,6 +105,15 @@ def test_answers_kept_before_there_was_a_top_p_are_found():
     assert remote.key_of(service(), chat("a")) == "813975c52c566a36b46c532afacff4b8"
 
 
+def test_a_model_of_the_same_name_behind_another_url_is_another_model(monkeypatch):
+    alone = remote.key_of(service(), chat("a"))
+    keys = []
+    for url in ("http://localhost:1/v1", "http://localhost:2/v1", "http://localhost:2/v1/"):
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        keys.append(remote.key_of(service(), chat("a")))
+    assert len({alone, *keys}) == 3 and keys[1] == keys[2]
+
+
 def test_a_line_that_a_crash_cut_is_asked_again(serve, tmp_path):
     server = serve(echo)
     ask(service(concurrency=1), [chat("a"), chat("b")], tmp_path / "c.jsonl", "test")

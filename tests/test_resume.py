@@ -3,15 +3,19 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_identity import overwrite
 
 from cfgsafe.blue import orpo, resume
 from cfgsafe.blue.orpo import Options
@@ -170,5 +174,44 @@ def test_another_run_cannot_be_resumed(tmp_path, checkpoint, pairs):
         orpo.run(options(checkpoint, pairs, out, resume=True, lr=0.5))
     copy = tmp_path / "other.jsonl"
     copy.write_text(Path(pairs).read_text().replace("Say 3", "Say 4"))
-    with pytest.raises(InputError, match="the data differ from those the run began with"):
+    with pytest.raises(InputError, match="--pairs: holds something else than when the run in .* began"):
         orpo.run(options(checkpoint, str(copy), out, resume=True))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("option", "file"),
+    [
+        ("model", "model.safetensors"),
+        ("init-adapter", "adapter_model.safetensors"),
+        ("pairs", ""),
+        ("eval-pairs", ""),
+    ],
+)
+def test_new_contents_at_the_same_path_are_noticed(
+    tmp_path, checkpoint, pairs, uninterrupted, monkeypatch, finished, option, file
+):
+    """Of the same size and date, and also after the last step: the adapters there belong to the old files."""
+    paths = {name: tmp_path / name for name in ("model", "init-adapter", "pairs", "eval-pairs")}
+    shutil.copytree(checkpoint, paths["model"])
+    shutil.copytree(uninterrupted / "epoch-1", paths["init-adapter"])
+    for name in ("pairs", "eval-pairs"):
+        shutil.copy(pairs, paths[name])
+    given = {"eval_pairs": str(paths["eval-pairs"]), "init_adapter": str(paths["init-adapter"])}
+    settings = options(
+        str(paths["model"]), str(paths["pairs"]), tmp_path / "o", epochs=1, save_every=2, **given
+    )
+
+    def torn(*_):
+        raise RuntimeError("the power is gone")
+
+    with monkeypatch.context() as patch, nullcontext() if finished else pytest.raises(RuntimeError):
+        if not finished:
+            patch.setattr(orpo, "report", torn)
+        orpo.run(settings)
+    orpo.run(replace(settings, resume=True, out=str(shutil.copytree(tmp_path / "o", tmp_path / "copy"))))
+    changed = paths[option] / file
+    other = changed.read_bytes()
+    overwrite(changed, other.replace(b"Say 3", b"Say 4") if b"Say 3" in other else other[:-1] + b"A")
+    with pytest.raises(InputError, match=f"^--{option}: holds something else than when the run in .* began"):
+        orpo.run(replace(settings, resume=True))

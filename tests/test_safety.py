@@ -140,7 +140,8 @@ def test_the_answer_alone_is_learnt_after_the_prompt_that_decoding_sees(tuned, t
 
 def test_a_resumed_run_uses_the_data_that_it_wrote(tuned, monkeypatch, capsys):
     monkeypatch.setattr(safety, "build", None)
-    safety.run(options(tuned, lr=3e-3, batch_size=4, resume=True))
+    same = {"retain": str(tuned / "chats.jsonl"), "max_new_tokens": 48}
+    safety.run(options(tuned, **same, lr=3e-3, batch_size=4, resume=True))
     refused, _ = rows(tuned)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
         "out": str(tuned / "out"),
@@ -161,6 +162,36 @@ def test_the_training_gets_the_options_asked_for(tmp_path, monkeypatch):
     (training,) = started
     assert {name: getattr(training, name) for name in asked} == asked
     assert (training.objective, training.alpha, training.model) == ("sft", 11.0, LEAKY)
+
+
+@pytest.mark.parametrize("option", ["attacks", "contexts", "retain"])
+def test_a_resumed_run_notices_new_contents_of_its_files(tmp_path, monkeypatch, option):
+    """The rows in safety.jsonl were made from the old ones."""
+    write_jsonl(tmp_path / "retain.jsonl", held_out_chats(1))
+    settings = options(tmp_path, retain=str(tmp_path / "retain.jsonl"))
+    monkeypatch.setattr(orpo, "run", lambda training: None)
+    monkeypatch.setattr(safety, "build", lambda attacked, options: [])
+    safety.run(settings)
+    settings.resume = True
+    safety.run(settings)
+    with open(tmp_path / f"{option}.jsonl", "a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match=f"--{option}: holds something else than when the run in .* began"):
+        safety.run(settings)
+
+
+def test_a_new_run_that_was_killed_does_not_go_on_with_the_rows_of_an_earlier_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(orpo, "run", lambda training: None)
+    monkeypatch.setattr(safety, "build", lambda attacked, options: [{"attack": "old"}])
+    safety.run(options(tmp_path))
+
+    def killed(attacked, options):
+        raise RuntimeError("the power is gone")
+
+    monkeypatch.setattr(safety, "build", killed)
+    for resumed in (False, True):  # the second must not find the rows either
+        with pytest.raises(RuntimeError):
+            safety.run(options(tmp_path, tries=2, resume=resumed))
 
 
 def test_a_guarded_target_goes_on_from_its_adapter(tuned, tmp_path):

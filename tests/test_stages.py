@@ -1,6 +1,7 @@
 """The attacker's stages from end to end on a tiny model, and against targets behind a faulty endpoint."""
 
 import json
+import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import random_model
 from test_guard import STRINGS
+from test_identity import spoil
 
 from cfgsafe.checkpoint import save_checkpoint
 from cfgsafe.errors import CfgsafeError, InputError
@@ -15,9 +17,10 @@ from cfgsafe.files import read_jsonl, write_jsonl
 from cfgsafe.hub import BASE
 from cfgsafe.lora import adapter_parameters, read_adapter_tensors
 from cfgsafe.red import evaluate, guard, rewards, stages
-from cfgsafe.red.attacker import POLICY, REFERENCE, Facts, trained
+from cfgsafe.red.attacker import POLICY, REFERENCE, Facts, identity_of, trained
 from cfgsafe.red.guard import Guard
 from cfgsafe.red.records import Attack, Trial, read_attacks
+from cfgsafe.red.training import Trainer
 from cfgsafe.remote import Service
 from cfgsafe.subject import Subject, load
 
@@ -185,6 +188,57 @@ def test_a_run_that_has_ended_is_not_run_again(stage, capsys):
         stage("x", stage="sft", resume=True, lr=0.5)
     stage("x", stage="sft")
     assert (folder / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("option", ["attacker", "prompts", "attacks", "contexts", "model"])
+def test_a_resumed_stage_notices_new_contents_at_the_same_path(stage, contexts, checkpoint, prompts, option):
+    """Of a run that has ended, too: its adapter and its attacks belong to the old files."""
+    folder = Path(contexts).parent
+    paths = {name: folder / name for name in ("attacker", "prompts", "attacks", "contexts", "model")}
+    for name in ("attacker", "model"):
+        shutil.copytree(checkpoint, paths[name])
+    trial = {"context": "c0", "answer": "x", "score": 1.0, "found": []}
+    write_jsonl(paths["attacks"], [{**ATTACK, "trials": [trial]}])
+    for name, source in (("prompts", prompts), ("contexts", contexts)):
+        shutil.copy(source, paths[name])
+    given = {name: str(path) for name, path in paths.items()} | {"attacks": (str(paths["attacks"]),)}
+    stage("x", stage="smooth", **given)
+    stage("x", stage="smooth", resume=True, **given)
+    changed = paths[option] if paths[option].is_file() else paths[option] / "tokenizer.json"
+    changed.write_text(changed.read_text() + "\n")
+    with pytest.raises(InputError, match=f"--{option}: holds something else than when the run in .* began"):
+        stage("x", stage="smooth", resume=True, **given)
+
+
+def test_an_attacker_is_its_adapters_too(stage):
+    folder = stage("x", stage="sft")
+    before = identity_of(str(folder))
+    spoil(folder / "adapter" / "adapter_model.safetensors")
+    assert identity_of(str(folder)) != before
+
+
+def test_a_new_run_that_was_killed_while_it_loaded_does_not_go_on_with_an_old_state(stage, monkeypatch):
+    real = Trainer.update
+
+    def dies_at_the_third(self, step, loss):
+        if step == 2:
+            raise RuntimeError("the power is gone")
+        return real(self, step, loss)
+
+    def dies(*_):
+        raise RuntimeError("the power is gone")
+
+    for owner, name, killed, lr in (
+        (Trainer, "update", dies_at_the_third, 0.1),
+        (stages, "open_trainee", dies, 0.5),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(owner, name, killed)
+            stage("x", stage="sft", save_every=2, lr=lr)
+    folder = stage("x", stage="sft", save_every=2, lr=0.5, resume=True)
+    rows = [row for _, row in read_jsonl(folder / "metrics.jsonl")]
+    whole = stage("whole", stage="sft", save_every=2, lr=0.5)
+    assert rows == [row for _, row in read_jsonl(whole / "metrics.jsonl")]
 
 
 def test_runs_can_be_moved_together(stage, tmp_path):

@@ -10,7 +10,6 @@ answer (TRL moves the boundary by one).
 Run it: python train.py orpo --help
 """
 
-import hashlib
 import random
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -230,9 +229,3 @@ def _sort_in_windows(numbers: list[int], lengths: list[int], size: int) -> list[
 
 def _cut(items: list[Item], size: int) -> list[list[Item]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def fingerprint(pairs: list[Pair]) -> str:
-    """A hash of the tokens: a resumed run compares it to tell whether its data changed."""
-    sides = [(pair.chosen, pair.rejected) for pair in pairs]
-    return hashlib.sha256(repr(sides).encode()).hexdigest()

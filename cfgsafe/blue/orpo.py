@@ -34,8 +34,9 @@ from cfgsafe.blue.batches import Pair, Step
 from cfgsafe.blue.options import FREE, Options, check, unread
 from cfgsafe.blue.step import LOGGED, batch_loss, evaluate, reference_logprobs
 from cfgsafe.errors import InputError
-from cfgsafe.files import make_folder, write_text
+from cfgsafe.files import make_folder
 from cfgsafe.hub import resolve
+from cfgsafe.identity import contents
 from cfgsafe.llama import Llama
 from cfgsafe.lora import LoRAConfig, adapter_parameters, adapter_updates, attach, load_adapter, write_adapter
 from cfgsafe.losses import beta_of
@@ -90,11 +91,11 @@ def train(
     parameters = adapter_parameters(model)
     optimiser = torch.optim.AdamW(parameters.values(), lr=options.lr, weight_decay=0.0, fused=True)
     steps = batches.plan([pair.tokens for pair in pairs], options)
-    data = batches.fingerprint(pairs)
+    held = contents(options, folders=("model", "init_adapter"), files=("pairs", "eval_pairs"))
     reference = reference_logprobs(net, model, pairs, options, world)
     held_out_reference = reference_logprobs(net, model, held_out, options, world)
     this = Run(options, world, model, net, parameters, optimiser, pairs, reference)
-    done = begin(this, settings_of(options, config), out, data, steps)
+    done = begin(this, settings_of(options, config), held, out, steps)
     writer = tensorboard(out) if options.tensorboard and world.main else None
     title = f"{options.objective} {out.name}"
     bar = tqdm(total=len(steps), initial=done, desc=title, leave=False, disable=not world.main)
@@ -119,7 +120,7 @@ def train(
 
             stop = any_process(bool(arrived), world)
             if not run_ends and (stop or number % options.save_every == 0):
-                resume.save(out, number, parameters, optimiser, data, world)
+                resume.save(out, number, parameters, optimiser, held["pairs"], world)
             if not run_ends and stop:
                 raise resume.Stopped(
                     f"stopped after step {number} of {len(steps)}, which is saved; go on with --resume"
@@ -211,13 +212,18 @@ def settings_of(options: Options, config: LoRAConfig) -> dict:
     return asdict(options) | used | {"beta": beta_of(options)} | dict.fromkeys(unread(options))
 
 
-def begin(run: Run, settings: dict, out: Path, data: str, steps: list[Step]) -> int:
-    """Clear `out`, or with --resume restore its last state; returns the number of steps done."""
+def begin(run: Run, settings: dict, held: dict[str, str], out: Path, steps: list[Step]) -> int:
+    """Clear `out`, or with --resume restore its last state; returns the number of steps done.
+
+    `held` is what the files of the run hold, by `identity.contents`.
+    """
     options, world, done = run.options, run.world, 0
     if options.resume:
-        resume.check_same_run(out, settings, FREE)
+        resume.check_same_run(out / resume.CONFIG, settings, held, FREE)
         finished = (out / f"epoch-{options.epochs}").exists() and not resume.states(out)
-        done = len(steps) if finished else resume.load(out, run.parameters, run.optimiser, data, world)
+        done = len(steps)
+        if not finished:
+            done = resume.load(out, run.parameters, run.optimiser, held["pairs"], world)
     world.barrier()  # nobody writes before all have read
     if world.main:
         epochs = steps[done].epoch - 1 if done < len(steps) else options.epochs  # complete ones
@@ -230,7 +236,7 @@ def begin(run: Run, settings: dict, out: Path, data: str, steps: list[Step]) -> 
                 shutil.rmtree(state)
         resume.keep_steps(out / "metrics.jsonl", "step", done)
         resume.keep_steps(out / "eval.jsonl", "epoch", epochs)
-        write_text(out / "config.json", json.dumps(settings, indent=2) + "\n")
+        resume.write_config(out / resume.CONFIG, settings, held)
     world.barrier()
     return done
 

@@ -1,8 +1,10 @@
 """The state of a training run on disk: a killed run goes on from it to the identical result.
 
 OUT/state-STEP holds the adapter, the moments of the optimiser, the random number generators, and a
-fingerprint of the data. The order of the pairs and the learning rate follow from the step. A state is
+digest of the data. The order of the pairs and the learning rate follow from the step. A state is
 written whole under another name before the one before it is deleted: a crash costs nothing.
+OUT/config.json holds the options, and digests of the files that they name: a run goes on only with
+the same weights and data, whatever stands at their paths now.
 
 Run it: python train.py orpo --resume ...
 """
@@ -23,10 +25,11 @@ from torch.optim import Optimizer
 
 from cfgsafe.checkpoint import new_folder
 from cfgsafe.errors import CfgsafeError, InputError
-from cfgsafe.files import read_json, read_jsonl, write_jsonl
+from cfgsafe.files import read_json, read_jsonl, write_jsonl, write_text
 from cfgsafe.parallel import World, fill, whole
 
 CPU_RNG, GPU_RNG = "rng.cpu", "rng.cuda"
+CONFIG, CONTENTS = "config.json", "contents"  # its key in that file
 
 
 class Stopped(CfgsafeError):
@@ -104,18 +107,59 @@ def load(out: Path, parameters: Mapping[str, Tensor], optimiser: Optimizer, data
     return facts["step"]
 
 
-def check_same_run(out: Path, settings: dict, free: tuple[str, ...]) -> None:
-    """Raise InputError for the first of `settings`, not in `free`, that differs from OUT/config.json."""
-    if not (out / "config.json").exists():
+def begin(
+    out: Path,
+    settings: dict,
+    held: dict[str, str],
+    free: tuple[str, ...],
+    *,
+    resumed: bool,
+    file: str = CONFIG,
+) -> None:
+    """Write OUT/config.json, or another `file`, at the beginning of a run.
+
+    A resumed run must have the settings and the contents of the run that it continues, and a new one
+    deletes the states of an earlier run first. Raises what `check_same_run` raises.
+    """
+    if resumed:
+        check_same_run(out / file, settings, held, free)
+    else:
+        for state in states(out):
+            shutil.rmtree(state)
+    write_config(out / file, settings, held)
+
+
+def write_config(path: Path, settings: dict, held: dict[str, str]) -> None:
+    """Write the settings of a run, and with them the digests of `identity.contents`."""
+    write_text(path, json.dumps({**settings, CONTENTS: held}, indent=2) + "\n")
+
+
+def check_same_run(path: Path, settings: dict, held: dict[str, str], free: tuple[str, ...]) -> None:
+    """Compare a run with the one that wrote the file `path`; no such file: nothing to compare.
+
+    Raises InputError for the first of `settings`, not in `free`, that differs; then for the first
+    option of `held`, free or not, whose file or folder has other contents.
+    """
+    if not path.exists():
         return
-    before = read_json(out / "config.json")
-    for name, value in settings.items():
+    before, out = read_json(path), path.parent
+    for name, value in json.loads(json.dumps(settings)).items():
         if name not in free and before.get(name) != value:
-            option = name.replace("_", "-")
             raise InputError(
-                f"--{option} {value}: the run in {out} began with {before.get(name)}; "
+                f"{_option(name)} {value}: the run in {out} began with {before.get(name)}; "
                 "give that, or start anew without --resume"
             )
+    known = before.get(CONTENTS, {})
+    for name, digest in held.items():
+        if known.get(name, digest) != digest:
+            raise InputError(
+                f"{_option(name)}: holds something else than when the run in {out} began; "
+                "restore it, or start anew without --resume"
+            )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def keep_steps(path: Path, key: str, last: int) -> None:

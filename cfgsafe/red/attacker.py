@@ -20,6 +20,7 @@ import torch
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_json, read_jsonl, write_text
 from cfgsafe.hub import resolve
+from cfgsafe.identity import digest_of, identity
 from cfgsafe.llama import Llama
 from cfgsafe.lora import LoRAConfig, adapter_parameters, attach, load_adapter, write_adapter
 from cfgsafe.red.policy import Attacker, Prompt, Rules
@@ -102,6 +103,18 @@ def facts_of(path: str, template: str, least: int, most: int, prompts: str | Non
     if len(texts) < EXAMPLES:
         raise InputError(f"{prompts}: holds {len(texts)} prompts; the list's examples need {EXAMPLES}")
     return Facts(path, template, least, most, random.Random(seed).sample(texts, EXAMPLES))
+
+
+def identity_of(path: str) -> str:
+    """A digest of what an attacker consists of: the facts and adapters of a stage, or a checkpoint.
+
+    Raises CheckpointError, InputError.
+    """
+    if not (Path(path) / FACTS).exists():
+        return identity(path)
+    facts = Facts.read(Path(path))
+    weights = identity(facts.model, facts.reference, facts.adapter)
+    return digest_of((weights, facts.template, facts.least, facts.most, facts.examples))
 
 
 def read_prompts(path: str) -> list[str]:

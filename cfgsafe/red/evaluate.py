@@ -24,9 +24,10 @@ from tqdm import tqdm
 from cfgsafe.blue import resume
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.files import make_folder, write_jsonl, write_text
+from cfgsafe.identity import contents, digest_of
 from cfgsafe.pii.matching import stands_in
 from cfgsafe.red import measure, rewards, stages
-from cfgsafe.red.attacker import facts_of, trained
+from cfgsafe.red.attacker import facts_of, identity_of, trained
 from cfgsafe.red.records import Attack, Trial, read_attacks
 from cfgsafe.red.rewards import Scorer, all_text, ended, judge_of, read_contexts
 from cfgsafe.red.stages import Checkpoint, Template
@@ -81,10 +82,12 @@ def run(options: Options) -> None:
     if len(set(names)) < len(names):
         raise InputError("two attackers have the same name; give NAME=FOLDER")
     out = make_folder(options.out)
-    settings = json.loads(json.dumps(asdict(options)))
-    if options.resume:
-        resume.check_same_run(out, settings, FREE)
-    write_text(out / "config.json", json.dumps(settings, indent=2) + "\n")
+    held = rewards.contents_of(options) | contents(options, files=("prompts",))
+    held["attacker"] = digest_of([identity_of(path) for _, path in attackers])
+    if not options.resume:
+        for name, _ in attackers:
+            attacks_file(out, name).unlink(missing_ok=True)
+    resume.begin(out, asdict(options), held, FREE, resumed=options.resume)
     lists: Lists = {}
     for name, path in attackers:
         lists[options.name, name] = draw_attacks(name, path, options, out)
@@ -114,6 +117,11 @@ def named(text: str) -> tuple[str, str]:
     return (place.parent if place.suffix == ".jsonl" else place).name, text
 
 
+def attacks_file(out: Path, name: str) -> Path:
+    """The file of an attacker's prompts, with the target's answers."""
+    return out / f"attacks-{name}.jsonl"
+
+
 def draw_attacks(name: str, path: str, options: Options, out: Path) -> list[Attack]:
     """Draw prompts from an attacker, perhaps some twice, and put them to the target."""
     asked = (options.template, options.least, options.most, options.prompts, options.seed)
@@ -121,9 +129,7 @@ def draw_attacks(name: str, path: str, options: Options, out: Path) -> list[Atta
     checkpoint = stages.open_checkpoint(facts.model, options)
     scorer = open_scorer(name, options, out, checkpoint)
     agent = trained(facts, checkpoint.model, checkpoint.tokenizer)
-    file = out / f"attacks-{name}.jsonl"
-    if not options.resume:
-        file.unlink(missing_ok=True)
+    file = attacks_file(out, name)
     resume.keep_steps(file, "draw", options.draws)
     found = read_attacks(file) if file.exists() and file.stat().st_size else []
     generator = torch.Generator().manual_seed(seed_of(options.seed, 0))
@@ -158,7 +164,7 @@ def put_again(name: str, path: str, options: Options, out: Path) -> list[Attack]
         some = stored[start : start + CHUNK]
         for attack, trials in zip(some, scorer([attack.text for attack in some]), strict=True):
             found.append(replace(attack, trials=trials))
-    write_jsonl(out / f"attacks-{name}.jsonl", [attack.to_json() for attack in found])
+    write_jsonl(attacks_file(out, name), [attack.to_json() for attack in found])
     return found
 
 

@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.files import read_jsonl
+from cfgsafe.identity import contents
 from cfgsafe.measure.leak import Prompt
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Known
@@ -200,6 +201,12 @@ def judge_of(options: Options, contexts: list[Prompt]) -> Judge:
     known = Known.read(options.known) if options.known else Known()
     nothing_known = not known.values and not any(context.items for context in contexts)
     return LeakJudge(known, Detector(options.ner) if options.ner or nothing_known else None)
+
+
+def contents_of(options: Options) -> dict[str, str]:
+    """Option -> digest of what it names, as `identity.contents`: those of the target and its judge."""
+    held = target.contents_of(options)
+    return held | contents(options, folders=("guard",), files=("contexts", "known"))
 
 
 def check(options: Options) -> None:

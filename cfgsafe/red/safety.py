@@ -12,8 +12,8 @@ Contexts JSONL: {"id", "messages", "items"} a line; the attack is the user's tur
 Retain JSONL: {"messages"} a line, where an answer at the end is left out; the target's own answer
 may not hold "items", if they are given.
 Writes OUT/safety.jsonl (prompt, chosen, and as rejected the answer with personal data; attack and
-context say where a row comes from), and what `train.py orpo --objective sft` writes. That command
-can train on safety.jsonl on several GPUs.
+context say where a row comes from), safety.json (the options), and what `train.py orpo --objective
+sft` writes. That command can train on safety.jsonl on several GPUs.
 
 Run it: python train.py safety --model cfgsafe/demo/leaky --attacks attacks.jsonl --out runs/safety
 """
@@ -21,15 +21,16 @@ Run it: python train.py safety --model cfgsafe/demo/leaky --attacks attacks.json
 import json
 import random
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from tqdm import tqdm
 
-from cfgsafe.blue import orpo
+from cfgsafe.blue import orpo, resume
 from cfgsafe.decode import Completion, check_request, generate
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
+from cfgsafe.identity import contents
 from cfgsafe.llama import Llama
 from cfgsafe.measure.leak import Prompt, examine, read_prompts, without_answer
 from cfgsafe.pii.known import Known
@@ -91,13 +92,21 @@ class Options(Subject):
 
 # Options that have the same name in train.py orpo.
 SHARED = ("lr", "batch_size", "grad_accum", "epochs", "rank", "seed", "resume", "device", "dtype")
+FREE = ("out", "resume", "device", "batch")  # a resumed run may change these
 
 
 def run(options: Options) -> None:
     counts = ("limit", "tries", "max_new_tokens", "epochs", "batch_size", "grad_accum", "rank")
     check_at_least(1, options, *counts)
     attacked = leaking(read_attacks(*options.attacks), options)
-    data = make_folder(options.out) / "safety.jsonl"
+    out = make_folder(options.out)
+    data = out / "safety.jsonl"
+    held = contents(
+        options, folders=("model", "adapter", "guard"), files=("attacks", "contexts", "known", "retain")
+    )
+    if not options.resume:
+        data.unlink(missing_ok=True)
+    resume.begin(out, asdict(options), held, FREE, resumed=options.resume, file="safety.json")
     if not (options.resume and data.exists()):
         write_jsonl(data, build(attacked, options))
         torch.cuda.empty_cache()  # free the memory of the model that wrote the answers

@@ -26,12 +26,22 @@ from typing import Literal, NamedTuple
 
 from cfgsafe.blue import resume
 from cfgsafe.errors import InputError, check_at_least
-from cfgsafe.files import make_folder, write_text
+from cfgsafe.files import make_folder
 from cfgsafe.hub import resolve
+from cfgsafe.identity import contents
 from cfgsafe.llama import Llama
 from cfgsafe.lora import DEFAULT, LoRAConfig, load_adapter
 from cfgsafe.red import gflownet, rewards
-from cfgsafe.red.attacker import FACTS, Facts, Trainee, facts_of, learnable, read_prompts, trainee_of
+from cfgsafe.red.attacker import (
+    FACTS,
+    Facts,
+    Trainee,
+    facts_of,
+    identity_of,
+    learnable,
+    read_prompts,
+    trainee_of,
+)
 from cfgsafe.red.gflownet import Archive, explore
 from cfgsafe.red.policy import Attacker
 from cfgsafe.red.records import Attack, read_attacks
@@ -91,16 +101,15 @@ def run(options: Options) -> dict[str, int]:
     """Run a stage. Returns, and prints, the number of attacks, of successes, and of calls of the target."""
     check(options)
     out = make_folder(options.out)
-    settings = json.loads(json.dumps(asdict(options)))
-    if options.resume:
-        resume.check_same_run(out, settings, FREE)
-        if (out / FACTS).exists():
-            print(f"{out}: this run has ended", file=sys.stderr)
-            return {}
+    held = {"attacker": identity_of(options.attacker), **rewards.contents_of(options)}
+    held |= contents(options, files=("prompts", "attacks"))
+    resume.begin(out, asdict(options), held, FREE, resumed=options.resume)
+    if options.resume and (out / FACTS).exists():
+        print(f"{out}: this run has ended", file=sys.stderr)
+        return {}
     asked = (options.template, options.least, options.most, options.prompts, options.seed)
     facts = facts_of(options.attacker, *asked)
     (out / FACTS).unlink(missing_ok=True)  # of an earlier run into this folder
-    write_text(out / "config.json", json.dumps(settings, indent=2) + "\n")
     match options.stage:
         case "sft":
             counts = run_sft(options, facts, out)

@@ -17,9 +17,10 @@ import tyro
 from cfgsafe import subject
 from cfgsafe.decode import Request, generate
 from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.identity import contents, digest_of
 from cfgsafe.llama import Llama
 from cfgsafe.lora import DEFAULT
-from cfgsafe.remote import Meter, Question, Service, ask, check_service
+from cfgsafe.remote import Meter, Question, Service, ask, check_service, endpoint_of
 from cfgsafe.subject import Subject, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
 
@@ -59,6 +60,14 @@ def check(options: Options) -> None:
     if not 0 < options.top_p <= 1:
         raise InputError(f"--top-p {options.top_p}: must be above 0 and at most 1")
     check_at_least(1, options, "answer_tokens", "budget")
+
+
+def contents_of(options: Options) -> dict[str, str]:
+    """Option -> digest of what it names, as `identity.contents`: those of the target."""
+    held = contents(options, folders=("model", "adapter"))
+    if options.service.remote_model:
+        held["remote_model"] = digest_of(endpoint_of(options.service))  # the URL itself is never written
+    return held
 
 
 class Target(Protocol):
