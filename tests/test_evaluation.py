@@ -240,26 +240,6 @@ def test_results_name_a_space_only_under_guidance(checkpoint, capsys, module):
     assert line["guidance"] is None and line["space"] is None
 
 
-@pytest.mark.parametrize(
-    ("answer", "right"),
-    [
-        ("Fire.", True),
-        ("The answer is fire", True),
-        ("ice", False),
-        ("fire or ice", False),
-        ("campfire", False),
-        ("", False),
-    ],
-)
-def test_an_answer_is_right_when_it_names_the_right_option_alone(answer, right):
-    assert utility.correct(answer, QUESTION) is right
-
-
-def test_an_option_inside_the_right_one_does_not_count_against_it():
-    row = {"options": ["York", "New York"], "answer_index": 1}
-    assert utility.correct("It is New York.", row) and not utility.correct("York", row)
-
-
 def test_questions_drop_na_options_and_keep_the_right_one(tmp_path):
     write_jsonl(tmp_path / "q.jsonl", [{**QUESTION, "options": ["N/A", "ice", "fire"], "answer_index": 2}])
     (row,) = utility.read_questions(str(tmp_path / "q.jsonl"))

@@ -10,7 +10,7 @@ import torch
 from cfgsafe import subject
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
-from cfgsafe.measure import judge, mmlu_pro, utility
+from cfgsafe.measure import grading, judge, mmlu_pro, utility
 from cfgsafe.remote import Service
 from cfgsafe.subject import NEGATIVE, POSITIVE, Answer
 
@@ -230,8 +230,8 @@ def test_a_worked_answer_is_right_by_its_letter_and_unparsed_ones_get_no_credit(
     utility.run(options)
     result = json.loads(capsys.readouterr().out)
     assert (result["utility"], result["unparsed"], result["cut_off"]) == (50.0, 50.0, 50.0)
-    assert utility.exact_letter("the answer is (A)", QUESTION) is False
-    assert utility.exact_letter("none", QUESTION) is None
+    assert grading.exact_letter("the answer is (A)", QUESTION) is False
+    assert grading.exact_letter("none", QUESTION) is None
 
 
 # --- the likelihood of the options

@@ -5,7 +5,7 @@ MMLU-Pro (--protocol short), judged by GPT-4o-mini (--score judge); TIGER-Lab's 
 thought (--protocol cot5), see cfgsafe/measure/mmlu_pro.py.
 The prompt of the short protocol is that of the paper's code: numbered options, one a line.
 Deviations: a neutral system prompt, not an empty one. By default the score is exact: the
-answer must name the right option and no other one, or for cot5 give its letter. With --score
+answer must give the right option, see cfgsafe/measure/grading.py, or for cot5 its letter. With --score
 loglik the model writes nothing: its answer is the option most likely after "The answer is", by the
 mean over the option's tokens.
 
@@ -31,10 +31,10 @@ from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.hub import QUIZ
 from cfgsafe.llama import Llama
 from cfgsafe.measure import judge, mmlu_pro
+from cfgsafe.measure.grading import exact, exact_letter
 from cfgsafe.measure.intervals import Estimate, mean_interval, to_json
 from cfgsafe.measure.mmlu_pro import Placed
 from cfgsafe.measure.scoring import check_fits, continuation_logprobs
-from cfgsafe.pii.matching import mentions
 from cfgsafe.remote import SERVICE, Service, check_service
 from cfgsafe.subject import Answer, Subject, answers, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
@@ -58,7 +58,7 @@ class Options(Subject):
     shots: str = "mmlu-pro/validation"
     """Source of the worked examples for cot5: a file or name, as for --questions."""
     score: Literal["exact", "loglik", "judge"] = "exact"
-    """exact: option or letter named. loglik: the most likely option. judge: verdict of --remote-model."""
+    """exact: option, line or letter given. loglik: the likeliest option. judge: verdict of --remote-model."""
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
     """Endpoint of the judge."""
     out: str | None = None
@@ -215,31 +215,9 @@ def likeliest(logprobs: list[float]) -> int | None:
     return logprobs.index(best) if best > -math.inf and logprobs.count(best) == 1 else None
 
 
-def exact(text: str, row: dict) -> bool | None:
-    """Whether a short answer is right; None if it names no option."""
-    return correct(text, row) if named(text, row) else None
-
-
-def exact_letter(text: str, row: dict) -> bool | None:
-    """Whether a worked answer ends in the right letter; None if it gives none."""
-    given = mmlu_pro.letter(text)
-    return None if given is None else given == mmlu_pro.LETTERS[row["answer_index"]]
-
-
-def correct(text: str, row: dict) -> bool:
-    """Whether the answer names the right option and no other, except parts of the right one."""
-    right, found = row["options"][row["answer_index"]], named(text, row)
-    return right in found and all(option == right or option.lower() in right.lower() for option in found)
-
-
-def named(text: str, row: dict) -> list[str]:
-    """The options that the answer names, as whole words in any case."""
-    return [option for option in row["options"] if mentions(text, "OPTION", option)]
-
-
 def score(rows: list[dict], texts: list[str]) -> Estimate:
     """Percentage of right short answers. Questions are resampled."""
-    return mean_interval([100 * correct(text, row) for row, text in zip(rows, texts, strict=True)])
+    return mean_interval([100 * bool(exact(text, row)) for row, text in zip(rows, texts, strict=True)])
 
 
 def cut_off(given: list[Answer]) -> Estimate:
