@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import huggingface_hub
 import pytest
@@ -144,6 +145,7 @@ def test_a_short_prompt_numbers_its_options_one_a_line():
         ("The answer is (A). Or rather, the answer is (B).", "A"),  # the first that says so
         ("Answer: B", "B"),
         ("answer:\n  G is it", "G"),
+        ("Answer: B. No, answer: C\nAnswer: D", "C"),  # the last one of the first line that has one
         ("Answer: B, but the answer is (E)", "E"),  # the earlier pattern, wherever it stands
         ("Final Answer: (F)", "F"),  # a bracket is not in the second pattern: the last lone letter
         ("A is too small, B is too large, so C", "C"),
@@ -165,11 +167,18 @@ def test_the_letter_is_read_by_tiger_labs_chain(text, given):
     assert mmlu_pro.letter(text) == given
 
 
+def test_the_letter_of_a_long_repetitive_answer_is_found_in_a_moment():
+    """One pattern for the last lone letter looks through the rest of the answer after each of them."""
+    started = time.monotonic()
+    assert mmlu_pro.letter("A " * 10_000 + "B" + " well" * 10_000) == "B"
+    assert time.monotonic() - started < 5
+
+
 def test_a_5_shot_prompt_is_tiger_labs():
     examples = [SHOTS[0], {**SHOTS[1], "cot_content": "A: Let's think step by step. So."}]
     assert mmlu_pro.cot_prompt(QUESTION, examples) == (
         "The following are multiple choice questions (with answers) about nature. Think step by step and "
-        'then finish your answer with "the answer is (X)" where X is the correct letter choice.\n\n\n'
+        'then finish your answer with "the answer is (X)" where X is the correct letter choice.\n\n\n\n'
         "Question:\nIs 0 even?\nOptions:\nA. yes\nB. no\n"
         "Answer: Let's think step by step. 0 tells. The answer is (A).\n\n"
         "Question:\nIs 1 even?\nOptions:\nA. yes\nB. no\nAnswer: Let's think step by step. So.\n\n"

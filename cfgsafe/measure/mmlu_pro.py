@@ -5,7 +5,6 @@ Deviations of the protocol from that script:
 - an answer without a letter gets no credit, and is reported; the script guesses a letter;
 - the prompt is one user message, because guidance acts through the system prompt; theirs is raw text;
 - a prompt that does not fit is an error that names the question; the script drops examples;
-- the last resort is the last letter that stands alone, as in their script for APIs;
 - a letter counts in the options as printed, without those that are "N/A".
 A question that is a worked example is refused, so validation, their source, cannot be asked 5-shot.
 
@@ -29,10 +28,12 @@ LETTERS = "ABCDEFGHIJ"
 SHOTS = 5
 HEAD = (
     "The following are multiple choice questions (with answers) about {}. Think step by step and "
-    'then finish your answer with "the answer is (X)" where X is the correct letter choice.\n\n\n'
+    'then finish your answer with "the answer is (X)" where X is the correct letter choice.\n\n\n\n'
 )
 STEPS = "Let's think step by step."
-ANSWER_PATTERNS = (r"answer is \(?([A-J])\)?", r"[aA]nswer:\s*([A-J])", r"\b([A-J])\b(?!.*\b[A-J]\b)")
+SAID = re.compile(r"answer is \(?([A-J])\)?")
+HEADED = re.compile(r"^.*[aA]nswer:\s*([A-J])", re.MULTILINE)  # the last one of a line
+ALONE = re.compile(r"\b[A-J]\b")
 
 Placed = list[tuple[str, dict]]  # (file:line, row)
 
@@ -145,11 +146,11 @@ def letter(text: str) -> str | None:
     ('C', 'B', 'D', None)
     """
     own = text.split("Question:")[0]  # their script stops here: the model begins an example of its own
-    for pattern in ANSWER_PATTERNS:
-        found = re.search(pattern, own, re.DOTALL)
-        if found:
-            return found[1]
-    return None
+    found = SAID.search(own) or HEADED.search(own)
+    if found:
+        return found[1]
+    alone = ALONE.findall(own)  # one pattern for the last of them, as theirs, takes quadratic time
+    return alone[-1] if alone else None
 
 
 def _block(row: dict) -> str:
