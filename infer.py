@@ -181,11 +181,13 @@ def request_rows(options: Options) -> list[tuple[str, dict]]:
 
 
 def as_json(completion: Completion, text: str) -> dict:
-    """The JSON object of an answer."""
+    """The JSON object of an answer; its times are those of `Completion`."""
+    first = completion.first_token_seconds
     return {
         "text": text,
         "tokens": completion.tokens,
         "finish_reason": completion.finish_reason,
+        "first_token_seconds": None if first is None else round(first, 4),
         "tokens_per_second": round(completion.tokens_per_second, 1),
     }
 
@@ -200,8 +202,10 @@ def print_statistics(options: Options, requests: list[Request], completions: lis
                 skipped += completion.skipped
         print(f"negative prompt not needed for {skipped} of {tokens} guided tokens", file=sys.stderr)
     if options.requests is None and not options.json:
-        count, speed = len(completions[0].tokens), completions[0].tokens_per_second
-        print(f"{count} tokens, {speed:.0f} tokens/s", file=sys.stderr)
+        count, first = len(completions[0].tokens), completions[0].first_token_seconds
+        wait = "" if first is None else f", the first after {first:.2f} s"
+        then = f", then {completions[0].tokens_per_second:.0f} tokens/s" if count > 1 else ""
+        print(f"{count} tokens{wait}{then}", file=sys.stderr)
 
 
 def main() -> None:

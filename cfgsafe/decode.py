@@ -209,7 +209,7 @@ class Engine:
                 events.append(Event(state.request_id, token))
                 reason = self._end_after(state)
             if reason is not None:
-                state.finish(reason)
+                state.completion.finish_reason = reason
                 events.append(Event(state.request_id, completion=state.completion))
                 ended.append(state)
         for state in ended:

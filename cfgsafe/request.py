@@ -57,11 +57,16 @@ class Completion:
 
     finish_reason: "stop", "length", "cancelled", or "impossible" where no token has a probability
     above 0.
+    first_token_seconds: from submitting the request to its first token, so waiting for a free row and
+    the prompt's forward pass are in it; None before there is a token.
+    tokens_per_second: tokens after the first one / seconds since the first one, so decoding alone; 0
+    for fewer than two tokens.
     """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of each token under the guided distribution
     finish_reason: str = "length"
+    first_token_seconds: float | None = None
     tokens_per_second: float = 0.0
     skipped: int = 0  # tokens for which the negative row was not needed (Engine(skip=True))
 
@@ -76,11 +81,18 @@ class Running:
     started: float  # time.perf_counter() when it was submitted
     lengths: list[int] = field(default_factory=list)  # filled slots of each of its rows; empty while it waits
     last: int = 0  # the token to feed next
+    first: float = 0.0  # time.perf_counter() when its first token came
 
     def add(self, token: int, logprob: float) -> None:
-        """Append a token to the answer."""
-        self.completion.tokens.append(token)
-        self.completion.logprobs.append(logprob)
+        """Append a token to the answer, and note when it came."""
+        completion, now = self.completion, time.perf_counter()
+        if not completion.tokens:
+            self.first = now
+            completion.first_token_seconds = now - self.started
+        elif now > self.first:
+            completion.tokens_per_second = len(completion.tokens) / (now - self.first)
+        completion.tokens.append(token)
+        completion.logprobs.append(logprob)
         self.last = token
 
     def cut_stop_sequence(self) -> bool:
@@ -92,12 +104,6 @@ class Running:
                 del tokens[-size:], logprobs[-size:]
                 return True
         return False
-
-    def finish(self, reason: str) -> None:
-        """Complete the answer."""
-        seconds = time.perf_counter() - self.started
-        self.completion.finish_reason = reason
-        self.completion.tokens_per_second = len(self.completion.tokens) / seconds
 
 
 def guided_request(

@@ -189,3 +189,27 @@ def test_on_token_is_called_as_they_come(model):
     assert [streamed[n] for n in (0, 1)] == [completion.tokens for completion in done]
     for completion in done:
         assert len(completion.logprobs) == len(completion.tokens) and max(completion.logprobs) <= 0
+
+
+def test_speed_counts_decoding_alone_and_the_first_token_its_wait(model, monkeypatch):
+    """A clock that a step moves by a second; a request waits five seconds for the rows of another one."""
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    engine = Engine(model, rows=1, slots=32)
+    for _ in range(2):
+        engine.submit(Request([1, 2, 3], max_new_tokens=5))
+    clock[0] += 2  # before the first step: prefill gives the first token
+    completions = []
+    while engine.busy:
+        completions += [event.completion for event in engine.step() if event.completion]
+        clock[0] += 1
+    one, other = completions
+    assert len(one.tokens) == len(other.tokens) == 5
+    assert (one.first_token_seconds, one.tokens_per_second) == (2.0, 1.0)
+    assert (other.first_token_seconds, other.tokens_per_second) == (6.0, 1.0)
+
+
+def test_an_answer_of_one_token_has_no_speed_and_one_of_none_no_first_token(model):
+    (one,) = generate(model, [Request([1, 2, 3], max_new_tokens=1)])
+    assert one.tokens_per_second == 0.0 and one.first_token_seconds > 0
+    assert Completion().first_token_seconds is None
