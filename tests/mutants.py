@@ -237,6 +237,8 @@ MUTANTS = (
            "= options.adapter, options.lora_alpha", "= options.adapter, 32.0", "test_safety.py"),
     Mutant("safety-rank-lost", "cfgsafe/red/safety.py",
            '"epochs", "rank", "seed"', '"epochs", "seed"', "test_safety.py"),
+    Mutant("a-stage-takes-any-target", "cfgsafe/red/stages.py",
+           "yield why, *target_options()", "yield why,", "test_unused.py"),
     Mutant("attackers-gradients-unclipped", "cfgsafe/red/training.py",
            "nn.utils.clip_grad_norm_(self.clipped, CLIP)", "pass", "test_gflownet.py"),
 )  # fmt: skip

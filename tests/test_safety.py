@@ -67,6 +67,13 @@ def options(folder: Path, **changes) -> safety.Options:
     return safety.Options(**{"model": LEAKY, "ner": NER, **files, **changes})
 
 
+@pytest.mark.parametrize("name", ["lr", "lora_alpha"])
+def test_a_number_that_cannot_train_is_named_as_it_was_given(tmp_path, name):
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} 0.0: must be above 0"):
+        safety.run(options(tmp_path, **{name: 0.0}))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory) -> Path:
     """The folder of a run with four chats to retain."""

@@ -7,8 +7,21 @@ import sys
 
 import pytest
 
+from cfgsafe.red.attacker import Facts
+
 SERVICE = "--concurrency 4 --timeout 5 --attempts 2 --price-in 1 --price-out 1"
 UNGUIDED = "--space log --positive x --negative x --system-prompt replace"
+SYSTEM_PROMPTS = f"{UNGUIDED} --system-prompt add"
+TARGET = (
+    "--target T --adapter A --guidance 2 --alpha 0.1 --batch 4 --temperature 1 --top-p 0.5 --answer-tokens 5 "
+    "--budget 5 --remote-model J --contexts F --known F --samples 3 --reward leak --guard G --ner N "
+    f"{SYSTEM_PROMPTS} {SERVICE}"
+)
+EXPLORATION = (
+    "--objective ppo --lr-log-z 1 --beta 1 --gamma 1 --reward-temperature 2 --min-temperature 1 "
+    "--max-temperature 3 --noise 1 --min-fluency 1 --novelty 2 --updates 2 --capacity 9 --tolerance 1 "
+    "--likeness edit"
+)
 # The words of a command; the options that have no effect there, each with its value; and why.
 RULES = (
     ("eval.py leak --model M", UNGUIDED, "without --guidance"),
@@ -79,6 +92,101 @@ RULES = (
         "on the loss of --objective sft",
     ),
     ("train.py orpo --model M --pairs P --out O", "--fsdp", "in a single process"),
+    ("train.py safety --model M --attacks F --out O", "--space log --negative x", "without --guidance"),
+    (
+        "train.py safety --model M --attacks F --out O --temperature 0",
+        "--alpha 0.1",
+        "on greedy answers without --guidance",
+    ),
+    (
+        "train.py safety --model M --attacks F --out O --adapter A",
+        "--rank 4 --lora-alpha 8",
+        "with --adapter, which has its own",
+    ),
+    ("eval.py attack --attacker A --target T --out O", f"{SYSTEM_PROMPTS} {SERVICE}", "without"),
+    ("eval.py attack --attacker A --target T --out O --temperature 0", "--top-p 0.5", "on greedy answers"),
+    (
+        "eval.py attack --attacker A --target T --out O --temperature 0",
+        "--alpha 0.1",
+        "on greedy answers without --guidance",
+    ),
+    (
+        "eval.py attack --attacker A --remote-model T --out O",
+        f"{SYSTEM_PROMPTS} --alpha 0.1 --batch 4",
+        "on the model of an endpoint",
+    ),
+    (
+        "eval.py attack --attacks F --remote-model T --out O",
+        "--device cuda --dtype bfloat16",
+        "where no model is loaded",
+    ),
+    (
+        "eval.py attack --attacker A --target T --out O --reward guard --guard G",
+        "--known F --ner N",
+        "with --reward guard",
+    ),
+    ("eval.py attack --attacker A --target T --out O", "--prompts F", "without --template list"),
+    (
+        "eval.py attack --attacks F --target T --out O",
+        "--prompts F --template list --least 3 --most 9",
+        "without a checkpoint as --attacker",
+    ),
+    (
+        "eval.py attack --attacker {stage} --target T --out O",
+        "--prompts F --template list --least 3 --most 9",
+        "without a checkpoint as --attacker",
+    ),
+    ("train.py attacker --stage sft --attacker A --out O --prompts F", TARGET, "in --stage sft"),
+    ("train.py attacker --stage smooth --attacker A --out O --attacks F", TARGET, "in --stage smooth"),
+    ("train.py attacker --stage sft --attacker A --out O --prompts F", EXPLORATION, "in --stage sft"),
+    ("train.py attacker --stage smooth --attacker A --out O --attacks F", EXPLORATION, "in --stage smooth"),
+    (
+        "train.py attacker --stage adapt --attacker A --target T --out O --attacks F",
+        EXPLORATION,
+        "in --stage adapt",
+    ),
+    (
+        "train.py attacker --stage sft --attacker A --out O --prompts F",
+        "--attacks F --success 0.5 --min-reference 9",
+        "in --stage sft",
+    ),
+    ("train.py attacker --stage gfn --attacker A --target T --out O", "--attacks F", "in --stage gfn"),
+    (
+        "train.py attacker --stage gfn --attacker A --target T --out O",
+        "--prompts F",
+        "without --template list",
+    ),
+    (
+        "train.py attacker --stage gfn --attacker A --target T --out O",
+        f"{SYSTEM_PROMPTS} {SERVICE}",
+        "without",
+    ),
+    ("train.py attacker --stage gfn --attacker A --remote-model T --out O", "--batch 4", "on the model of"),
+    (
+        "train.py attacker --stage gfn --attacker A --target T --out O",
+        "--noise 1 --novelty 2 --updates 2",
+        "with --objective tb",
+    ),
+    (
+        "train.py attacker --stage gfn --attacker A --target T --out O --objective reinforce",
+        "--lr-log-z 1 --noise 1 --novelty 2 --updates 2 --min-temperature 1 --max-temperature 3 "
+        "--capacity 9 --tolerance 1 --likeness edit",
+        "with --objective reinforce",
+    ),
+    (
+        "train.py attacker --stage gfn --attacker A --target T --out O --objective ppo",
+        "--lr-log-z 1 --noise 1 --min-temperature 1 --max-temperature 3",
+        "with --objective ppo",
+    ),
+    (
+        "train.py attacker --stage gfn --attacker {stage} --target T --out O",
+        "--prompts F --template list --least 3 --most 9 --lora-rank 4 --lora-alpha 8",
+        "on the folder of an earlier stage, which has its own",
+    ),
+    ("train.py dialogues --split test --out O", "--count 5", "with --split test"),
+    ("train.py dialogues --split sets --out O", "--count 5 --seed 1", "with --split sets"),
+    ("cfgsafe/bench/__main__.py orpo", "--memory-gib 8", "on a CPU"),
+    ("cfgsafe/bench/__main__.py decode", "--memory-gib 8", "on a CPU"),
     ("train.py pairs --dialogues D --model M --out O", f"--remote-model J {SERVICE}", "without a remote"),
     (
         "train.py pairs --dialogues D --model M --out O --recipes remote remote+begin --remote-model J",
@@ -97,14 +205,16 @@ def cases() -> list:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command line up to the end of its check of options: what it writes to stderr."""
+def run(monkeypatch, capsys, tmp_path):
+    """What a command line that is refused writes to stderr; {stage} is the folder of an attacker's stage."""
+    Facts("M", "user", 5, 20, [], reference="sft").write(tmp_path)
 
     def call(line: str) -> str:
-        script, *arguments = shlex.split(line)
+        script, *arguments = shlex.split(line.format(stage=tmp_path))
         monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as stop:
-            importlib.import_module(script.removesuffix(".py")).main()
+            importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
         assert stop.value.code == 2
         return capsys.readouterr().err
 
@@ -131,6 +241,23 @@ def test_an_option_without_effect_is_refused(run, line, given, why):
         "infer.py --model nowhere --prompt x --explain --alpha 0.1",
         "infer.py --model nowhere --prompt x --guidance 2 --space log --negative x --skip",
         "infer.py --model nowhere --chat --space log --negative x --alpha 0.1",
+        "train.py orpo --model nowhere --pairs P --out {stage}/out --init-adapter A --lora-dropout 0.1",
+        "train.py orpo --model nowhere --pairs P --out {stage}/out --objective npo --beta 1 --retain 2",
+        "train.py pairs --dialogues nowhere --model M --out {stage}/out --recipes avoid remote --batch 4 "
+        "--device cpu --remote-model J --concurrency 0",
+        "train.py safety --model M --attacks nowhere --out O --positive x --alpha 0.1 --rank 4",
+        "train.py safety --model M --attacks nowhere --out O --guidance 2 --space log --negative x",
+        "eval.py attack --attacker {stage} nowhere --target nowhere --out {stage}/out --template list "
+        "--prompts nowhere --least 3 --guidance 1 --space log --batch 4",
+        "eval.py attack --attacks nowhere --target nowhere --out {stage}/out --known F --ner N --alpha 0.1",
+        "train.py attacker --stage gfn --attacker nowhere --target nowhere --out {stage}/out --lr-log-z 1 "
+        "--min-temperature 1 --success 0.5 --lora-rank 4 --least 3 --capacity 9",
+        "train.py attacker --stage gfn --attacker nowhere --target nowhere --out {stage}/out --objective ppo "
+        "--novelty 2 --updates 2 --capacity 9",
+        "train.py attacker --stage gfn --attacker nowhere --target nowhere --out {stage}/out "
+        "--objective ctb --noise 1",
+        "train.py attacker --stage smooth --attacker {stage} --attacks nowhere --out {stage}/out --steps 3 "
+        "--success 0.5 --min-reference 1 --device cpu --seed 1",
         "infer.py --model nowhere --requests R --space log --negative x --skip --alpha 0.1 --seed 1",
     ],
 )

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cfgsafe.bench.shapes import DECODE_SHAPES, random_model
 from cfgsafe.checkpoint import DTYPES, read_model, save_checkpoint
 from cfgsafe.decode import Engine
-from cfgsafe.errors import InputError
+from cfgsafe.errors import InputError, Unused
 from cfgsafe.guidance import next_tokens
 from cfgsafe.hub import BASE
 from cfgsafe.kernels.measure import cap, synchronize
@@ -66,6 +66,11 @@ class Options:
     """Data type of the model: float32 or bfloat16."""
     csv: str | None = None
     """CSV file to append the rows to."""
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        if not self.device.startswith("cuda"):
+            yield "on a CPU", "memory_gib"
 
 
 @torch.inference_mode()

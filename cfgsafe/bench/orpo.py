@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cfgsafe.bench.shapes import ORPO_SHAPES, base_parameters, random_model
 from cfgsafe.checkpoint import DTYPES, save_checkpoint
-from cfgsafe.errors import InputError
+from cfgsafe.errors import InputError, Unused
 from cfgsafe.files import read_jsonl, write_jsonl
 from cfgsafe.hub import BASE, PROMPTS
 from cfgsafe.kernels.results import show, spread, spread_columns
@@ -64,6 +64,11 @@ class Options:
     """Data type of the base model: float32 or bfloat16."""
     csv: str | None = None
     """CSV file to append the rows to."""
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        if not self.device.startswith("cuda"):
+            yield "on a CPU", "memory_gib"
 
 
 def run(options: Options) -> None:

@@ -25,7 +25,7 @@ from cfgsafe.demo.dialogues import Dialogue, Item, Turn, Writer, fill
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.people import Person
 from cfgsafe.demo.templates import DEFAULT_SYSTEMS, EASY, HARD, LOOKUPS
-from cfgsafe.errors import check_at_least
+from cfgsafe.errors import Unused, check_at_least
 from cfgsafe.files import write_jsonl, write_text
 from cfgsafe.measure import fluency
 from cfgsafe.tokenizer import Messages
@@ -52,6 +52,13 @@ class Options:
     """Dialogues to write; test and sets have their own size."""
     seed: int = 0
     """Seed of dialogues and people; sets have their own."""
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        if self.split in ("test", "sets"):
+            yield f"with --split {self.split}", "count"
+        if self.split == "sets":
+            yield "with --split sets", "seed"
 
 
 def run(options: Options) -> None:

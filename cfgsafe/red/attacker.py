@@ -88,12 +88,17 @@ class Trainee:
             replace(self.facts, adapter=adapter).write(out)
 
 
+def is_stage(path: str) -> bool:
+    """Whether an attacker is the folder of an earlier stage, which knows all about its prompts."""
+    return (Path(path) / FACTS).exists()
+
+
 def facts_of(path: str, template: str, least: int, most: int, prompts: str | None, seed: int) -> Facts:
     """The facts in the folder of an earlier stage, or those of a checkpoint from the other arguments.
 
     Raises InputError if the template is a list and `prompts` does not give enough examples.
     """
-    if (Path(path) / FACTS).exists():
+    if is_stage(path):
         return Facts.read(Path(path))
     if template == "user":
         return Facts(path, template, least, most, [])

@@ -22,12 +22,12 @@ import torch
 from tqdm import tqdm
 
 from cfgsafe.blue import resume
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import make_folder, write_jsonl, write_text
 from cfgsafe.identity import contents, digest_of
 from cfgsafe.pii.matching import stands_in
 from cfgsafe.red import measure, rewards, stages
-from cfgsafe.red.attacker import facts_of, identity_of, trained
+from cfgsafe.red.attacker import facts_of, identity_of, is_stage, trained
 from cfgsafe.red.records import Attack, Trial, read_attacks
 from cfgsafe.red.rewards import Scorer, all_text, ended, judge_of, read_contexts
 from cfgsafe.red.stages import Checkpoint, Template
@@ -69,6 +69,18 @@ class Options(rewards.Options):
     """Longest prompt of a checkpoint, in tokens."""
     resume: bool = False
     """Go on with the run in --out."""
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        yield from super().unused()
+        if all(is_stage(named(text)[1]) for text in self.attacker):
+            yield "without a checkpoint as --attacker", "prompts", "template", "least", "most"
+        elif self.template != "list":
+            yield "without --template list", "prompts"
+        if self.remote and not self.ancestor:
+            yield "on the model of an endpoint", "batch"
+            if not self.attacker and not self.guard:
+                yield "where no model is loaded", "device", "dtype"
 
 
 def run(options: Options) -> None:

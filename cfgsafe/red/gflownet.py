@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from cfgsafe.blue import resume
+from cfgsafe.errors import Unused
 from cfgsafe.files import read_json, read_jsonl, write_text
 from cfgsafe.red import objectives
 from cfgsafe.red.buffer import Likeness, ReplayBuffer, edit_distances
@@ -70,6 +71,20 @@ class Settings(Training):
     """Prompts closer than this distance are alike; only the better one is kept."""
     likeness: Likeness = "edit"
     """Distance of prompts: edits / summed length, or the cosine distance of embeddings."""
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        why = f"with --objective {self.objective}"
+        if self.objective != "tb":
+            yield why, "lr_log_z"
+        if self.objective != "ctb":
+            yield why, "noise"
+        if self.objective != "ppo":
+            yield why, "novelty", "updates"
+        if self.objective in ON_POLICY:
+            yield why, "min_temperature", "max_temperature"
+        if self.objective == "reinforce":
+            yield why, "capacity", "tolerance", "likeness"
 
 
 def explore(attacker: Attacker, score: Score, meter: Meter, settings: Settings, out: Path) -> list[Attack]:

@@ -15,7 +15,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import read_jsonl
 from cfgsafe.identity import contents
 from cfgsafe.measure.leak import Prompt
@@ -51,6 +51,12 @@ class Options(target.Options):
     """Detector where no item is known; by default en_core_web_trf if installed, else the demo's."""
     seed: int = 0
     """Seed of all random draws."""
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        yield from super().unused()
+        if self.reward == "guard":
+            yield "with --reward guard", "known", "ner"
 
 
 class Judge(Protocol):

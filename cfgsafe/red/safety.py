@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from cfgsafe.blue import orpo, resume
 from cfgsafe.decode import Completion, check_request, generate
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError, Unused, check_above_zero, check_at_least
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.identity import contents
 from cfgsafe.llama import Llama
@@ -89,6 +89,15 @@ class Options(Subject):
     resume: bool = False
     """Go on with the run in --out, with the data that it wrote."""
 
+    def unused(self) -> Unused:
+        """See `errors.Unused`. Without --guidance, refusals are written with the positive sentence alone."""
+        if self.guidance is None:
+            yield "without --guidance", "space", "negative"
+        if self.temperature == 0:
+            yield from self.unused_if_greedy()
+        if self.adapter is not None:
+            yield "with --adapter, which has its own", "rank", "lora_alpha"
+
 
 # Options that have the same name in train.py orpo.
 SHARED = ("lr", "batch_size", "grad_accum", "epochs", "rank", "seed", "resume", "device", "dtype")
@@ -98,6 +107,7 @@ FREE = ("out", "resume", "device", "batch")  # a resumed run may change these
 def run(options: Options) -> None:
     counts = ("limit", "tries", "max_new_tokens", "epochs", "batch_size", "grad_accum", "rank")
     check_at_least(1, options, *counts)
+    check_above_zero(options, "lr", "lora_alpha")
     attacked = leaking(read_attacks(*options.attacks), options)
     out = make_folder(options.out)
     data = out / "safety.jsonl"

@@ -19,13 +19,13 @@ Run it: python train.py attacker --stage sft --attacker cfgsafe/demo/base --prom
 import json
 import random
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cfgsafe.blue import resume
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import make_folder
 from cfgsafe.hub import resolve
 from cfgsafe.identity import contents
@@ -38,6 +38,7 @@ from cfgsafe.red.attacker import (
     Trainee,
     facts_of,
     identity_of,
+    is_stage,
     learnable,
     read_prompts,
     trainee_of,
@@ -47,7 +48,8 @@ from cfgsafe.red.policy import Attacker
 from cfgsafe.red.records import Attack, read_attacks
 from cfgsafe.red.rewards import Scorer, judge_of, read_contexts
 from cfgsafe.red.target import LocalTarget, RemoteTarget, Target
-from cfgsafe.red.training import fit
+from cfgsafe.red.training import Training, fit
+from cfgsafe.remote import SERVICE
 from cfgsafe.subject import Subject, load
 from cfgsafe.tokenizer import Tokenizer
 
@@ -87,6 +89,55 @@ class Options(rewards.Options, gflownet.Settings):
     """Rank of the adapter of a checkpoint. The folder of an earlier stage brings its own."""
     lora_alpha: float = 16.0
     """LoRA alpha of the adapter of a checkpoint."""
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        why = f"in --stage {self.stage}"
+        if self.stage in ("gfn", "adapt"):
+            yield from rewards.Options.unused(self)
+            if self.remote:
+                yield "on the model of an endpoint", "batch"
+        else:
+            yield why, *target_options()
+        if self.stage == "gfn":
+            yield from gflownet.Settings.unused(self)
+        else:
+            yield why, *exploration_options()
+        if self.stage in ("sft", "gfn"):
+            yield why, "attacks"
+        if self.stage == "sft":
+            yield why, "success", "min_reference"
+        yield from self.unused_of_attacker()
+
+    def unused_of_attacker(self) -> Unused:
+        """The part of `unused` about what the folder of an earlier stage brings along."""
+        prompts = () if self.stage == "sft" else ("prompts",)
+        if not is_stage(self.attacker):
+            if self.template != "list":
+                yield "without --template list", *prompts
+            return
+        own = "on the folder of an earlier stage, which has its own"
+        yield own, "template", "least", "most", *prompts
+        if Facts.read(Path(self.attacker)).reference:
+            yield own, "lora_rank", "lora_alpha"
+
+
+def target_options() -> list[str]:
+    """The options about the target and what counts as success, which only gfn and adapt read."""
+    names = {field.name for field in fields(rewards.Options)} - {
+        "model",
+        "service",
+        "device",
+        "dtype",
+        "seed",
+    }
+    return ["target", *sorted(names), *SERVICE]
+
+
+def exploration_options() -> list[str]:
+    """The options that only gfn reads."""
+    names = {field.name for field in fields(gflownet.Settings)}
+    return sorted(names - {field.name for field in fields(Training)})
 
 
 class Checkpoint(NamedTuple):

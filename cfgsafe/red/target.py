@@ -16,11 +16,11 @@ import tyro
 
 from cfgsafe import subject
 from cfgsafe.decode import Request, generate
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.identity import contents, digest_of
 from cfgsafe.llama import Llama
 from cfgsafe.lora import DEFAULT
-from cfgsafe.remote import Meter, Question, Service, ask, check_service, endpoint_of
+from cfgsafe.remote import SERVICE, Meter, Question, Service, ask, check_service, endpoint_of
 from cfgsafe.subject import Subject, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
 
@@ -42,14 +42,30 @@ class Options(Subject):
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
     """Endpoint of a remote target."""
 
+    @property
+    def remote(self) -> bool:
+        """Whether the target is the model of an endpoint."""
+        return self.service.remote_model is not None
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`. `check` refuses --adapter and --guidance, which change the target."""
+        if self.remote:
+            guiding = "space", "alpha", "positive", "negative", "system_prompt"
+            yield "on the model of an endpoint", *guiding
+            return
+        yield from super().unused()
+        yield "without --remote-model", *SERVICE
+        if self.temperature == 0:
+            yield "on greedy answers", "top_p"
+            yield from self.unused_if_greedy()
+
 
 def check(options: Options) -> None:
     """Raise InputError unless there is exactly one target and all options are valid for it."""
     subject.check(options)
-    remote = options.service.remote_model is not None
-    if bool(options.model) == remote:
+    if bool(options.model) == options.remote:
         raise InputError("give one target: --target CHECKPOINT or --remote-model NAME")
-    if remote:
+    if options.remote:
         if options.adapter is not None or options.guidance is not None:
             raise InputError(
                 "--adapter and --guidance need a --target; an endpoint's model cannot be changed from here"
