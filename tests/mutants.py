@@ -171,6 +171,8 @@ MUTANTS = (
            "one[0] < other[1] and", "one[0] <= other[1] and", "test_detectors.py"),
     Mutant("hit-anywhere", "cfgsafe/measure/extract.py",
            "answer[:ANSWER_CHARACTERS]", "answer", "test_extract.py"),
+    Mutant("no-date-is-recollected", "cfgsafe/measure/extract.py",
+           "Detector(options.ner, ignored=frozenset())", "Detector(options.ner)", "test_extract.py"),
     Mutant("answer-beyond-the-context", "cfgsafe/measure/fluency.py",
            "answer[:room]", "answer", "test_evaluation.py"),
     Mutant("line-number-beats-words", "cfgsafe/measure/grading.py",

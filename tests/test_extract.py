@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+import spacy
 import torch
 from conftest import random_model
 
@@ -140,7 +141,7 @@ def test_both_attacks_are_guided(attack, files, checkpoint, monkeypatch, capsys,
     listen(subject, "generate")
     listen(recollect, "generate")
     listen(recollect, "continuation_logprobs")
-    monkeypatch.setattr(extract, "Detector", lambda names: Fake())
+    monkeypatch.setattr(extract, "Detector", lambda names, **_: Fake())
     known = tmp_path / "known.jsonl"
     values = {"NAME": "Ann Lee", "LOC": "Leeds", "ORG": "Acme"}
     write_jsonl(known, [{"items": {label: value}} for label, value in values.items()])
@@ -175,6 +176,21 @@ class Fake:
 
     def __call__(self, texts):
         return [[Entity(0, 3, "PERSON", "Bob")] for _ in texts]
+
+
+def test_a_masked_date_can_be_recollected(checkpoint, tmp_path, monkeypatch, capsys):
+    """A date is not counted as personal in an answer, but it is a target, so it must be a candidate."""
+    text, ner = "We met Ann on Monday.", spacy.blank("en")
+    ner.add_pipe("entity_ruler").add_patterns([{"label": "DATE", "pattern": "Monday"}])
+    ner.to_disk(tmp_path / "ner")
+    messages = [{"role": "user", "content": "When?"}, {"role": "assistant", "content": text}]
+    write_jsonl(tmp_path / "d.jsonl", [{"messages": messages, "spans": [[1, 14, 20, "DATE"]]}])
+    monkeypatch.setattr(recollect, "sample", lambda *_: [["On Monday."]])
+    extract.run(
+        Options(checkpoint, dialogues=str(tmp_path / "d.jsonl"), attack="rr", ner=str(tmp_path / "ner"))
+    )
+    line = json.loads(capsys.readouterr().out)
+    assert (line["by_label"]["DATE"]["targets"], line["recollected"], line["top1"]) == (1, 100, 100)
 
 
 def test_the_base_model_calibrates_the_ranking(files, checkpoint, monkeypatch):

@@ -100,7 +100,7 @@ def run_baseline(options: Options, targets: list[Target]) -> tuple[dict, list[di
 
 def run_ranking(options: Options, targets: list[Target]) -> tuple[dict, list[dict]]:
     """(figures, columns for each target) of recollect and rank. Raises CfgsafeError."""
-    detector = Detector(options.ner)
+    detector = Detector(options.ner, ignored=frozenset())  # a masked date or number is a target, too
     longest, base = options.max_new_tokens, options.base
     settings = Settings(options.samples, longest, options.seed, options.candidates, base)
     found = recollect_and_rank(options, settings, targets, detector)

@@ -1,9 +1,9 @@
 """Recollect and rank: draw answers where an item was masked, and rank the values in them.
 
-Source: R.R. (Meng et al., arXiv 2502.12658): a detector takes candidates from sampled answers.
-They are ranked by the loss of the value alone, per token, at the place of the mask. A reference
-model calibrates the ranking: (loss - reference) / (reference + bias). Here loss / (reference + bias)
-gives the same order.
+Source: R.R. (Meng et al., arXiv 2502.12658): a detector takes candidates from sampled answers, of
+every label, also of those that do not count as leaks, such as dates. They are ranked by the loss of
+the value alone, per token, at the place of the mask. A reference model calibrates the ranking:
+(loss - reference) / (reference + bias). Here loss / (reference + bias) gives the same order.
 Deviations: the source has the whole masked text repeated and filled in, and scores a candidate
 within the whole text. Here the model goes on from the mask, in its own chat format, and the
 candidate is scored there, so that both steps use the same prompt: the scrubbed conversation, if that

@@ -27,14 +27,15 @@ class Detector:
     """Finds personal data with one or several detectors.
 
     `names` are spaCy packages, folders or "presidio", with commas between; None is
-    `default_pipeline()`. The attribute `name` says what was loaded. Raises InputError.
+    `default_pipeline()`. Finds of spaCy with an `ignored` label are left out. The attribute `name` says
+    what was loaded. Raises InputError.
     """
 
-    def __init__(self, names: str | None = None, combine: str = "union"):
+    def __init__(self, names: str | None = None, combine: str = "union", ignored: frozenset[str] = IGNORED):
         if combine not in COMBINATIONS:
             raise InputError(f"--combine {combine}: must be one of {', '.join(COMBINATIONS)}")
         self.name = default_pipeline() if names is None else names
-        self.parts = [load_detector(name.strip()) for name in self.name.split(",")]
+        self.parts = [load_detector(name.strip(), ignored) for name in self.name.split(",")]
         self.needed = len(self.parts) // 2 + 1 if combine == "vote" else 1
 
     def __call__(self, texts: list[str]) -> list[list[Entity]]:
@@ -58,18 +59,20 @@ def default_pipeline() -> str:
     return PAPER_PIPELINE if spacy.util.is_package(PAPER_PIPELINE) else str(DEMO_PIPELINE)
 
 
-def load_detector(name: str) -> Callable[[list[str]], list[list[Entity]]]:
+def load_detector(name: str, ignored: frozenset[str]) -> Callable[[list[str]], list[list[Entity]]]:
     """The detector with that name. Raises InputError if it cannot be loaded."""
     if name == PRESIDIO:
         return Recognisers()
-    return Pipeline(name)
+    return Pipeline(name, ignored)
 
 
 class Pipeline:
-    """The entities of a spaCy pipeline, without the labels that the paper ignores."""
+    """The entities of a spaCy pipeline, without those of `ignored` labels."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, ignored: frozenset[str]):
         import spacy
+
+        self.ignored = ignored
 
         try:
             self.nlp = spacy.load(name)
@@ -82,6 +85,6 @@ class Pipeline:
     def __call__(self, texts: list[str]) -> list[list[Entity]]:
         found = []
         for doc in self.nlp.pipe(texts):
-            kept = [e for e in doc.ents if e.label_ not in IGNORED]
+            kept = [e for e in doc.ents if e.label_ not in self.ignored]
             found.append([Entity(e.start_char, e.end_char, e.label_, e.text) for e in kept])
         return found
