@@ -10,7 +10,7 @@ from cfgsafe import subject
 from cfgsafe.errors import ContextError, InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.hub import CHATS
-from cfgsafe.measure import perplexity
+from cfgsafe.measure import perplexity, scoring
 from cfgsafe.subject import NEGATIVE, POSITIVE
 
 USER, MORE = {"role": "user", "content": "Hi"}, {"role": "user", "content": "More"}
@@ -87,7 +87,7 @@ def test_all_turns_are_guided(checkpoint, texts, capsys, monkeypatch):
 
 def test_an_impossible_token_is_counted_and_costs_as_much_as_one_of_1e_9():
     parts = [torch.tensor([-1.0, -torch.inf]), torch.tensor([-3.0, -30.0])]
-    assert perplexity.impossible(parts).value == 25
+    assert scoring.impossible(parts).value == 25
     least = 9 * math.log(10)
     assert perplexity.figures(parts[0]) == {"tokens": 2, "nll": round(1 + least, 4), "impossible": 1}
     assert perplexity.figures(parts[1]) == {"tokens": 2, "nll": round(3 + least, 4), "impossible": 0}

@@ -42,7 +42,7 @@ CHAT = [{"role": "user", "content": "Say 1"}, {"role": "assistant", "content": "
     [
         lambda who, model, tokenizer: canaries.likelihoods(who, model, tokenizer, [[(CHAT[:1], " one")] * 3]),
         lambda *of: perplexity.dialogue_logprobs(*of, "d:1", CHAT),
-        lambda *of: utility.option_logprobs(*of, {"options": ["a", "b", "c"]}, CHAT[:1], "q:1"),
+        lambda *of: utility.option_logprobs(*of, [("q:1", {"options": ["a", "b", "c"]})], [CHAT[:1]]),
         lambda *of: recollect.mean_losses(*of, [CHAT[:1]], [["Ann", "Bo", "Cy"]]),
     ],
     ids=["canaries", "perplexity", "utility", "recollect"],

@@ -13,7 +13,7 @@ from cfgsafe.checkpoint import save_checkpoint
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.hub import BASE
-from cfgsafe.measure import leak
+from cfgsafe.measure import leak, utility
 from cfgsafe.report import compare, figures, sweep
 from cfgsafe.report.compare import Comparison
 from cfgsafe.subject import NEGATIVE, POSITIVE, Subject
@@ -51,6 +51,17 @@ def files(tmp_path):
     write_jsonl(tmp_path / "p.jsonl", prompts)
     write_jsonl(tmp_path / "q.jsonl", QUESTIONS)
     return {"prompts": str(tmp_path / "p.jsonl"), "questions": str(tmp_path / "q.jsonl"), **LENGTHS}
+
+
+@pytest.mark.parametrize("margins", [False, True])
+def test_a_row_has_option_margins_if_asked_for(checkpoint, tmp_path, margins):
+    guarded = Subject(checkpoint, guidance=3.0)
+    row = Comparison(PROMPTS, QUESTIONS, nothing, tmp_path, margins=margins, **LENGTHS).row("m", guarded)
+    assert ("margin" in row) is margins
+    if margins:
+        model, tokenizer = subject.load(guarded)
+        (expected,) = utility.margins(guarded, model, tokenizer, QUESTIONS)
+        assert expected != 0 and row["margin"] == round(expected, 4) and "margin_ci" in row
 
 
 def test_a_rows_prompts_and_questions_are_all_guided(checkpoint, requests, tmp_path):

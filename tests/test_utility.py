@@ -1,6 +1,7 @@
 """Questions from files and the hub, both protocols and the three scores; guidance on each of them."""
 
 import json
+import math
 import sys
 import time
 
@@ -117,6 +118,8 @@ def test_a_broken_parquet_file_and_a_bad_row_are_one_line(tmp_path):
     (tmp_path / "x.parquet").write_text("PAR1 it is not")
     with pytest.raises(InputError, match="x.parquet: cannot be read as parquet"):
         mmlu_pro.read(str(tmp_path / "x.parquet"))
+    with pytest.raises(InputError, match="w.parquet:1: needs a right option and a wrong one"):
+        mmlu_pro.read(parquet(tmp_path / "w.parquet", [{**QUESTION, "options": ["N/A", "fire"]}]))
     with pytest.raises(InputError, match="missing.parquet: cannot be read as parquet"):
         mmlu_pro.read(str(tmp_path / "missing.parquet"))
     with pytest.raises(InputError, match="y.parquet:2: 'answer_index'"):
@@ -128,7 +131,7 @@ def test_a_broken_parquet_file_and_a_bad_row_are_one_line(tmp_path):
 
 def test_a_short_prompt_numbers_its_options_one_a_line():
     """Joined by commas, "ice, or snow" would be two options."""
-    row = {"question": "What is hot?", "options": ["ice, or snow", "fire"], "answer_index": 1}
+    row = {"question": "What is hot?", "options": ["ice,\n or snow ", "fire"], "answer_index": 1}
     words = "Provide a short answer to the question: What is hot?\nOptions:\n1. ice, or snow\n2. fire"
     assert utility.prompt(row) == words
 
@@ -251,7 +254,8 @@ def test_option_scores_by_hand(checkpoint, guidance):
     """The lead and the option continue the answer under both system prompts: eq. 6 of the paper."""
     who = utility.Options(checkpoint, guidance=guidance)
     model, tokenizer = subject.load(who)
-    parts = utility.option_logprobs(who, model, tokenizer, QUESTION, utility.conversation(QUESTION), "q:1")
+    asked = [utility.conversation(QUESTION)]
+    (parts,) = utility.option_logprobs(who, model, tokenizer, [("q:1", QUESTION)], asked)
     assert len(parts) == 2
     for option, part in zip(QUESTION["options"], parts, strict=True):
         ids = tokenizer.encode(f" {option}")
@@ -273,24 +277,68 @@ def test_option_scores_by_hand(checkpoint, guidance):
         assert torch.allclose(part, expected, atol=1e-3)
 
 
+def scored_as(monkeypatch, *questions: list[list[float]]) -> None:
+    """Each question's options get these log-probabilities of their tokens."""
+    found = [[torch.tensor(part) for part in parts] for parts in questions]
+    monkeypatch.setattr(utility, "option_logprobs", lambda *_: found)
+
+
 def test_the_likeliest_option_by_mean_and_by_sum(files, checkpoint, monkeypatch, capsys):
     """The long option wins by its mean, not by its sum; the second question has only impossible options."""
-    scores = iter([[[-3.0], [-2.0, -2.0]], [[-torch.inf], [-torch.inf]]])
-
-    def option_logprobs(*_):
-        return [torch.tensor(part) for part in next(scores)]
-
-    monkeypatch.setattr(utility, "option_logprobs", option_logprobs)
+    scored_as(monkeypatch, [[-3.0], [-2.0, -2.0]], [[-torch.inf], [-torch.inf]])
     options = utility.Options(checkpoint, questions=files["questions"], out=files["out"])
     options.score = "loglik"
     utility.run(options)
     result = json.loads(capsys.readouterr().out)
     assert (result["utility"], result["utility_by_sum"], result["undecided"]) == (50.0, 0.0, 50.0)
+    assert (result["margin"], result["impossible"]) == (0.5, 40.0)  # of 1 and 0 nats; 2 of 5 tokens
     first, second = (json.loads(line) for line in open(files["out"]))
     assert first["option_logprobs"] == [-3.0, -2.0]
-    assert first["correct"] and not first["correct_by_sum"]
+    assert first["correct"] and not first["correct_by_sum"] and first["margin"] == 1.0
     assert second["option_logprobs"] == [None, None]
-    assert not second["correct"] and not second["decided"]
+    assert not second["correct"] and not second["decided"] and second["margin"] == 0.0
+
+
+def test_margins_by_hand(monkeypatch):
+    """The mean of the right option less that of the best wrong one; no token is below 1e-9."""
+    least = math.log(1e-9)
+    row = {**QUESTION, "options": ["ice", "fire", "snow"]}
+    scored_as(
+        monkeypatch,
+        [[-4.0], [-1.0, -2.0], [-3.0, -1.0]],  # -1.5 less -2, the better one
+        [[-0.5], [-1.0], [-9.0]],
+        [[-1.0], [-torch.inf, -1.0], [-2.0]],
+        [[-torch.inf], [-1.0], [-50.0]],
+        [[-1.0], [-torch.inf], [-2.0]],
+    )
+    found = utility.margins(subject.Subject("m"), None, None, [row] * 5)
+    want = [0.5, -0.5, (least - 1) / 2 + 1, -1 - least, least + 1]
+    assert found == pytest.approx(want, abs=1e-5)
+
+
+def test_options_of_several_questions_are_scored_together(checkpoint, monkeypatch):
+    batches = []
+
+    def record(model, requests, continuations, *, batch):
+        batches.append([tuple(ids) for ids in continuations])
+        return [torch.tensor([-float(ids[-1])]) for ids in continuations]
+
+    monkeypatch.setattr(utility, "continuation_logprobs", record)
+    who = subject.Subject(checkpoint, batch=3)
+    model, tokenizer = subject.load(who)
+    rows = [QUESTION, {**QUESTION, "options": ["  sun\nlight ", "fire", "ice"]}]
+    placed = [("q:1", rows[0]), ("q:2", rows[1])]
+    found = utility.option_logprobs(who, model, tokenizer, placed, [utility.conversation(r) for r in rows])
+    words = [" ice", " fire", " sun light", " fire", " ice"]
+    assert batches == [
+        [tuple(tokenizer.encode(word)) for word in words[:3]],
+        [tuple(tokenizer.encode(word)) for word in words[3:]],
+    ]
+    ends = [[-part.item() for part in parts] for parts in found]
+    assert ends == [
+        [tokenizer.encode(w)[-1] for w in words[:2]],
+        [tokenizer.encode(w)[-1] for w in words[2:]],
+    ]
 
 
 def test_equal_options_are_undecided():

@@ -134,6 +134,7 @@ def comparison(options: Options, detector: Detector, out: Path) -> Comparison:
         out,
         reference=Subject(BASE),
         vocabulary=corpus_words(),
+        margins=True,
         resume=False,
     )
 

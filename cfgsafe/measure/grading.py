@@ -18,7 +18,7 @@ Run it: python -m pytest tests/test_grading.py
 
 import re
 
-from cfgsafe.measure.mmlu_pro import LETTERS, letter
+from cfgsafe.measure.mmlu_pro import LETTERS, letter, one_line
 from cfgsafe.pii.matching import places
 
 ANSWER_IS = re.compile(r"\banswer(?: is|:)", re.IGNORECASE)
@@ -124,5 +124,5 @@ def _line(label: str, count: int) -> int | None:
 
 def _words(option: str) -> str:
     """The option as it may stand in a sentence: single spaces, no full stop at its end."""
-    words = " ".join(option.split())
+    words = one_line(option)
     return words.rstrip(".") or words

@@ -77,16 +77,23 @@ def check_row(row: dict, place: str) -> dict:
     if options[index] == "N/A":
         raise InputError(f"{place}: the right option is N/A")
     kept = [number for number, option in enumerate(options) if option != "N/A"]
+    if len(kept) < 2:
+        raise InputError(f"{place}: needs a right option and a wrong one")
     return {**row, "options": [options[number] for number in kept], "answer_index": kept.index(index)}
 
 
 def numbered(options: list[str]) -> str:
-    """The options, one a line, counted from 1.
+    """The options, one a line, counted from 1. The white space of each is single spaces.
 
     >>> numbered(["ice, or snow", "fire"])
     '1. ice, or snow\\n2. fire'
     """
-    return "\n".join(f"{number}. {option}" for number, option in enumerate(options, start=1))
+    return "\n".join(f"{number}. {one_line(option)}" for number, option in enumerate(options, start=1))
+
+
+def one_line(option: str) -> str:
+    """The option with single spaces between its words; a few of MMLU-Pro's span several lines."""
+    return " ".join(option.split())
 
 
 def read_shots(name: str) -> dict[str, list[dict]]:

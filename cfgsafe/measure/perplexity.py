@@ -28,11 +28,9 @@ from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.hub import CHATS
 from cfgsafe.llama import Llama
 from cfgsafe.measure.intervals import Estimate, ratio_interval, to_json
-from cfgsafe.measure.scoring import check_fits, continuation_logprobs
+from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
 from cfgsafe.subject import Subject, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
-
-LEAST = math.log(1e-9)  # a token counts as at least this likely
 
 
 @dataclass
@@ -103,12 +101,6 @@ def pooled(parts: list[Tensor]) -> Estimate:
     """exp of the mean NLL over all tokens; parts are (tokens,), one a dialogue. Dialogues are resampled."""
     nll = ratio_interval([-part.sum().item() for part in parts], [len(part) for part in parts])
     return Estimate(*[math.exp(min(bound, 50.0)) for bound in (nll.value, nll.low, nll.high)])
-
-
-def impossible(parts: list[Tensor]) -> Estimate:
-    """Percentage of tokens that guidance makes impossible. Dialogues are resampled."""
-    counts = [100 * (part == -math.inf).sum().item() for part in parts]
-    return ratio_interval(counts, [len(part) for part in parts])
 
 
 def figures(part: Tensor) -> dict[str, float]:

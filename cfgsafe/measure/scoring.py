@@ -5,15 +5,19 @@ Perplexity, option scores and ranked candidates all come from here. The formulas
 Run it: python eval.py utility --help
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from cfgsafe.errors import ContextError
 from cfgsafe.llama import Llama
+from cfgsafe.measure.intervals import Estimate, ratio_interval
 from cfgsafe.prefill import PREFILL_TOKENS
 from cfgsafe.request import Request, check_request
 from cfgsafe.rescore import continuation_states, guided_logprobs, side_logits
 
+LEAST = math.log(1e-9)  # where one impossible token would make a mean infinite, none counts as less likely
 TOKENS_AT_ONCE = 512  # rows of logits that exist at a time
 FORWARD_TOKENS = PREFILL_TOKENS  # most tokens of one forward, padding included
 
@@ -46,6 +50,12 @@ def _size(requests: list[Request], continuations: list[list[int]]) -> int:
         if number and rows * width > FORWARD_TOKENS:
             return number
     return len(requests)
+
+
+def impossible(parts: list[Tensor]) -> Estimate:
+    """Percentage of tokens that guidance makes impossible. The parts are resampled."""
+    counts = [100 * (part == -math.inf).sum().item() for part in parts]
+    return ratio_interval(counts, [len(part) for part in parts])
 
 
 def check_fits(model: Llama, request: Request, continuation: list[int], place: str) -> None:

@@ -7,7 +7,8 @@ The prompt of the short protocol is that of the paper's code: numbered options, 
 Deviations: a neutral system prompt, not an empty one. By default the score is exact: the
 answer must give the right option, see cfgsafe/measure/grading.py, or for cot5 its letter. With --score
 loglik the model writes nothing: its answer is the option most likely after "The answer is", by the
-mean over the option's tokens.
+mean over the option's tokens; the margin by which the right option leads still tells models apart
+that answer everything right.
 
 Questions JSONL or parquet in MMLU-Pro's shape: {"question", "options", "answer_index"} a row;
 options "N/A" are dropped. With --out FILE, answers are kept in FILE.kept and a judge's replies in
@@ -22,9 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import trange
 
 from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import make_folder, write_jsonl
@@ -34,7 +36,7 @@ from cfgsafe.measure import judge, mmlu_pro
 from cfgsafe.measure.grading import exact, exact_letter
 from cfgsafe.measure.intervals import Estimate, mean_interval, to_json
 from cfgsafe.measure.mmlu_pro import Placed
-from cfgsafe.measure.scoring import check_fits, continuation_logprobs
+from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
 from cfgsafe.remote import SERVICE, Service, check_service
 from cfgsafe.subject import Answer, Subject, answers, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
@@ -178,9 +180,9 @@ def by_likelihood(
     Options are compared by the mean over their tokens, and by the sum for comparison. Raises
     InputError or ContextError naming the question that cannot be scored.
     """
+    logprobs = option_logprobs(options, model, tokenizer, placed, asked)
     columns = []
-    for (place, row), messages in tqdm(list(zip(placed, asked, strict=True)), desc="options", leave=False):
-        parts = option_logprobs(options, model, tokenizer, row, messages, place)
+    for (_, row), parts in zip(placed, logprobs, strict=True):
         means = [part.mean().item() for part in parts]
         by_mean, by_sum = likeliest(means), likeliest([part.sum().item() for part in parts])
         column = {
@@ -188,25 +190,59 @@ def by_likelihood(
             "correct": by_mean == row["answer_index"],
             "correct_by_sum": by_sum == row["answer_index"],
             "decided": by_mean is not None,
+            "margin": round(margin(parts, row["answer_index"]), 4),
         }
         columns.append(column)
     figures = {
         "utility": mean_interval([100 * column["correct"] for column in columns]),
         "utility_by_sum": mean_interval([100 * column["correct_by_sum"] for column in columns]),
         "undecided": mean_interval([100 * (not column["decided"]) for column in columns]),
+        "margin": mean_interval([column["margin"] for column in columns]),
+        "impossible": impossible([torch.cat(parts) for parts in logprobs]),
     }
     return to_json(figures), columns
 
 
 def option_logprobs(
-    subject: Subject, model: Llama, tokenizer: Tokenizer, row: dict, messages: Messages, place: str
-) -> list[Tensor]:
-    """Guided log-probabilities (tokens,) of each option after `LEAD`. Raises ContextError."""
-    request = request_for(subject, tokenizer, [*messages, {"role": "assistant", "content": LEAD}])
-    options = [tokenizer.encode(f" {option}") for option in row["options"]]
-    for option in options:
-        check_fits(model, request, option, place)
-    return continuation_logprobs(model, [request] * len(options), options, batch=subject.batch)
+    subject: Subject, model: Llama, tokenizer: Tokenizer, placed: Placed, asked: list[Messages]
+) -> list[list[Tensor]]:
+    """For each question the guided log-probabilities (tokens,) of each option after `LEAD`.
+
+    The options of all questions are computed `subject.batch` at a time. Raises InputError or
+    ContextError naming the question that cannot be scored.
+    """
+    requests, texts = [], []
+    for (place, row), messages in zip(placed, asked, strict=True):
+        request = request_for(subject, tokenizer, [*messages, {"role": "assistant", "content": LEAD}])
+        for option in row["options"]:
+            text = tokenizer.encode(f" {mmlu_pro.one_line(option)}")
+            check_fits(model, request, text, place)
+            requests.append(request)
+            texts.append(text)
+    scores: list[Tensor] = []
+    for start in trange(0, len(texts), subject.batch, desc="options", leave=False):
+        some = slice(start, start + subject.batch)
+        scores += continuation_logprobs(model, requests[some], texts[some], batch=subject.batch)
+    of_all = iter(scores)
+    return [[next(of_all) for _ in row["options"]] for _, row in placed]
+
+
+def margins(subject: Subject, model: Llama, tokenizer: Tokenizer, rows: list[dict]) -> list[float]:
+    """`margin` of each question in the short protocol. Raises InputError or ContextError."""
+    placed = [(f"question {number}", row) for number, row in enumerate(rows, start=1)]
+    asked = [conversation(row) for row in rows]
+    found = option_logprobs(subject, model, tokenizer, placed, asked)
+    return [margin(parts, row["answer_index"]) for row, parts in zip(rows, found, strict=True)]
+
+
+def margin(parts: list[Tensor], right: int) -> float:
+    """The right option's mean log-probability less that of the best wrong one, in nats per token.
+
+    `parts` are the log-probabilities (tokens,) of each option. No token counts as less likely than
+    `LEAST`, so the margin lies within 20.8 nats even if guidance makes an option impossible.
+    """
+    means = [part.clamp(min=LEAST).mean().item() for part in parts]
+    return means.pop(right) - max(means)
 
 
 def likeliest(logprobs: list[float]) -> int | None:

@@ -14,7 +14,7 @@ from cfgsafe.files import make_folder
 from cfgsafe.identity import identity
 from cfgsafe.llama import Llama
 from cfgsafe.measure import fluency, leak, utility
-from cfgsafe.measure.intervals import Estimate, to_json
+from cfgsafe.measure.intervals import Estimate, mean_interval, to_json
 from cfgsafe.pii.ner import Detector
 from cfgsafe.report import results
 from cfgsafe.subject import Answer, Subject, answers, load
@@ -29,6 +29,7 @@ class Comparison:
 
     `reference` is the model that gives the perplexity of answers; without it there is none.
     `vocabulary`: lower-case words that are not broken; by default those of prompts and questions.
+    With `margins`, a row tells how far the right options of the questions lead, see `utility.margin`.
     With `resume`, answers are kept in `out`/kept, for a later comparison of the same weights.
     """
 
@@ -41,6 +42,7 @@ class Comparison:
         *,
         reference: Subject | None = None,
         vocabulary: Set[str] | None = None,
+        margins: bool = False,
         resume: bool = True,
         answer_tokens: int = 64,
         quiz_tokens: int = 16,
@@ -48,6 +50,7 @@ class Comparison:
         self.prompts, self.questions, self.detector, self.out = prompts, questions, detector, out
         self.reference = load(reference) if reference else None
         self.vocabulary = words_of(prompts, questions) if vocabulary is None else vocabulary
+        self.margins = margins
         self.kept = make_folder(out / "kept") if resume else None
         self.answer_tokens, self.quiz_tokens = answer_tokens, quiz_tokens
         self.said: dict[str, list[str]] = {}  # the model's title -> its answers
@@ -76,6 +79,9 @@ class Comparison:
             "quiz_cut_off": utility.cut_off(quiz),
             "broken_words": fluency.broken_words(texts, chats, self.vocabulary),
         }
+        if self.margins:
+            leads = utility.margins(subject, *self.opened(subject), self.questions)
+            estimates["margin"] = mean_interval(leads)
         if self.reference:
             estimates["perplexity"] = fluency.perplexity(*self.reference, texts, chats)
         print(f"  {title}: {line_of(estimates)}", flush=True)
@@ -89,15 +95,17 @@ class Comparison:
     def ask(
         self, subject: Subject, chats: list[Messages], what: str, tokens: int, places: list[str] | None = None
     ) -> list[Answer]:
-        """Greedy answers through the subject's guidance. The model of the last call stays loaded."""
-        weights = identity(subject.model, subject.adapter)
-        key = (weights, subject.device, subject.dtype)
+        """Greedy answers through the subject's guidance."""
+        kept = self.kept / f"{identity(subject.model, subject.adapter)}.jsonl" if self.kept else None
+        return answers(subject, *self.opened(subject), chats, what, tokens, places, kept)
+
+    def opened(self, subject: Subject) -> tuple[Llama, Tokenizer]:
+        """The subject's model, which stays loaded until another one is asked for, and its tokenizer."""
+        key = (identity(subject.model, subject.adapter), subject.device, subject.dtype)
         if self.loaded is None or self.loaded[0] != key:
             self.loaded = None  # release the last model before the next one is loaded
             self.loaded = (key, *load(subject))
-        _, model, tokenizer = self.loaded
-        kept = self.kept / f"{weights}.jsonl" if self.kept else None
-        return answers(subject, model, tokenizer, chats, what, tokens, places, kept)
+        return self.loaded[1:]
 
     def examples(self) -> list[str]:
         """Markdown: the first prompt of each kind with every model's answer."""

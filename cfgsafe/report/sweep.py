@@ -52,6 +52,8 @@ class Options:
     """JSONL of prompts; by default the demo's test set."""
     questions: str = QUIZ
     """JSONL in MMLU-Pro's shape; by default the demo's held-out quiz."""
+    margins: bool = False
+    """Also measure by how many nats a token the right options lead; this takes time."""
     limit: int | None = None
     """Use this many prompts and this many questions, evenly spaced."""
     words: str | None = None
@@ -93,6 +95,7 @@ def run(options: Options) -> None:
         out,
         reference=placed(Subject(options.reference), options) if options.reference else None,
         vocabulary=vocabulary,
+        margins=options.margins,
         answer_tokens=options.answer_tokens,
         quiz_tokens=options.quiz_tokens,
     )
