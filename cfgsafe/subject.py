@@ -26,6 +26,10 @@ from cfgsafe.load import load_model, load_tokenizer
 from cfgsafe.request import NEGATIVE, POSITIVE, Request, check_request, guided_request
 from cfgsafe.tokenizer import ADD, Messages, SystemPrompt, Tokenizer
 
+ANSWER_TOKENS = (
+    256  # longest answer of a measured model, and longest chosen side; the limit of Smirnov's code
+)
+
 
 @dataclass
 class Subject:

@@ -9,7 +9,9 @@ import torch
 from conftest import random_model
 
 from cfgsafe import subject
+from cfgsafe.blue import pairs
 from cfgsafe.checkpoint import save_checkpoint
+from cfgsafe.demo import experiment
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.hub import BASE
@@ -101,6 +103,7 @@ def test_every_combination_of_a_sweep_reaches_the_engine(checkpoint, requests, f
     assert settings[0] == (1.0, "prob", 0.0)
     assert set(settings) == expected and len(settings) == len(expected)
     for row in rows:
+        assert row["quiz_cut_off"] == 100  # after two tokens
         assert row["hard"]["leaked_per_100"] == row["leaked_per_100"]
         assert "easy" not in row and "perplexity" not in row
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -142,6 +145,17 @@ def test_a_second_sweep_leaves_no_answers_of_the_first(checkpoint, files, tmp_pa
         write_jsonl(out / "answers.jsonl", [])
     assert {path.name for path in out.glob("answers*")} == {"answers-n-g=1.jsonl", "answers.jsonl"}
     assert len(list((out / "kept").iterdir())) == 1  # what was generated is still known
+
+
+def test_answers_may_be_as_long_as_in_the_reference_and_the_demos_own_stay_short(tmp_path):
+    """A third to a half of the reference's published answers are longer than 64 tokens."""
+    defaults = [leak.Options("m").max_new_tokens, pairs.Options("d", "m", "o").max_new_tokens]
+    swept, compared = sweep.Options(["m=m"], "o"), Comparison(PROMPTS, QUESTIONS, nothing, tmp_path)
+    for lengths in (swept, compared):
+        defaults += [lengths.answer_tokens, lengths.quiz_tokens]
+    assert {*defaults, utility.LONGEST["short"]} == {256}
+    short = experiment.comparison(experiment.Options(), nothing, tmp_path)
+    assert (short.answer_tokens, short.quiz_tokens) == (64, 16)
 
 
 def test_one_model_is_loaded_once_for_all_its_settings(checkpoint, monkeypatch, tmp_path):

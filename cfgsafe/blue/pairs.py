@@ -47,7 +47,7 @@ from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.matching import mentions
 from cfgsafe.pii.ner import Detector
 from cfgsafe.remote import SERVICE, Question, Service, ask, check_service
-from cfgsafe.subject import NEGATIVE, POSITIVE, Subject, load
+from cfgsafe.subject import ANSWER_TOKENS, NEGATIVE, POSITIVE, Subject, load
 from cfgsafe.tokenizer import ADD, Messages, SystemPrompt, Tokenizer, with_system
 
 AVOID = "Avoid using any personal data in the answers!"
@@ -82,7 +82,7 @@ class Options:
     else the demo's."""
     temperature: float = 0.7
     """Sampling temperature of the chosen side."""
-    max_new_tokens: int = 96
+    max_new_tokens: int = ANSWER_TOKENS
     """Longest chosen side, in tokens; longer ones are dropped."""
     seed: int = 0
     """Seed of sampling and of the choice between recipes."""

@@ -97,7 +97,9 @@ def make_pairs(options: Options, detector: Detector, out: Path) -> None:
     """Write dialogues.jsonl, pairs-plain.jsonl and pairs-cfg.jsonl; both have the same chosen answers."""
     dialogues = str(out / "dialogues.jsonl")
     write_jsonl(dialogues, pair_dialogues(options.dialogues, options.seed))
-    settings = pairs.Options(dialogues, BASE, str(out / "pairs-cfg.jsonl"), seed=options.seed)
+    settings = pairs.Options(
+        dialogues, BASE, str(out / "pairs-cfg.jsonl"), max_new_tokens=96, seed=options.seed
+    )
     model, tokenizer = load(Subject(BASE))
     samples = pairs.read_samples(dialogues, detector)
     built, _ = pairs.build(samples, model, tokenizer, detector, settings)
@@ -136,6 +138,8 @@ def comparison(options: Options, detector: Detector, out: Path) -> Comparison:
         vocabulary=corpus_words(),
         margins=True,
         resume=False,
+        answer_tokens=64,
+        quiz_tokens=16,
     )
 
 

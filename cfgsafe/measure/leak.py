@@ -28,7 +28,7 @@ from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Known, check_items
 from cfgsafe.pii.matching import mentions, stands_in
 from cfgsafe.pii.ner import Detector, is_single
-from cfgsafe.subject import Answer, Subject, answers, load
+from cfgsafe.subject import ANSWER_TOKENS, Answer, Subject, answers, load
 from cfgsafe.tokenizer import Messages, check_messages
 
 
@@ -50,7 +50,7 @@ class Options(Subject):
     """The answers.jsonl of another run, to report leaked items here minus there."""
     limit: int | None = None
     """Use only the first prompts."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = ANSWER_TOKENS
     """Longest answer, in tokens."""
 
     def unused(self) -> Unused:

@@ -38,13 +38,13 @@ from cfgsafe.measure.intervals import Estimate, mean_interval, to_json
 from cfgsafe.measure.mmlu_pro import Placed
 from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
 from cfgsafe.remote import SERVICE, Service, check_service
-from cfgsafe.subject import Answer, Subject, answers, load, request_for
+from cfgsafe.subject import ANSWER_TOKENS, Answer, Subject, answers, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 INSTRUCTION = "Provide a short answer to the question: "
 SYSTEM = "You are a helpful assistant."
 LEAD = "The answer is"  # stands before each option: chat models seldom begin with the bare option
-LONGEST = {"short": 64, "cot5": 2048}  # tokens of an answer
+LONGEST = {"short": ANSWER_TOKENS, "cot5": 2048}  # tokens of an answer
 
 Scored = tuple[dict, list[dict]]  # figures of all questions, and the columns that each row gets
 
@@ -68,7 +68,7 @@ class Options(Subject):
     limit: int | None = None
     """Use only the first questions."""
     max_new_tokens: int | None = None
-    """Longest answer, in tokens; default: 64 for short, 2048 for cot5."""
+    """Longest answer, in tokens; default: 256 for short, 2048 for cot5."""
 
     def unused(self) -> Unused:
         """See `Subject.unused`."""

@@ -17,7 +17,7 @@ from cfgsafe.measure import fluency, leak, utility
 from cfgsafe.measure.intervals import Estimate, mean_interval, to_json
 from cfgsafe.pii.ner import Detector
 from cfgsafe.report import results
-from cfgsafe.subject import Answer, Subject, answers, load
+from cfgsafe.subject import ANSWER_TOKENS, Answer, Subject, answers, load
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 SLICES = ("easy", "hard")
@@ -44,8 +44,8 @@ class Comparison:
         vocabulary: Set[str] | None = None,
         margins: bool = False,
         resume: bool = True,
-        answer_tokens: int = 64,
-        quiz_tokens: int = 16,
+        answer_tokens: int = ANSWER_TOKENS,
+        quiz_tokens: int = ANSWER_TOKENS,
     ):
         self.prompts, self.questions, self.detector, self.out = prompts, questions, detector, out
         self.reference = load(reference) if reference else None

@@ -26,7 +26,7 @@ from cfgsafe.pii.ner import Detector
 from cfgsafe.report import results
 from cfgsafe.report.compare import Comparison
 from cfgsafe.report.figures import over_guidance
-from cfgsafe.subject import Subject
+from cfgsafe.subject import ANSWER_TOKENS, Subject
 from cfgsafe.tokenizer import SystemPrompt
 
 
@@ -63,9 +63,9 @@ class Options:
     """Model that gives the perplexity of the answers; by default there is no such column."""
     ner: str | None = None
     """spaCy pipeline; by default en_core_web_trf where installed, else the demo's."""
-    answer_tokens: int = 64
+    answer_tokens: int = ANSWER_TOKENS
     """Longest answer to a prompt, in tokens."""
-    quiz_tokens: int = 16
+    quiz_tokens: int = ANSWER_TOKENS
     """Longest answer to a question, in tokens."""
     batch: int = 128
     """Requests that are decoded together."""
