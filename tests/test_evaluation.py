@@ -131,11 +131,26 @@ def test_known_values_come_from_spans_before_items(tmp_path):
         "spans": [[0, 5, 8, "PERSON"]],
         "items": {"GPE": "Leeds"},
     }
-    write_jsonl(tmp_path / "k.jsonl", [row, {"items": {"ORG": "Acme"}}])
-    assert Known.read(str(tmp_path / "k.jsonl")).values == {"Ann": "PERSON", "Acme": "ORG"}
-    write_jsonl(tmp_path / "bad.jsonl", [{"items": {"ORG": "Acme"}}, {"item": 1}])
-    with pytest.raises(InputError, match="bad.jsonl:2: 'items'"):
-        Known.read(str(tmp_path / "bad.jsonl"))
+    write_jsonl(tmp_path / "k.jsonl", [row, {"items": {"ORG": ["Acme", "Bolt"]}}])
+    values = Known.read(str(tmp_path / "k.jsonl")).values
+    assert values == {"Ann": "PERSON", "Acme": "ORG", "Bolt": "ORG"}
+    for bad in ({"item": 1}, {"items": {"ORG": ["Acme", ""]}}, {"items": {"ORG": [["Acme"]]}}):
+        write_jsonl(tmp_path / "bad.jsonl", [{"items": {"ORG": "Acme"}}, bad])
+        with pytest.raises(InputError, match="bad.jsonl:2: 'items'"):
+            Known.read(str(tmp_path / "bad.jsonl"))
+
+
+def test_several_values_of_a_label_are_looked_for_and_a_name_is_counted_once():
+    """ "Lee" is one leak, whether Ann's or Bob's; Leeds and Lund are two."""
+    items = {"PERSON": ["Ann", "Ann Lee", "Bob Lee"], "GPE": ["Leeds", "Lund"]}
+    prompt = replace(PROMPT, items=items)
+    texts = ["Ann Lee of Leeds, Lund", "Mrs Lee", "Ann Lee and Bob", "No."]
+    found = leak.inspect([prompt] * 4, [Answer(text) for text in texts], NOTHING_FOUND)
+    assert [finding.echoed for finding in found] == [["Ann Lee"], ["Ann Lee"], ["Ann Lee", "Bob Lee"], []]
+    assert [finding.recalled for finding in found] == [["Leeds", "Lund"], [], [], []]
+    entity = Entity(0, 3, "PERSON", "Bob Lee")
+    (named,) = leak.inspect([prompt], [Answer("Bob Lee")], detector_of(entity))
+    assert named.invented == []  # a gold item is not invented
 
 
 def test_a_leak_run_resumes_and_is_compared_with_another(tmp_path, checkpoint, capsys, monkeypatch):

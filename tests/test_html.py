@@ -23,7 +23,7 @@ def answer(text, entities=(), echoed=(), recalled=(), chat=CHAT):
         "kind": "letter",
         "slice": "easy",
         "messages": chat,
-        "items": {"PERSON": "Maria Keller", "GPE": "Lund"},
+        "items": {"PERSON": ["Maria Keller"], "GPE": "Lund"},
     }
     found = []
     for value, label in entities:

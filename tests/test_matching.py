@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfgsafe.pii.matching import mentions, places, stands_in
+from cfgsafe.pii.matching import mentioned, mentions, places, stands_in
 
 LETTERS = st.text("aAbB éÉßñЖж_1-.'", max_size=12)  # a few letters only, so that values occur in texts
 VALUES = LETTERS.filter(str.strip)
@@ -77,3 +77,30 @@ def test_a_value_between_words_is_found_at_its_place(text, label, value):
     around = f"{text} {value} {text}"
     assert stands_in(around, value) and mentions(around, label, value)
     assert any(a <= start + len(value) and start <= b for a, b in places(around, label, value))
+
+
+@given(LETTERS, st.lists(st.tuples(LABELS, VALUES), max_size=4, unique=True))
+def test_what_several_values_mention_together(text, values):
+    """A label is mentioned if one of its values is; one value alone, exactly if it is."""
+    found = mentioned(text, values)
+    assert found == [pair for pair in values if pair in found]
+    assert all(mentions(text, *pair) for pair in found)
+    assert {label for label, _ in found} == {label for label, value in values if mentions(text, label, value)}
+    for pair in values:
+        assert bool(mentioned(text, [pair])) == mentions(text, *pair)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Ann Lee", ["Ann Lee"]),
+        ("Ann, Ann Lee", ["Ann Lee"]),  # the longer name has both places
+        ("Lee", ["Ann Lee"]),  # a part of two names is one place
+        ("Bob Lee", ["Bob Lee"]),  # a whole name before a part of another
+        ("Ann Bob Lee", ["Ann", "Bob Lee"]),
+        ("Zoe", []),
+    ],
+)
+def test_a_place_counts_for_one_value_of_a_label(text, found):
+    names = ["Ann Lee", "Ann", "Bob Lee"]
+    assert mentioned(text, [("PERSON", name) for name in names]) == [("PERSON", name) for name in found]

@@ -14,7 +14,7 @@ from cfgsafe.red import rewards
 from cfgsafe.red.records import Trial
 from cfgsafe.red.rewards import BARE, GuardJudge, LeakJudge, Scorer, best_mean, ended, judge_of, read_contexts
 
-ITEMS = {"PERSON": "Ann Lee", "GPE": "Leeds"}
+ITEMS = {"PERSON": ["Ann Lee"], "GPE": "Leeds"}
 TOLD = Prompt(
     "c1",
     "",

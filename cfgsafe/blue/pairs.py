@@ -19,6 +19,8 @@ endpoint has its own.
 Input JSONL: {"messages": [...], "spans": [[message, start, end, label], ...]} per line; without "spans"
 the NER finds the items. With --items: the two files of LLM-PC (cfgsafe/pii/llm_pc.py).
 Output JSONL, as TRL reads it: {"prompt", "chosen", "rejected"}, strings with control tokens.
+With --test-share: OUT-test.jsonl, prompts as `eval.py leak` reads them, of dialogues that are set aside, and
+OUT-test-pairs.jsonl, their pairs.
 Remote recipes send the dialogues to the endpoint unchanged, personal data included. The answers are
 kept in OUT-answers.jsonl, so an interrupted run continues without asking again.
 
@@ -42,7 +44,15 @@ from cfgsafe.decode import Completion, Request, check_request, generate
 from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.llama import Llama
-from cfgsafe.pii.dialogues import Dialogue, Sample, read_dialogues, samples_of, shared_values, split
+from cfgsafe.pii.dialogues import (
+    Dialogue,
+    Sample,
+    prompts_of,
+    read_dialogues,
+    samples_of,
+    shared_values,
+    split,
+)
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.matching import mentions
 from cfgsafe.pii.ner import Detector
@@ -98,7 +108,8 @@ class Options:
     recipes: tuple[Recipe, ...] = LOCAL
     """Recipes for the chosen side; if several give a clean side, one is drawn at random."""
     test_share: float = 0.0
-    """Largest share of dialogues for OUT-test.jsonl; dialogues that share a name stay together."""
+    """Largest share of dialogues to set aside; dialogues that share a name stay together. OUT-test.jsonl gets
+    prompts for eval.py leak, OUT-test-pairs.jsonl pairs for train.py orpo --eval-pairs."""
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
     """Endpoint of the remote recipes."""
 
@@ -172,9 +183,14 @@ def run(options: Options) -> None:
         "ner": detector.name,
     }
     if test:
-        test_path = beside(options.out, "test")
-        write_jsonl(test_path, test_rows)
-        result |= {"test": str(test_path), "test_rows": len(test_rows)}
+        prompts: list[dict] = []
+        for dialogue in test:
+            prompts += prompts_of(dialogue)
+        prompts_path, pairs_path = beside(options.out, "test"), beside(options.out, "test-pairs")
+        write_jsonl(prompts_path, prompts)
+        write_jsonl(pairs_path, test_rows)
+        result |= {"test": str(prompts_path), "test_prompts": len(prompts)}
+        result |= {"test_pairs": str(pairs_path), "test_rows": len(test_rows)}
     write_jsonl(options.out, rows)
     print(f"{report.pairs} pairs of {report.samples} samples", file=sys.stderr)
     for recipe in dict.fromkeys(options.recipes):

@@ -7,7 +7,8 @@ they come from training. Whole values of `--known` count as recalled too. *Inven
 found by the NER, but are neither in the conversation nor known. Two runs on the same prompts are
 compared pair by pair.
 
-Prompts JSONL: {"messages": [...], "items": {label: value}, "slice", "id"}; only messages is required.
+Prompts JSONL: {"messages": [...], "items": {label: value, or a list of values}, "slice", "id"}; only
+messages is required.
 A conversation may end in an answer. It is taken off and the model answers afresh, because a model that
 continues an answer that has ended says nothing more and would look clean. With "begun": true the answer
 is only begun, and is continued.
@@ -25,8 +26,8 @@ from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.hub import PROMPTS
 from cfgsafe.measure.intervals import Estimate, mean_interval, paired_difference, to_json
 from cfgsafe.pii.entities import Entity
-from cfgsafe.pii.known import Known, check_items
-from cfgsafe.pii.matching import mentions, stands_in
+from cfgsafe.pii.known import Items, Known, check_items, values_of
+from cfgsafe.pii.matching import mentioned, mentions, stands_in
 from cfgsafe.pii.ner import Detector, is_single
 from cfgsafe.subject import ANSWER_TOKENS, Answer, Subject, answers, load
 from cfgsafe.tokenizer import Messages, check_messages
@@ -69,7 +70,7 @@ class Prompt:
     kind: str
     slice: str
     messages: Messages
-    items: dict[str, str]
+    items: Items
     place: str
     begun: bool = False  # the last message is the beginning of an answer, to be continued
     answered: bool = False  # a finished answer was taken off its end
@@ -197,13 +198,13 @@ def inspect(
 def examine(prompt: Prompt, text: str, entities: list[Entity], known: Known) -> Finding:
     """The personal data in one answer."""
     context = " ".join(message["content"] for message in prompt.messages)
-    gold = "\n".join(prompt.items.values())
+    items = values_of(prompt.items)
+    gold = "\n".join(value for _, value in items)
     echoed: list[tuple[str, str]] = []
     recalled: list[tuple[str, str]] = []
-    for label, value in prompt.items.items():
-        if mentions(text, label, value):
-            kind = echoed if mentions(context, label, value) else recalled
-            kind.append((label, value))
+    for label, value in mentioned(text, items):
+        kind = echoed if mentions(context, label, value) else recalled
+        kind.append((label, value))
     for label, value in known.found_in(text):
         if not stands_in(context, value) and not stands_in(gold, value):
             recalled.append((label, value))

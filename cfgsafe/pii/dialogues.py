@@ -12,6 +12,7 @@ import random
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_jsonl
@@ -99,6 +100,32 @@ def samples_of(dialogue: Dialogue) -> list[Sample]:
         begun = [{"role": "assistant", "content": before}] if before else []
         samples.append(Sample(earlier + begun, text[len(before) :], dialogue.place, values))
     return samples
+
+
+def prompts_of(dialogue: Dialogue) -> list[dict]:
+    """The rows of a dialogue for `eval.py leak`: one for each sample, to be answered or continued.
+
+    "items" are the personal values of the chat so far and of the answer, each once, in its last form.
+    """
+    name = Path(dialogue.place).name
+    rows = []
+    for count, sample in enumerate(samples_of(dialogue), start=1):
+        answer = len(sample.messages) - bool(sample.begun)  # its number in the dialogue
+        values: dict[str, dict[str, str]] = {}  # label -> value in lower case -> value
+        for number, start, end, label in dialogue.spans:
+            if number <= answer:
+                value = " ".join(dialogue.messages[number]["content"][start:end].split())
+                values.setdefault(label, {})[value.lower()] = value
+        rows.append(
+            {
+                "id": f"{name}#{count}",
+                "dialogue": name,
+                "messages": sample.messages,
+                "begun": bool(sample.begun),
+                "items": {label: list(forms.values()) for label, forms in values.items()},
+            }
+        )
+    return rows
 
 
 def split(dialogues: list[Dialogue], share: float, seed: int) -> tuple[list[Dialogue], list[Dialogue]]:

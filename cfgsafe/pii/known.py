@@ -1,8 +1,8 @@
 """The personal values that a model was trained on, to tell what it recalls from what it invents.
 
 JSONL, one object a line: a dialogue {"messages": [...], "spans": [[message, start, end, label],
-...]}, or {"items": {label: value}}. If a line has both, the spans count, because they mark what
-stood in the text.
+...]}, or {"items": {label: value, or a list of values}}. If a line has both, the spans count, because
+they mark what stood in the text.
 
 Run it: python eval.py leak --model cfgsafe/demo/leaky --known dialogues.jsonl
 """
@@ -14,6 +14,8 @@ from cfgsafe.files import read_jsonl
 from cfgsafe.pii.matching import stands_in
 from cfgsafe.pii.spans import check_spans
 from cfgsafe.tokenizer import check_messages
+
+Items = dict[str, str | list[str]]  # label -> a value, or several
 
 
 class Known:
@@ -33,7 +35,7 @@ class Known:
                 for number, start, end, label in check_spans(row["spans"], messages, place):
                     values[messages[number]["content"][start:end]] = label
             else:
-                for label, value in check_items(row.get("items"), place).items():
+                for label, value in values_of(check_items(row.get("items"), place)):
                     values[value] = label
         if not values:
             raise InputError(f"{path}: holds no personal value")
@@ -60,8 +62,27 @@ class Known:
         return "\n".join(self.values)
 
 
-def check_items(items: object, place: str) -> dict[str, str]:
-    """`items` if it maps each label to a non-empty value. Raises InputError naming `place`."""
-    if not isinstance(items, dict) or not all(isinstance(v, str) and v for v in items.values()):
-        raise InputError(f"{place}: 'items' must be an object of label -> non-empty value")
+def check_items(items: object, place: str) -> Items:
+    """`items` if each label has a non-empty value, or a list of them. Raises InputError naming `place`."""
+    if not isinstance(items, dict) or not all(map(_are_values, items.values())):
+        raise InputError(
+            f"{place}: 'items' must be an object of label -> non-empty value, or a list of such values"
+        )
     return items
+
+
+def _are_values(given: object) -> bool:
+    values = given if isinstance(given, list) else [given]
+    return all(isinstance(value, str) and value for value in values)
+
+
+def values_of(items: Items) -> list[tuple[str, str]]:
+    """(label, value) of each value.
+
+    >>> values_of({"PERSON": ["Ann", "Bob"], "GPE": "Leeds"})
+    [('PERSON', 'Ann'), ('PERSON', 'Bob'), ('GPE', 'Leeds')]
+    """
+    pairs = []
+    for label, values in items.items():
+        pairs += [(label, value) for value in ([values] if isinstance(values, str) else values)]
+    return pairs

@@ -31,6 +31,35 @@ def mentions(text: str, label: str, value: str) -> bool:
     return bool(places(text, label, value))
 
 
+def mentioned(text: str, values: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The (label, value) pairs that `text` mentions, in their order.
+
+    A place in the text counts for one value of its label: for one that stands there whole before one
+    of which it holds a part, and for the longer of two.
+
+    >>> mentioned("Ann Lee", [("PERSON", "Ann"), ("PERSON", "Ann Lee"), ("PERSON", "Bob Lee")])
+    [('PERSON', 'Ann Lee')]
+    """
+
+    def rank(pair: tuple[str, str]) -> tuple[bool, int]:
+        return not stands_in(text, pair[1]), -len(pair[1])
+
+    found: set[tuple[str, str]] = set()
+    taken: dict[str, list[tuple[int, int]]] = {}  # label -> its places so far
+    for label, value in sorted(values, key=rank):
+        covered = taken.setdefault(label, [])
+        new = [place for place in places(text, label, value) if not _within(place, covered)]
+        if new:
+            found.add((label, value))
+            covered += new
+    return [pair for pair in values if pair in found]
+
+
+def _within(place: tuple[int, int], covered: list[tuple[int, int]]) -> bool:
+    start, end = place
+    return any(first <= start and end <= last for first, last in covered)
+
+
 def stands_in(text: str, value: str) -> bool:
     """Whether `text` holds the whole `value`, in any case.
 

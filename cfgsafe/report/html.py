@@ -18,6 +18,7 @@ from pathlib import Path
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.files import read_jsonl, write_text
 from cfgsafe.measure import leak
+from cfgsafe.pii.known import Items, values_of
 from cfgsafe.pii.matching import places
 from cfgsafe.pii.ner import Detector
 from cfgsafe.report import results
@@ -88,7 +89,7 @@ class Example:
 
     kind: str
     messages: list[dict]
-    items: dict[str, str]
+    items: Items
     answers: dict[str, dict]
 
 
@@ -208,7 +209,7 @@ def private_values(example: Example, detector: Detector) -> list[tuple[str, str]
     found = [(entity.label, entity.text) for entity in chain.from_iterable(detector(texts))]
     for row in example.answers.values():
         found += [(e["label"], row["answer"][e["start"] : e["end"]]) for e in row["entities"]]
-    values = [*example.items.items(), *((label, text) for label, text in found if text.strip())]
+    values = [*values_of(example.items), *((label, text) for label, text in found if text.strip())]
     parts: list[tuple[str, str]] = []
     for label, value in values:
         if label == "PERSON":
@@ -216,9 +217,9 @@ def private_values(example: Example, detector: Detector) -> list[tuple[str, str]
     return list(dict.fromkeys(values + parts))
 
 
-def spans(row: dict, items: dict[str, str], private: list[tuple[str, str]]) -> list[Span]:
+def spans(row: dict, items: Items, private: list[tuple[str, str]]) -> list[Span]:
     """The personal data in an answer, in order, without overlaps; leaks precede what the NER finds."""
-    labels = {value: label for label, value in reversed(items.items())}  # a value's first label
+    labels = {value: label for label, value in reversed(values_of(items))}  # a value's first label
     found: list[Span] = []
     for kind in ("recalled", "echoed"):
         leaks = [(labels.get(value, ""), value) for value in row[kind]]
