@@ -97,10 +97,12 @@ def test_what_several_values_mention_together(text, values):
         ("Ann, Ann Lee", ["Ann Lee"]),  # the longer name has both places
         ("Lee", ["Ann Lee"]),  # a part of two names is one place
         ("Bob Lee", ["Bob Lee"]),  # a whole name before a part of another
-        ("Ann Bob Lee", ["Ann", "Bob Lee"]),
+        ("Ann Bob Lee", ["Ann Lee", "Bob Lee"]),
+        ("Ann and Mrs Lee", ["Ann Lee"]),  # one person
+        ("ann", ["Ann"]),  # in lower case a whole value, but no part of one
         ("Zoe", []),
     ],
 )
 def test_a_place_counts_for_one_value_of_a_label(text, found):
-    names = ["Ann Lee", "Ann", "Bob Lee"]
+    names = ["Ann", "Ann Lee", "Bob Lee"]
     assert mentioned(text, [("PERSON", name) for name in names]) == [("PERSON", name) for name in found]

@@ -35,29 +35,31 @@ def mentioned(text: str, values: list[tuple[str, str]]) -> list[tuple[str, str]]
     """The (label, value) pairs that `text` mentions, in their order.
 
     A place in the text counts for one value of its label: for one that stands there whole before one
-    of which it holds a part, and for the longer of two.
+    of which it holds a part, and for a long name before a part of it that is a value as well.
 
-    >>> mentioned("Ann Lee", [("PERSON", "Ann"), ("PERSON", "Ann Lee"), ("PERSON", "Bob Lee")])
+    >>> mentioned("Ann Lee, Ann", [("PERSON", "Ann"), ("PERSON", "Ann Lee"), ("PERSON", "Bob Lee")])
     [('PERSON', 'Ann Lee')]
     """
 
-    def rank(pair: tuple[str, str]) -> tuple[bool, int]:
-        return not stands_in(text, pair[1]), -len(pair[1])
+    def rank(pair: tuple[str, str]) -> tuple[bool, bool]:
+        label, value = pair
+        longer = [other for kind, other in values if kind == label and len(other) > len(value)]
+        return any(stands_in(other, value) for other in longer), not stands_in(text, value)
 
     found: set[tuple[str, str]] = set()
     taken: dict[str, list[tuple[int, int]]] = {}  # label -> its places so far
     for label, value in sorted(values, key=rank):
         covered = taken.setdefault(label, [])
-        new = [place for place in places(text, label, value) if not _within(place, covered)]
+        new = [place for place in places(text, label, value) if not _overlaps(place, covered)]
         if new:
             found.add((label, value))
             covered += new
     return [pair for pair in values if pair in found]
 
 
-def _within(place: tuple[int, int], covered: list[tuple[int, int]]) -> bool:
+def _overlaps(place: tuple[int, int], others: list[tuple[int, int]]) -> bool:
     start, end = place
-    return any(first <= start and end <= last for first, last in covered)
+    return any(start < last and first < end for first, last in others)
 
 
 def stands_in(text: str, value: str) -> bool:
