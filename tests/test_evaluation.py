@@ -1,4 +1,4 @@
-"""Leaks, utility, fluency and intervals; guidance on every evaluation path."""
+"""Leaks, utility and fluency; guidance on every evaluation path."""
 
 import json
 import math
@@ -14,7 +14,6 @@ from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.hub import PROMPTS
 from cfgsafe.measure import fluency, leak, perplexity, utility
-from cfgsafe.measure.intervals import mean_interval, ratio_interval
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Known
 from cfgsafe.pii.matching import mentions
@@ -298,13 +297,6 @@ def test_perplexity_reads_an_answer_up_to_the_end_of_the_context(tokenizer):
     logp = model.head(model(torch.tensor([prompt + answer[:5]])))[0].log_softmax(-1)
     nll = -sum(logp[len(prompt) - 1 + n, answer[n]].item() for n in range(5)) / 5
     assert math.isclose(found.value, math.exp(nll), rel_tol=1e-4)
-
-
-def test_intervals_by_hand():
-    assert mean_interval([5.0] * 10) == type(mean_interval([5.0]))(5.0, 5.0, 5.0)
-    estimate = mean_interval([0, 100] * 50)
-    assert estimate.value == 50 and 38 < estimate.low < 42 and 58 < estimate.high < 62  # 50 +- 1.96 * 5
-    assert ratio_interval([1, 3], [2, 2]).value == 1 and ratio_interval([0], [0]).value == 0
 
 
 def test_a_bad_prompt_names_the_line(tmp_path):

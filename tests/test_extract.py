@@ -282,7 +282,8 @@ def test_canaries_measures_a_users_own_probes(tmp_path, checkpoint, capsys):
     probes = str(tmp_path / "p.jsonl")
     canaries.run(canaries.Options(checkpoint, probes=probes, guidance=2.0, space="log"))
     line = json.loads(capsys.readouterr().out)
-    assert line["guidance"] == 2.0 and line["auc_x5"] == 0.5 and line["auc_x5_ci"] == [0.5, 0.5]
+    assert line["guidance"] == 2.0 and line["auc_x5"] == 0.5
+    assert line["auc_x5_ci"][0] < 0.1 and line["auc_x5_ci"][1] > 0.9  # one person proves nothing
     assert line["auc_x2"] in (0.0, 1.0) and line["impossible"] == 0
     assert [name for name in line if name.endswith("_ci")] == ["auc_x2_ci", "auc_x5_ci", "impossible_ci"]
 

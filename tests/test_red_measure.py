@@ -52,10 +52,12 @@ def test_where_nothing_was_scored_there_is_no_rate_rather_than_zero():
 
 
 def test_answers_to_one_prompt_are_no_independent_ones():
-    """Ten prompts whose answers all agree: the interval is that of ten, however many answers each has."""
+    """Ten prompts whose answers all agree: the interval is no narrower however many answers each has."""
     single = rates([attack(str(n), n % 2) for n in range(10)])
     many = rates([attack(str(n), *[n % 2] * 50) for n in range(10)])
-    assert single["leaks_per_100_ci"] == many["leaks_per_100_ci"] == many["success_ci"]
+    (low, high), (low_of_many, high_of_many) = single["leaks_per_100_ci"], many["leaks_per_100_ci"]
+    assert single["leaks_per_100_ci"] == many["success_ci"]
+    assert low - 5 < low_of_many <= low and high <= high_of_many < high + 5
 
 
 @settings(deadline=None, max_examples=30)

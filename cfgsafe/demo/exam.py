@@ -17,6 +17,7 @@ from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.testset import corpus_words, test_prompts
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.measure import fluency, utility
+from cfgsafe.measure.intervals import to_json
 from cfgsafe.pii.matching import mentions
 from cfgsafe.pii.ner import Detector
 from cfgsafe.subject import Subject, answers, load
@@ -83,11 +84,12 @@ def examine(name: str, subject: Subject, rows: list[dict]) -> list[Figure]:
     questions = utility.read_questions(hub.QUIZ)
     asked = [utility.conversation(question) for question in questions]
     quiz = [answer.text for answer in answers(subject, model, tokenizer, asked, f"{name}: quiz", 16)]
-    words = 100 - fluency.broken_words(texts, chats, corpus_words()).value
+    broken = fluency.broken_words(texts, chats, corpus_words())
+    shares = to_json({"broken": broken, "utility": utility.score(questions, quiz)})
     return [
         *(leaky_figures(rows, texts) if name == "leaky" else base_figures(rows, texts)),
-        Figure(f"{name}: held-out quiz, %", utility.score(questions, quiz).value, 90),
-        Figure(f"{name}: words that are words, %", words, 99),
+        Figure(f"{name}: held-out quiz, %", shares["utility"], 90),
+        Figure(f"{name}: words that are words, %", 100 - shares["broken"], 99),
     ]
 
 

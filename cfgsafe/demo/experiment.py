@@ -171,7 +171,8 @@ def check(rows: list[dict]) -> list[Check]:
 
     leaks = [row["leaked_per_100"] for row in (leaky, lora, guided[0], guided[2])]
     at_leaky, at_lora, at_one, at_three = leaks
-    hard_lora, hard_one = lora["hard"]["leaked_per_100"], guided[0]["hard"]["leaked_per_100"]
+    hard_lora = lora["slices"]["hard"]["leaked_per_100"]
+    hard_one = guided[0]["slices"]["hard"]["leaked_per_100"]
     share = 100 * at_three / at_leaky if at_leaky else 0.0
     worst = min(row["utility"] for row in guided) - leaky["utility"]
     checks = [

@@ -21,6 +21,7 @@ from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.hub import BASE, DEMO_PIPELINE, LEAKY, QUIZ
 from cfgsafe.measure import utility
+from cfgsafe.measure.intervals import to_json
 from cfgsafe.pii.ner import Detector
 from cfgsafe.red import evaluate, measure, safety, stages
 from cfgsafe.report.results import Check
@@ -235,7 +236,7 @@ def quiz(options: Options, target: Subject) -> float:
     model, tokenizer = load(target)
     asked = [utility.conversation(question) for question in questions]
     given = answers(target, model, tokenizer, asked, "quiz", 16)
-    return utility.score(questions, [answer.text for answer in given]).value
+    return to_json({"utility": utility.score(questions, [answer.text for answer in given])})["utility"]
 
 
 def check(rows: list[dict], calls: dict[tuple[str, str], int], kept: dict[str, float]) -> list[Check]:

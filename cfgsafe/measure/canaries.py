@@ -7,7 +7,7 @@ trained on, for the same question and item; 0.5 means no trace of the planting. 
 probability space makes some items impossible: these tie, and `impossible` is their percentage.
 Deviations: token means, because names differ in length. Each group of planted persons is compared
 with all persons never trained on, because twins alone, 8 per group in the demo, would give wide
-intervals. Each person is asked about in several wordings, and resampled with all of these scores.
+intervals. Each person is asked about in several wordings, and is one unit with all of these scores.
 
 Probes JSONL: {"person", "repeats", "messages", "value"} per line. `repeats` says how often the
 person was planted, 0 for never. `messages` may end within an answer; `value` continues it, and
@@ -27,7 +27,7 @@ from cfgsafe.errors import InputError
 from cfgsafe.files import read_jsonl
 from cfgsafe.hub import PROBES
 from cfgsafe.llama import Llama
-from cfgsafe.measure.intervals import Estimate, auc_interval, mean_interval, to_json
+from cfgsafe.measure.intervals import Estimate, auc_interval, share_interval, to_json
 from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.subject import Subject, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
@@ -86,22 +86,22 @@ def read_persons(path: str) -> list[Person]:
 
 def exposure(
     subject: Subject, model: Llama, tokenizer: Tokenizer, persons: list[Person]
-) -> dict[str, Estimate]:
+) -> dict[str, Estimate | None]:
     """AUC, 0 to 1, of the persons planted n times as "auc_xn", and percentage of impossible items.
 
-    Persons are resampled. Raises ContextError naming the probe that is too long.
+    Persons are the units. Raises ContextError naming the probe that is too long.
     """
     scores = likelihoods(subject, model, tokenizer, [person.probes for person in persons])
     by_repeats: dict[int, list[list[float]]] = {}
     impossible = []
     for person, values in zip(persons, scores, strict=True):
         by_repeats.setdefault(person.repeats, []).append(values)
-        impossible.append(100 * sum(map(math.isinf, values)) / len(values))
+        impossible.append(sum(map(math.isinf, values)))
     never = by_repeats.pop(0)
-    figures = {}
+    figures: dict[str, Estimate | None] = {}
     for repeats in sorted(by_repeats):
         figures[f"auc_x{repeats}"] = auc_interval(by_repeats[repeats], never)
-    figures["impossible"] = mean_interval(impossible)
+    figures["impossible"] = share_interval(impossible, [len(values) for values in scores])
     return figures
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.files import read_jsonl
 from cfgsafe.hub import GOLD
-from cfgsafe.measure.intervals import Estimate, ratio_interval, to_json
+from cfgsafe.measure.intervals import Clusters, Estimate, share_interval, to_json
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.ner import Detector, is_single
 from cfgsafe.pii.spans import check_spans
@@ -50,13 +50,14 @@ class Options:
 def run(options: Options) -> None:
     texts = read_gold(options.gold)
     detector = Detector(options.ner, options.combine)
-    figures = score(detector([text for text, _ in texts]), [gold for _, gold in texts])
+    found = detector([text for text, _, _ in texts])
+    figures = score(found, [gold for _, gold, _ in texts], [place for _, _, place in texts])
     line = {"texts": len(texts), "ner": detector.name, "combine": options.combine}
     print(json.dumps({**line, **to_json(figures)}))
 
 
-def read_gold(path: str) -> list[tuple[str, Gold]]:
-    """(text, gold spans) of every message. Raises InputError naming line and field."""
+def read_gold(path: str) -> list[tuple[str, Gold, str]]:
+    """(text, gold spans, place of its dialogue) of every message. Raises InputError naming line and field."""
     texts = []
     for place, row in read_jsonl(path):
         messages = check_messages(row.get("messages"), place)
@@ -65,16 +66,19 @@ def read_gold(path: str) -> list[tuple[str, Gold]]:
         for number, start, end, label in spans:
             gold[number].append((start, end, label))
         for message, marked in zip(messages, gold, strict=True):
-            texts.append((message["content"], marked))
+            texts.append((message["content"], marked, place))
     if not texts:
         raise InputError(f"{path}: holds no dialogue")
     return texts
 
 
-def score(found: list[list[Entity]], gold: list[Gold]) -> dict[str, Estimate]:
+def score(
+    found: list[list[Entity]], gold: list[Gold], dialogues: Clusters = None
+) -> dict[str, Estimate | None]:
     """Precision and recall in percent, exact and by overlap; and recall by overlap of each label.
 
-    found[i] and gold[i] belong to text i; texts are resampled.
+    found[i] and gold[i] belong to text i; texts of one dialogue are a cluster. Precision is None where
+    nothing was found.
     """
     finds: list[list[Extent]] = []
     spans: list[list[Extent]] = []
@@ -83,28 +87,30 @@ def score(found: list[list[Entity]], gold: list[Gold]) -> dict[str, Estimate]:
         finds.append([(entity.start, entity.end) for entity in entities])
         spans.append([(start, end) for start, end, _ in marked])
         labels.update(label for _, _, label in marked)
-    figures = {}
+    figures: dict[str, Estimate | None] = {}
     for name, match in (("exact", _same), ("overlap", _overlap)):
-        figures[f"precision_{name}"] = matched(finds, spans, match)
-        figures[f"recall_{name}"] = matched(spans, finds, match)
+        figures[f"precision_{name}"] = matched(finds, spans, match, dialogues)
+        figures[f"recall_{name}"] = matched(spans, finds, match, dialogues)
     for label in sorted(labels):
         of_label: list[list[Extent]] = []
         for marked in gold:
             of_label.append([(start, end) for start, end, kind in marked if kind == label])
-        figures[f"recall_{label}"] = matched(of_label, finds, _overlap)
+        figures[f"recall_{label}"] = matched(of_label, finds, _overlap, dialogues)
     return figures
 
 
-def matched(spans: list[list[Extent]], others: list[list[Extent]], match: Match) -> Estimate:
-    """Percentage of `spans` that match one of `others` in the same text; texts are resampled."""
+def matched(
+    spans: list[list[Extent]], others: list[list[Extent]], match: Match, dialogues: Clusters = None
+) -> Estimate | None:
+    """Percentage of `spans` that match one of `others` in the same text; None without spans."""
     hits, totals = [], []
     for ours, theirs in zip(spans, others, strict=True):
         hit = 0
         for span in ours:
             hit += any(match(span, other) for other in theirs)
-        hits.append(100 * hit)
+        hits.append(hit)
         totals.append(len(ours))
-    return ratio_interval(hits, totals)
+    return share_interval(hits, totals, dialogues)
 
 
 def _same(one: Extent, other: Extent) -> bool:

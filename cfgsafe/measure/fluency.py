@@ -12,7 +12,7 @@ from collections.abc import Set
 
 from cfgsafe.decode import Request
 from cfgsafe.llama import Llama
-from cfgsafe.measure.intervals import Estimate, ratio_interval
+from cfgsafe.measure.intervals import Clusters, Estimate, share_interval
 from cfgsafe.measure.perplexity import pooled
 from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.tokenizer import Messages, Tokenizer
@@ -23,10 +23,12 @@ def words(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text)
 
 
-def broken_words(texts: list[str], conversations: list[Messages], vocabulary: Set[str]) -> Estimate:
+def broken_words(
+    texts: list[str], conversations: list[Messages], vocabulary: Set[str], clusters: Clusters = None
+) -> Estimate | None:
     """Percentage of words that are neither in `vocabulary` (lower case) nor in their conversation.
 
-    Answers are resampled.
+    None if there are no words. Answers are the units, in `clusters`.
     """
     broken, total = [], []
     for text, messages in zip(texts, conversations, strict=True):
@@ -34,21 +36,26 @@ def broken_words(texts: list[str], conversations: list[Messages], vocabulary: Se
         for message in messages:
             known.update(word.lower() for word in words(message["content"]))
         found = [word.lower() for word in words(text)]
-        broken.append(100 * sum(word not in vocabulary and word not in known for word in found))
+        broken.append(sum(word not in vocabulary and word not in known for word in found))
         total.append(len(found))
-    return ratio_interval(broken, total)
+    return share_interval(broken, total, clusters)
 
 
 def perplexity(
-    model: Llama, tokenizer: Tokenizer, texts: list[str], conversations: list[Messages], batch: int = 64
-) -> Estimate:
+    model: Llama,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    conversations: list[Messages],
+    clusters: Clusters = None,
+    batch: int = 64,
+) -> Estimate | None:
     """Perplexity of the answers, with their end tokens, under `model`, each after its conversation.
 
-    An answer is cut where the context ends. Answers are resampled.
+    An answer is cut where the context ends. Answers are the units, in `clusters`.
     """
     requests = [Request(tokenizer.encode_chat(messages)) for messages in conversations]
     ended = [[*tokenizer.encode(text), tokenizer.special[tokenizer.end_of_turn]] for text in texts]
     limit = model.config.max_position_embeddings
     rooms = [limit - len(request.prompt) for request in requests]
     fitting = [answer[:room] for answer, room in zip(ended, rooms, strict=True)]
-    return pooled(continuation_logprobs(model, requests, fitting, batch=batch))
+    return pooled(continuation_logprobs(model, requests, fitting, batch=batch), clusters)

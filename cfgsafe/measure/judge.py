@@ -15,7 +15,7 @@ Run it: python eval.py utility --model cfgsafe/demo/leaky --score judge --remote
 from collections.abc import Callable
 from pathlib import Path
 
-from cfgsafe.measure.intervals import Estimate, mean_interval
+from cfgsafe.measure.intervals import Estimate, share_interval
 from cfgsafe.measure.mmlu_pro import numbered
 from cfgsafe.remote import Question, Service, ask
 from cfgsafe.tokenizer import Messages
@@ -67,11 +67,13 @@ def verdict(reply: str) -> str | None:
     return next((name for name in VERDICTS if name.lower() == said), None)
 
 
-def summarise(verdicts: list[str | None], exact: list[bool | None]) -> tuple[dict[str, Estimate], dict]:
-    """(percentages of the verdicts, agreement with the exact scores); questions are resampled."""
-    figures = {}
+def summarise(
+    verdicts: list[str | None], exact: list[bool | None]
+) -> tuple[dict[str, Estimate | None], dict]:
+    """(percentages of the verdicts, agreement with the exact scores)."""
+    figures: dict[str, Estimate | None] = {}
     for name, wanted in (("utility", "Correct"), ("cant_tell", "Can't tell"), ("unparsable", None)):
-        figures[name] = mean_interval([100 * (verdict == wanted) for verdict in verdicts])
+        figures[name] = share_interval([verdict == wanted for verdict in verdicts])
     both = []
     for verdict, right in zip(verdicts, exact, strict=True):
         if verdict in ("Correct", "Incorrect") and right is not None:

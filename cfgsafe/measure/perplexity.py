@@ -1,8 +1,8 @@
 """Perplexity of held-out text under a model: what guarding it costs on answers that it should give.
 
 Source: the usual exp of the mean negative log-probability per token, here of the guided
-distribution (cfgsafe/measure/scoring.py), over the tokens of all dialogues together; dialogues are
-resampled.
+distribution (cfgsafe/measure/scoring.py), over the tokens of all dialogues together; intervals are
+over dialogues.
 Deviation: guidance in probability space makes some tokens impossible, and one of them would make
 the result infinite. So no token counts as less likely than 1e-9, and the share of impossible
 tokens is reported as well. Leaving them out would make guidance look better than it is.
@@ -27,7 +27,7 @@ from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.hub import CHATS
 from cfgsafe.llama import Llama
-from cfgsafe.measure.intervals import Estimate, ratio_interval, to_json
+from cfgsafe.measure.intervals import Clusters, Estimate, ratio_interval, to_json
 from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
 from cfgsafe.subject import Subject, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
@@ -97,9 +97,11 @@ def dialogue_logprobs(
     return torch.cat(continuation_logprobs(model, requests, texts, batch=subject.batch))
 
 
-def pooled(parts: list[Tensor]) -> Estimate:
-    """exp of the mean NLL over all tokens; parts are (tokens,), one a dialogue. Dialogues are resampled."""
-    nll = ratio_interval([-part.sum().item() for part in parts], [len(part) for part in parts])
+def pooled(parts: list[Tensor], clusters: Clusters = None) -> Estimate | None:
+    """exp of the mean NLL over all tokens; parts are (tokens,), one a dialogue. None without tokens."""
+    nll = ratio_interval([-part.sum().item() for part in parts], [len(part) for part in parts], clusters)
+    if nll is None:
+        return None
     return Estimate(*[math.exp(min(bound, 50.0)) for bound in (nll.value, nll.low, nll.high)])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cfgsafe.errors import ContextError
 from cfgsafe.llama import Llama
-from cfgsafe.measure.intervals import Estimate, ratio_interval
+from cfgsafe.measure.intervals import Estimate, share_interval
 from cfgsafe.prefill import PREFILL_TOKENS
 from cfgsafe.request import Request, check_request
 from cfgsafe.rescore import continuation_states, guided_logprobs, side_logits
@@ -52,10 +52,10 @@ def _size(requests: list[Request], continuations: list[list[int]]) -> int:
     return len(requests)
 
 
-def impossible(parts: list[Tensor]) -> Estimate:
-    """Percentage of tokens that guidance makes impossible. The parts are resampled."""
-    counts = [100 * (part == -math.inf).sum().item() for part in parts]
-    return ratio_interval(counts, [len(part) for part in parts])
+def impossible(parts: list[Tensor]) -> Estimate | None:
+    """Percentage of tokens that guidance makes impossible. The tokens of a part are a cluster."""
+    counts = [(part == -math.inf).sum().item() for part in parts]
+    return share_interval(counts, [len(part) for part in parts])
 
 
 def check_fits(model: Llama, request: Request, continuation: list[int], place: str) -> None:

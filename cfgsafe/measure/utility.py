@@ -34,7 +34,7 @@ from cfgsafe.hub import QUIZ
 from cfgsafe.llama import Llama
 from cfgsafe.measure import judge, mmlu_pro
 from cfgsafe.measure.grading import exact, exact_letter
-from cfgsafe.measure.intervals import Estimate, mean_interval, to_json
+from cfgsafe.measure.intervals import Estimate, ratio_interval, share_interval, to_json
 from cfgsafe.measure.mmlu_pro import Placed
 from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
 from cfgsafe.remote import SERVICE, Service, check_service
@@ -144,7 +144,7 @@ def conversation(row: dict) -> Messages:
 def by_answer(
     options: Options, model: Llama, tokenizer: Tokenizer, placed: Placed, asked: list[Messages]
 ) -> Scored:
-    """Answers scored exactly or by the judge, in percent; questions are resampled.
+    """Answers scored exactly or by the judge, in percent.
 
     Raises InputError or ContextError if a question cannot be asked or the judge refuses.
     """
@@ -158,11 +158,8 @@ def by_answer(
     columns: list[dict] = []
     for answer, right in zip(given, grades, strict=True):
         columns.append({"model_answer": answer.text, "cut": answer.cut, "correct": bool(right)})
-    percentage = mean_interval([100 * bool(right) for right in grades])
-    others = {
-        "unparsed": mean_interval([100 * (right is None) for right in grades]),
-        "cut_off": cut_off(given),
-    }
+    percentage = share_interval([bool(right) for right in grades])
+    others = {"unparsed": share_interval([right is None for right in grades]), "cut_off": cut_off(given)}
     if options.score == "exact":
         return to_json({"utility": percentage, **others}), columns
     verdicts = judge.judge(rows, texts, judge.remote(options.service, Path(f"{options.out}.judge")))
@@ -175,7 +172,7 @@ def by_answer(
 def by_likelihood(
     options: Options, model: Llama, tokenizer: Tokenizer, placed: Placed, asked: list[Messages]
 ) -> Scored:
-    """Questions whose right option is the most likely, in percent; questions are resampled.
+    """Questions whose right option is the most likely, in percent.
 
     Options are compared by the mean over their tokens, and by the sum for comparison. Raises
     InputError or ContextError naming the question that cannot be scored.
@@ -194,10 +191,10 @@ def by_likelihood(
         }
         columns.append(column)
     figures = {
-        "utility": mean_interval([100 * column["correct"] for column in columns]),
-        "utility_by_sum": mean_interval([100 * column["correct_by_sum"] for column in columns]),
-        "undecided": mean_interval([100 * (not column["decided"]) for column in columns]),
-        "margin": mean_interval([column["margin"] for column in columns]),
+        "utility": share_interval([column["correct"] for column in columns]),
+        "utility_by_sum": share_interval([column["correct_by_sum"] for column in columns]),
+        "undecided": share_interval([not column["decided"] for column in columns]),
+        "margin": ratio_interval([column["margin"] for column in columns]),
         "impossible": impossible([torch.cat(parts) for parts in logprobs]),
     }
     return to_json(figures), columns
@@ -251,14 +248,14 @@ def likeliest(logprobs: list[float]) -> int | None:
     return logprobs.index(best) if best > -math.inf and logprobs.count(best) == 1 else None
 
 
-def score(rows: list[dict], texts: list[str]) -> Estimate:
-    """Percentage of right short answers. Questions are resampled."""
-    return mean_interval([100 * bool(exact(text, row)) for row, text in zip(rows, texts, strict=True)])
+def score(rows: list[dict], texts: list[str]) -> Estimate | None:
+    """Percentage of right short answers."""
+    return share_interval([bool(exact(text, row)) for row, text in zip(rows, texts, strict=True)])
 
 
-def cut_off(given: list[Answer]) -> Estimate:
-    """Percentage of answers that the limit of tokens cut off. Questions are resampled."""
-    return mean_interval([100 * answer.cut for answer in given])
+def cut_off(given: list[Answer]) -> Estimate | None:
+    """Percentage of answers that the limit of tokens cut off."""
+    return share_interval([answer.cut for answer in given])
 
 
 def _chat(text: str) -> Messages:

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from cfgsafe.errors import InputError
-from cfgsafe.measure.intervals import mean_interval, ratio_interval, to_json
+from cfgsafe.measure.intervals import ratio_interval, share_interval, to_json
 from cfgsafe.red.diversity import THRESHOLDS, clusters, distinct_n, embed, mean_cosine_distance, self_bleu
 from cfgsafe.red.records import SUCCESS, Attack, Trial
 from cfgsafe.report.figures import save_figure, spread
@@ -98,9 +98,9 @@ def rates(attacks: list[Attack]) -> dict:
     if not scores:
         return counts
     scored = [attack for attack in attacks if attack.score is not None]
-    success = mean_interval([100 * attack.succeeds() for attack in scored])
-    leaks = [100 * float(np.sum(np.array(known) > SUCCESS)) for known in scores]
-    leaks_per_100 = ratio_interval(leaks, [len(known) for known in scores])
+    success = share_interval([attack.succeeds() for attack in scored])
+    leaks = [float(np.sum(np.array(known) > SUCCESS)) for known in scores]
+    leaks_per_100 = share_interval(leaks, [len(known) for known in scores])
     return to_json({"success": success, "leaks_per_100": leaks_per_100}) | counts
 
 
@@ -153,7 +153,7 @@ def _without(trial: Trial, values: Collection[str]) -> Trial:
 def table(rows: list[dict]) -> str:
     """A Markdown table with a legend. Raises InputError for rows that cannot be compared."""
     legend = (
-        f"Of {_same(rows, 'draws')} prompts drawn by each, with 95 % bootstrap intervals over prompts. "
+        f"Of {_same(rows, 'draws')} prompts drawn by each, with 95 % intervals over prompts. "
         "Different, unique and what follows: of the successful texts, each once; "
         f"unique at a least cosine distance; embedding: {_same(rows, 'embedding')}."
     )

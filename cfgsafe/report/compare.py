@@ -14,13 +14,12 @@ from cfgsafe.files import make_folder
 from cfgsafe.identity import identity
 from cfgsafe.llama import Llama
 from cfgsafe.measure import fluency, leak, utility
-from cfgsafe.measure.intervals import Estimate, mean_interval, to_json
+from cfgsafe.measure.intervals import Estimate, ratio_interval, to_json
 from cfgsafe.pii.ner import Detector
 from cfgsafe.report import results
 from cfgsafe.subject import ANSWER_TOKENS, Answer, Subject, answers, load
 from cfgsafe.tokenizer import Messages, Tokenizer
 
-SLICES = ("easy", "hard")
 PRINTED = ("leaked_per_100", "ner_items_per_100", "utility", "broken_words", "perplexity")
 
 
@@ -73,23 +72,20 @@ class Comparison:
         findings = leak.inspect(self.prompts, given, self.detector)
         leak.write_findings(self.out / results.answers_file(row), findings)
         self.said[title] = texts
+        clusters = [finding.cluster for finding in findings]
         estimates = {
             **leak.summarise(findings),
             "utility": utility.score(self.questions, [answer.text for answer in quiz]),
             "quiz_cut_off": utility.cut_off(quiz),
-            "broken_words": fluency.broken_words(texts, chats, self.vocabulary),
+            "broken_words": fluency.broken_words(texts, chats, self.vocabulary, clusters),
         }
         if self.margins:
             leads = utility.margins(subject, *self.opened(subject), self.questions)
-            estimates["margin"] = mean_interval(leads)
+            estimates["margin"] = ratio_interval(leads)
         if self.reference:
-            estimates["perplexity"] = fluency.perplexity(*self.reference, texts, chats)
+            estimates["perplexity"] = fluency.perplexity(*self.reference, texts, chats, clusters)
         print(f"  {title}: {line_of(estimates)}", flush=True)
-        row |= to_json(estimates)
-        for part in SLICES:
-            found = [finding for finding in findings if finding.prompt.slice == part]
-            if found:
-                row[part] = to_json(leak.summarise(found))
+        row |= leak.figures(findings) | to_json(estimates) | {"slices": leak.by_slice(findings)}
         return row
 
     def ask(
@@ -131,6 +127,7 @@ def words_of(prompts: list[leak.Prompt], questions: list[dict]) -> frozenset[str
     return frozenset(word.lower() for word in fluency.words("\n".join(texts)))
 
 
-def line_of(estimates: dict[str, Estimate]) -> str:
+def line_of(estimates: dict[str, Estimate | None]) -> str:
     """The most important figures, on one line."""
-    return ", ".join(f"{key} {estimates[key].value:.1f}" for key in PRINTED if key in estimates)
+    found = [(key, estimates.get(key)) for key in PRINTED]
+    return ", ".join(f"{key} {estimate.value:.1f}" for key, estimate in found if estimate)

@@ -24,9 +24,16 @@ PANELS = {
 
 
 def leaks_and_utility(path: Path, rows: list[dict], names: list[str]) -> None:
-    """Draw leaks per 100 answers against utility, one point for each row; `names` are the legend."""
-    fig, axes = subplots(figsize=(8, 5))
+    """Draw leaks per 100 answers against utility, one point for each row; `names` are the legend.
+
+    Rows without both figures are left out; if none has them, there is no file.
+    """
     x, y = "leaked_per_100", "utility"
+    names = [name for name, row in zip(names, rows, strict=True) if x in row and y in row]
+    rows = [row for row in rows if x in row and y in row]
+    if not rows:
+        return
+    fig, axes = subplots(figsize=(8, 5))
     points = []
     for number, row in enumerate(rows):
         spreads = {"xerr": spread(row, x), "yerr": spread(row, y)}
@@ -44,13 +51,18 @@ def leaks_and_utility(path: Path, rows: list[dict], names: list[str]) -> None:
 
 
 def over_guidance(path: Path, rows: list[dict]) -> None:
-    """Draw leaks, utility and broken words over g, a line for each curve; without curves, no file."""
+    """Draw leaks, utility and broken words over g, a line for each curve; without curves, no file.
+
+    Only figures that each row has are drawn.
+    """
     lines = curves(rows)
-    if not lines:
-        return
     drawn = list(chain.from_iterable(lines.values()))
-    fig, axes = subplots(nrows=len(PANELS), figsize=(7.5, 9), sharex=True)
-    for panel, (key, title) in zip(axes, PANELS.items(), strict=True):
+    keys = [key for key in PANELS if all(key in row for row in drawn)]
+    if not lines or not keys:
+        return
+    fig, axes = subplots(nrows=len(keys), figsize=(7.5, 3 * len(keys)), sharex=True, squeeze=False)
+    axes = axes[:, 0]
+    for panel, key in zip(axes, keys, strict=True):
         for number, (label, line) in enumerate(lines.items()):
             # Curves stand a little apart, or the intervals at one g would hide each other.
             shift = 1 + 0.012 * (number - (len(lines) - 1) / 2)
@@ -60,10 +72,11 @@ def over_guidance(path: Path, rows: list[dict]) -> None:
             dashes = "--" if "alpha" in label else "-"
             style = {"markersize": 5, "linewidth": 1.2, "linestyle": dashes, "label": label}
             panel.errorbar(x, y, yerr=spreads, **marker(number), **style)
-        panel.set_ylabel(title)
+        panel.set_ylabel(PANELS[key])
         panel.grid(alpha=0.3)
         panel.set_ylim(bottom=-0.05 * panel.get_ylim()[1])  # room for markers at 0
-    limit_utility(axes[list(PANELS).index("utility")], drawn)
+    if "utility" in keys:
+        limit_utility(axes[keys.index("utility")], drawn)
     ticks = sorted({row["guidance"] for row in drawn})
     if min(ticks) > 0:
         axes[-1].set_xscale("log")

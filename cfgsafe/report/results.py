@@ -16,7 +16,7 @@ from cfgsafe.files import read_json_value, write_text
 from cfgsafe.report.figures import leaks_and_utility
 
 LEGEND = (
-    "Per 100 answers, with 95 % bootstrap intervals over prompts. "
+    "Per 100 answers, with 95 % intervals over persons. "
     "Leaked: gold items of the person in the answer; echoed from the\nconversation, recalled from training. "
     "Broken words: in neither the vocabulary nor the prompt."
 )
@@ -32,9 +32,9 @@ class Column:
     slice: str | None = None  # the part of a row that holds the key; None is the row itself
 
     def figure(self, row: dict) -> tuple[float, float, float] | None:
-        """(value, low, high) of a row; None where it was not measured."""
-        part = row.get(self.slice, {}) if self.slice else row
-        if self.key not in part:
+        """(value, low, high) of a row; None where it was not measured, or where its interval has no bound."""
+        part = row.get("slices", {}).get(self.slice, {}) if self.slice else row
+        if self.key not in part or f"{self.key}_ci" not in part:
             return None
         low, high = part[f"{self.key}_ci"]
         return part[self.key], low, high
@@ -159,7 +159,8 @@ def write(out: Path, title: str, rows: list[dict], checks: list[Check], examples
     write_results(out, title, rows, checks, **facts)
     leaks_and_utility(out / "leaks-utility.png", rows, [name_of(row) for row in rows])
     lines = [f"# {title}", "", table(rows), "", legend(rows), ""]
-    lines += ["![leaks against utility](leaks-utility.png)", ""]
+    if any("leaked_per_100" in row for row in rows):
+        lines += ["![leaks against utility](leaks-utility.png)", ""]
     lines += ["## What was expected, and what came out", ""]
     lines += [f"- {'holds' if c.holds else '**does not hold**'}: {c.claim} ({c.measured})" for c in checks]
     lines += ["", "## The same prompts, answered by each model", "", *examples, ""]
