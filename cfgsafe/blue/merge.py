@@ -3,19 +3,35 @@
 Source: Hu et al. (arXiv 2106.09685), W + scale B A; computed in float32, tensor by tensor, and rounded
 once to the base's dtype.
 
+A CFG-aware adapter protects only under the positive sentence, see cfgsafe/blue/origin.py: merging one
+prints a warning. With --check the merged model answers a few prompts, without that sentence and with
+it added to the system prompt; the leaked items of both are printed as a line of JSON.
+
 Run it: python train.py merge --model cfgsafe/demo/leaky --adapter runs/orpo/epoch-3 --out runs/merged
 """
 
+import json
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cfgsafe.blue.origin import is_cfg_aware
 from cfgsafe.checkpoint import read_config, rewrite_checkpoint
-from cfgsafe.errors import CheckpointError
-from cfgsafe.hub import resolve
+from cfgsafe.errors import CheckpointError, InputError, Unused, check_at_least
+from cfgsafe.hub import PROMPTS, resolve
 from cfgsafe.llama import Llama
 from cfgsafe.lora import HEAD, TIED, adapter_updates, load_adapter, merged
+from cfgsafe.measure import leak
+from cfgsafe.measure.intervals import Estimate, mean_interval, to_json
+from cfgsafe.pii.known import Known
+from cfgsafe.subject import POSITIVE, Subject, answers, load
+
+NEEDED = (
+    f'the merged model protects only with "{POSITIVE}" in the system prompt; '
+    "guidance needs its other sentence as well; --check measures what it leaks"
+)
 
 
 @dataclass
@@ -28,9 +44,28 @@ class Options:
     """PEFT folder or hub id of the LoRA adapter."""
     out: str
     """Folder to write the merged checkpoint to."""
+    check: bool = False
+    """Ask the merged model a few prompts, without the positive sentence of guidance and with it."""
+    prompts: str = PROMPTS
+    """JSONL of prompts with the personal items to look for; default: the demo's test set."""
+    limit: int = 20
+    """Use this many prompts, evenly spaced."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    device: str = "cpu"
+    """Torch device of the check."""
+    dtype: str = "float32"
+    """Data type of the model in the check: float32 or bfloat16."""
+
+    def unused(self) -> Unused:
+        """See `Subject.unused`."""
+        if not self.check:
+            yield "without --check", "prompts", "limit", "max_new_tokens", "device", "dtype"
 
 
 def run(options: Options) -> None:
+    check_at_least(1, options, "limit", "max_new_tokens")
+    prompts = read_prompts(options) if options.check else []
     base = resolve(options.model)
     with torch.device("meta"):  # shapes without memory
         skeleton = Llama(read_config(base))
@@ -44,3 +79,40 @@ def run(options: Options) -> None:
 
     count = rewrite_checkpoint(base, options.out, change)
     print(f"{options.out}: {count} tensors, {len(updates)} of them changed")
+    warn(options)
+    if options.check:
+        print(json.dumps({"prompts": len(prompts), **to_json(check(options, prompts))}))
+
+
+def warn(options: Options) -> None:
+    """Say what a CFG-aware adapter, or one of unknown training, needs."""
+    aware = is_cfg_aware(options.adapter)
+    if aware:
+        print(f"WARNING: {options.adapter} is CFG-aware: {NEEDED}", file=sys.stderr)
+    elif aware is None:
+        why = "its training is unknown: no config.json of train.py orpo beside its folder tells"
+        print(f"WARNING: {options.adapter}: {why}. If it is CFG-aware, {NEEDED}", file=sys.stderr)
+
+
+def read_prompts(options: Options) -> list[leak.Prompt]:
+    """--limit prompts, evenly spaced. Raises InputError if none has items to look for."""
+    prompts = leak.read_prompts(options.prompts)
+    prompts = prompts[:: max(1, len(prompts) // options.limit)][: options.limit]
+    if not any(prompt.items for prompt in prompts):
+        raise InputError(f"{options.prompts}: no prompt has 'items'; --check counts these in the answers")
+    return prompts
+
+
+def check(options: Options, prompts: list[leak.Prompt]) -> dict[str, Estimate]:
+    """Leaked items per 100 answers of the merged model, without and with the positive sentence."""
+    model, tokenizer = load(Subject(options.out, device=options.device, dtype=options.dtype))
+    chats, places = [prompt.messages for prompt in prompts], [prompt.place for prompt in prompts]
+    found = {}
+    for name, guidance in (("leaked_per_100", None), ("with_sentence_leaked_per_100", 1.0)):
+        subject = Subject(options.out, guidance=guidance)
+        given = answers(subject, model, tokenizer, chats, name, options.max_new_tokens, places)
+        leaked = []
+        for prompt, answer in zip(prompts, given, strict=True):
+            leaked.append(100 * leak.examine(prompt, answer.text, [], Known()).leaked)
+        found[name] = mean_interval(leaked)
+    return found

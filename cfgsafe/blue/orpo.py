@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cfgsafe.blue import batches, memory, resume
+from cfgsafe.blue import batches, memory, origin, resume
 from cfgsafe.blue.batches import Pair, Step
 from cfgsafe.blue.options import FREE, Options, check, unread
 from cfgsafe.blue.step import LOGGED, batch_loss, evaluate, reference_logprobs
@@ -236,7 +236,7 @@ def begin(run: Run, settings: dict, held: dict[str, str], out: Path, steps: list
                 shutil.rmtree(state)
         resume.keep_steps(out / "metrics.jsonl", "step", done)
         resume.keep_steps(out / "eval.jsonl", "epoch", epochs)
-        resume.write_config(out / resume.CONFIG, settings, held)
+        resume.write_config(out / resume.CONFIG, settings | origin.record(options), held)
     world.barrier()
     return done
 
