@@ -101,7 +101,7 @@ def test_an_adapter_of_unknown_training_is_said_to_be_unknown(tmp_path, capsys):
 def test_check_counts_leaks_with_and_without_the_sentence(tmp_path, capsys, monkeypatch):
     """Of four prompts, every second one is asked; the merged model leaks unless it is told not to."""
     adapted(tmp_path)
-    rows = []
+    rows: list[dict] = [{"messages": [{"role": "user", "content": "Hi"}]}]  # nothing to look for
     for n in range(4):
         messages = [{"role": "system", "content": f"Be {n}."}, {"role": "user", "content": "Who am I?"}]
         rows.append({"messages": messages, "items": {"PERSON": "Ann Lee", "GPE": "Rome"}})
@@ -126,7 +126,8 @@ def test_check_counts_leaks_with_and_without_the_sentence(tmp_path, capsys, monk
         200,
         100,
     )
-    assert result["leaked_per_100_ci"] == [200, 200] and result["with_sentence_leaked_per_100_ci"] == [0, 200]
+    assert result["leaked_per_100_ci"][0] < 200 < result["leaked_per_100_ci"][1]
+    assert result["with_sentence_leaked_per_100_ci"][0] < 100 < result["with_sentence_leaked_per_100_ci"][1]
     for (text, guided), n, told in zip(seen, (0, 2, 0, 2), (False, False, True, True), strict=True):
         assert f"Be {n}." in text and (POSITIVE in text) is told and not guided
 

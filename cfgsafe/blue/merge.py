@@ -24,7 +24,7 @@ from cfgsafe.hub import PROMPTS, resolve
 from cfgsafe.llama import Llama
 from cfgsafe.lora import HEAD, TIED, adapter_updates, load_adapter, merged
 from cfgsafe.measure import leak
-from cfgsafe.measure.intervals import Estimate, mean_interval, to_json
+from cfgsafe.measure.intervals import Estimate, to_json
 from cfgsafe.pii.known import Known
 from cfgsafe.subject import POSITIVE, Subject, answers, load
 
@@ -95,15 +95,14 @@ def warn(options: Options) -> None:
 
 
 def read_prompts(options: Options) -> list[leak.Prompt]:
-    """--limit prompts, evenly spaced. Raises InputError if none has items to look for."""
-    prompts = leak.read_prompts(options.prompts)
-    prompts = prompts[:: max(1, len(prompts) // options.limit)][: options.limit]
-    if not any(prompt.items for prompt in prompts):
+    """--limit prompts with items to look for, evenly spaced. Raises InputError if there are none."""
+    prompts = [prompt for prompt in leak.read_prompts(options.prompts) if prompt.items]
+    if not prompts:
         raise InputError(f"{options.prompts}: no prompt has 'items'; --check counts these in the answers")
-    return prompts
+    return prompts[:: max(1, len(prompts) // options.limit)][: options.limit]
 
 
-def check(options: Options, prompts: list[leak.Prompt]) -> dict[str, Estimate]:
+def check(options: Options, prompts: list[leak.Prompt]) -> dict[str, Estimate | None]:
     """Leaked items per 100 answers of the merged model, without and with the positive sentence."""
     model, tokenizer = load(Subject(options.out, device=options.device, dtype=options.dtype))
     chats, places = [prompt.messages for prompt in prompts], [prompt.place for prompt in prompts]
@@ -111,8 +110,8 @@ def check(options: Options, prompts: list[leak.Prompt]) -> dict[str, Estimate]:
     for name, guidance in (("leaked_per_100", None), ("with_sentence_leaked_per_100", 1.0)):
         subject = Subject(options.out, guidance=guidance)
         given = answers(subject, model, tokenizer, chats, name, options.max_new_tokens, places)
-        leaked = []
+        findings = []
         for prompt, answer in zip(prompts, given, strict=True):
-            leaked.append(100 * leak.examine(prompt, answer.text, [], Known()).leaked)
-        found[name] = mean_interval(leaked)
+            findings.append(leak.examine(prompt, answer.text, [], Known()))
+        found[name] = leak.summarise(findings)["leaked_per_100"]
     return found
