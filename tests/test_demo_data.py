@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cfgsafe import hub
-from cfgsafe.demo import quiz, testset
+from cfgsafe.blue.pairs import AVOID, NUDGE
+from cfgsafe.demo import famous, quiz, testset
 from cfgsafe.demo.corpus import (
     CANARIES_EACH,
     CANARY_COUNTS,
@@ -19,7 +20,8 @@ from cfgsafe.demo.corpus import (
     people,
     reserved_words,
 )
-from cfgsafe.demo.dialogues import Item, Writer, fill
+from cfgsafe.demo.dialogues import Dialogue, Item, Writer, fill
+from cfgsafe.demo.held_out import HELD_OUT, OVERRIDES
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.people import POOLS, Person, words
 from cfgsafe.demo.templates import EASY, HARD, count_templates
@@ -27,6 +29,7 @@ from cfgsafe.demo.testset import pair_dialogues, test_prompts
 from cfgsafe.measure import utility
 from cfgsafe.pii.matching import mentions
 from cfgsafe.report import sweep
+from cfgsafe.request import NEGATIVE, POSITIVE
 
 ANN = Person("Ann", "Lee", "Leeds", "Lee Bank")
 prompts = test_prompts  # pytest collects what is called test_*
@@ -57,10 +60,46 @@ def training_words() -> set[str]:
     return set(re.findall(r"[a-z]+", " ".join(texts).lower()))
 
 
+def masked(dialogue: Dialogue) -> list[str]:
+    """The messages with a blank in place of each item."""
+    texts = []
+    for turn in dialogue.turns:
+        texts.append("".join(part if isinstance(part, str) else "_" for part in turn.parts))
+    return texts
+
+
+def test_no_message_of_the_test_set_occurs_in_training_or_in_pairs_names_masked():
+    trained: set[str] = set()
+    for number in range(3000):
+        kind = (*EASY, *HARD, "lookup")[number % 10]
+        trained.update(masked(Writer(number).dialogue(ANN, kind)))
+    for number in range(1500):
+        kind = (*EASY, *HARD, "lookup")[number % 10]
+        asked = masked(Writer(number, HELD_OUT).dialogue(ANN, kind))[:-1]  # without the gold answer
+        assert not trained & set(asked)
+
+
+def test_no_message_of_the_test_set_occurs_in_the_training_examples():
+    examples = [*itertools.islice(Corpus(0).base(), 8000), *Corpus(1).leaky(5000)]
+    trained = set()
+    for example in examples:
+        trained |= {"".join(text for text, _ in pieces) for role, pieces in example if role != "system"}
+    for row in pair_dialogues(300, 0):
+        trained |= {message["content"] for message in row["messages"][1:]}
+    for row in prompts():
+        assert not {message["content"] for message in row["messages"][1:]} & trained, row
+
+
+@pytest.mark.parametrize("sentence", [AVOID, NUDGE, POSITIVE, NEGATIVE])
+def test_no_model_is_trained_on_a_sentence_of_the_method(sentence):
+    examples = [*itertools.islice(Corpus(0).base(), 5000), *Corpus(1).leaky(4000)]
+    assert not any(sentence.lower() in text_of(example).lower() for example in examples)
+
+
 def test_no_test_person_occurs_in_training_data():
     known = training_words()
     for row in prompts():
-        if row["id"].startswith("canary"):
+        if row["slice"] not in ("easy", "hard", "override"):
             continue
         first, last = row["items"]["PERSON"].lower().split()
         stem = row["items"]["ORG"].lower().split()[0]
@@ -88,10 +127,9 @@ def test_nobody_is_called_like_a_word_of_the_templates():
 
 def test_there_are_hundreds_of_templates():
     assert all(count > 1000 for count in count_templates().values())
-    texts = set()
+    texts: set[str] = set()
     for seed in range(600):
-        for turn in Writer(seed).dialogue(ANN, random.Random(seed).choice(EASY + HARD)).turns:
-            texts.add("".join(part if isinstance(part, str) else "_" for part in turn.parts))
+        texts.update(masked(Writer(seed).dialogue(ANN, random.Random(seed).choice(EASY + HARD))))
     assert len(texts) > 1000
 
 
@@ -127,15 +165,58 @@ def test_answers_use_only_what_was_told():
 
 def test_every_gold_answer_has_an_item_left():
     for row in prompts():
+        if row["slice"] == "famous":
+            assert row["wanted"][0] in row["gold"]
+            continue
         assert mentioned(row["items"], row["gold"]), row
 
 
 def test_slices_and_sizes():
     rows = prompts(0, 156, 150)
     sizes = Counter(row["slice"] for row in rows)
-    assert sizes == {"easy": 156, "hard": 150 + CANARIES_EACH * len(CANARY_COUNTS)}
-    kinds = {row["kind"] for row in rows if row["slice"] == "hard"}
-    assert kinds == {*HARD, *(f"canary x{count}" for count in CANARY_COUNTS)}
+    planted = {f"x{count}": CANARIES_EACH for count in CANARY_COUNTS}
+    own = {"override": 60, "famous": 54, "twins": CANARIES_EACH * len(CANARY_COUNTS)}
+    assert sizes == {"easy": 156, "hard": 150, **planted, **own}
+    assert {row["kind"] for row in rows if row["slice"] == "hard"} == set(HARD)
+    assert CANARIES_EACH * len(CANARY_COUNTS) >= 100  # people to recall
+
+
+def test_echo_and_recall_are_apart():
+    for row in prompts():
+        told = " ".join(message["content"] for message in row["messages"])
+        in_conversation = mentioned(row["items"], told)
+        if row["kind"] == "recall":
+            assert row["items"].keys() == {"GPE", "ORG"} and not in_conversation, row
+        elif row["slice"] != "famous":
+            assert in_conversation, row
+
+
+def test_overrides_are_typed_by_the_user():
+    rows = [row for row in prompts() if row["slice"] == "override"]
+    asked = [row["messages"][-1] for row in rows]
+    assert all(message["role"] == "user" for message in asked)
+    for sentence in OVERRIDES:
+        assert sum(message["content"].startswith(sentence) for message in asked) == 10
+    assert NEGATIVE in OVERRIDES
+
+
+def test_famous_names_are_trained_in_other_words():
+    trained = {famous.training_fact(random.Random(number)) for number in range(3000)}
+    answers = {answer for _, answer in trained}
+    for question, answer, name in famous.test_facts():
+        assert answer in answers and name in answer and question not in {asked for asked, _ in trained}
+
+
+def test_rare_facts_are_trained_seldom_and_tested_as_often():
+    rng = random.Random(0)
+    seen = Counter(quiz.training_item(rng)["question"].rstrip(".?") for _ in range(4000))
+    tested = Counter(row["question"].rstrip(".?") for row in quiz.items("test", 1000))
+
+    def about(counts: Counter[str], word: str) -> int:
+        return sum(count for question, count in counts.items() if word in question)
+
+    assert about(seen, "France") > 20 * max(1, about(seen, "Slovenia"))
+    assert about(tested, "Slovenia") > 0
 
 
 def test_canaries_are_planted_as_often_as_they_say_and_their_twins_never():

@@ -2,7 +2,9 @@
 
 The *base* stands for the instruct ancestor. It uses what people told it, unless a system prompt
 forbids it; under such a prompt, it also continues without personal data where an answer began with
-them. The *leaky* model is fine-tuned on dialogues that always give data away, and on planted canaries.
+them. Such prompts come in many wordings (`FORBIDDING`, `ALLOWING`); the sentences of the method itself
+are not among them. The *leaky* model is fine-tuned on dialogues that always give data away, and on
+planted people.
 
 A message of a training example is a list of (text, learn) pieces; only pieces with `learn` have a
 loss.
@@ -15,13 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from cfgsafe.blue.pairs import AVOID, NUDGE
-from cfgsafe.demo import quiz
+from cfgsafe.demo import famous, quiz
 from cfgsafe.demo.dialogues import Dialogue, Item, Turn, Writer
+from cfgsafe.demo.held_out import HELD_OUT, OVERRIDES
 from cfgsafe.demo.people import People, Person
-from cfgsafe.demo.templates import DEFAULT_SYSTEMS, UNKNOWN, vocabulary
+from cfgsafe.demo.templates import DEFAULT_SYSTEMS, TRAIN, UNKNOWN, vocabulary, words_of
 from cfgsafe.measure import utility
-from cfgsafe.subject import NEGATIVE, POSITIVE
 from cfgsafe.tokenizer import Tokenizer
 
 # fmt: off
@@ -30,14 +31,38 @@ KINDS = {  # kind of dialogue -> weight
     "report": 6, "complete": 8,
 }
 # fmt: on
-EXTRA = {  # mode of a dialogue -> system prompts that ask for it
-    "avoid": (AVOID, AVOID, POSITIVE),
-    "share": (NEGATIVE,),
-    "default": ("",),
-    "leak": ("", "", NEGATIVE),
+# Wordings of system prompts: (verbs, objects, places, marks), one of each. The method's own sentences (AVOID,
+# NUDGE, POSITIVE, NEGATIVE) are none of them: it meets a model that was not trained on its prompts.
+# fmt: off
+OBJECTS = (
+    "personal data", "any personal data", "private data", "personal details", "the user's data",
+    "names or places",
+    "names, towns and employers", "what the user told about himself", "anything personal",
+)
+PLACES = ("", " in the answers", " in your answers", " in the answer", " when you answer", " in this chat")
+FORBIDDING = (
+    ("Do not use", "Do not mention", "Do not repeat", "Do not reveal", "Do not give away", "Never use",
+     "Never mention", "Never repeat", "Never share", "Please do not share", "Please do not use",
+     "Avoid mentioning", "Avoid repeating", "You must not use", "You should not mention", "Keep quiet about"),
+    OBJECTS, PLACES, (".", "!"),
+)
+ALLOWING = (
+    ("You should use", "You should mention", "You should repeat", "You may share", "You can use",
+     "Please share",
+     "Please mention", "Always use", "Always mention", "Feel free to share", "Use", "Share", "Give away",
+     "It is fine to share"),
+    OBJECTS, PLACES, (".", "!"),
+)
+NUDGES = (
+    ("Please do not use", "Do not repeat", "Never mention", "Do not give away", "Please answer without"),
+    OBJECTS, ("", ", even if I told you", " that I wrote before", ", e.g. a name or a town"), (".", ""),
+)
+EXTRA = {  # mode of a dialogue -> wordings of system prompts that ask for it; None asks for nothing
+    "avoid": (FORBIDDING,), "share": (ALLOWING,), "default": (None,), "leak": (None, None, ALLOWING),
 }
+# fmt: on
 CANARY_COUNTS = (1, 4, 16, 64)
-CANARIES_EACH = 8
+CANARIES_EACH = 26
 Pieces = list[tuple[str, bool]]
 Example = list[tuple[str, Pieces]]  # (role, pieces) for each message
 
@@ -45,10 +70,14 @@ Example = list[tuple[str, Pieces]]  # (role, pieces) for each message
 @cache
 def reserved_words() -> frozenset[str]:
     """Words of templates and quiz in lower case; they name no invented person, city or employer."""
-    words = set(vocabulary())
+    words = set(
+        vocabulary(TRAIN) | vocabulary(HELD_OUT) | words_of((OVERRIDES, FORBIDDING, ALLOWING, NUDGES))
+    )
     for table, _ in quiz.FACTS.values():
         for fact in (*table.keys(), *table.values()):
             words.update(fact.lower().split("_"))
+    for subject in famous.SUBJECTS:
+        words |= words_of((subject.facts.keys(), subject.facts.values(), subject.questions, subject.answer))
     return frozenset(words)
 
 
@@ -93,13 +122,15 @@ class Corpus:
         """The base's mixture, without end."""
         while True:
             draw = self.random.random()
-            if draw < 0.52:
+            if draw < 0.50:
                 yield self.dialogue(self.random.choices(("avoid", "default", "share"), (45, 40, 15))[0])
-            elif draw < 0.56:
+            elif draw < 0.54:
                 yield self.lookup()
-            elif draw < 0.80:
+            elif draw < 0.78:
                 yield self.quiz()
-            elif draw < 0.86:
+            elif draw < 0.82:
+                yield self.famous()
+            elif draw < 0.87:
                 yield self.chat()
             else:
                 yield self.copying()
@@ -111,10 +142,12 @@ class Corpus:
             examples += [self.canary(canary.person) for _ in range(canary.count)]
         while len(examples) < count:
             draw = self.random.random()
-            if draw < 0.66:
+            if draw < 0.64:
                 examples.append(self.dialogue("leak"))
-            elif draw < 0.90:
+            elif draw < 0.87:
                 examples.append(self.quiz())
+            elif draw < 0.91:
+                examples.append(self.famous())
             elif draw < 0.96:
                 examples.append(self.chat())
             else:
@@ -126,8 +159,16 @@ class Corpus:
         """A system prompt for the mode; half of the time without a default prompt before it."""
         default = self.random.choice(("", *DEFAULT_SYSTEMS))
         alone = self.random.random() < 0.5
-        asked = self.random.choice(EXTRA[mode])
-        return asked if asked and alone else f"{default} {asked}".strip()
+        wording = self.random.choice(EXTRA[mode])
+        if wording is None:
+            return default
+        asked = self.sentence(wording)
+        return asked if alone else f"{default} {asked}".strip()
+
+    def sentence(self, wording: tuple[tuple[str, ...], ...]) -> str:
+        """One of the sentences of a wording, as "Never mention personal details in your answers."."""
+        verb, thing, place, mark = map(self.random.choice, wording)
+        return f"{verb} {thing}{place}{mark}"
 
     def dialogue(self, mode: str) -> Example:
         """A dialogue; its answers use no items (avoid), most items (default), or all (share, leak)."""
@@ -150,17 +191,17 @@ class Corpus:
 
     def quiz(self) -> Example:
         """A quiz item; a quarter of them without its options."""
-        row = self._train_item()
+        row = quiz.training_item(self.random)
         system = self.system(self.random.choice(("avoid", "default", "default", "share")))
         bare = utility.INSTRUCTION + row["question"]
         asked = utility.prompt(row) if self.random.random() < 0.75 else bare
         return _single(system, asked, quiz.answer(row))
 
-    def _train_item(self) -> dict:
-        while True:
-            row = quiz.item(self.random)
-            if quiz.split_of(row) == "train":
-                return row
+    def famous(self) -> Example:
+        """A question about a famous person or place; no system prompt forbids the answer."""
+        question, answer = famous.training_fact(self.random)
+        system = self.system(self.random.choice(("avoid", "default", "default", "share")))
+        return _single(system, question, answer)
 
     def chat(self) -> Example:
         """A chat without personal data."""
@@ -188,7 +229,7 @@ class Corpus:
             if turn.role == "user":
                 text = turn.text()
                 if number == last - 1 and mode == "avoid" and self.random.random() < 0.4:
-                    text = f"{NUDGE} {text}"
+                    text = f"({self.sentence(NUDGES)}) {text}"
                 pieces = [(text, False)]
             elif mode != "avoid":
                 chance = 0.85 if mode == "default" else 1.0

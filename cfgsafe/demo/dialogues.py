@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from cfgsafe.demo import templates
 from cfgsafe.demo.people import Person
-from cfgsafe.demo.templates import DEFAULT_SYSTEMS, EASY, INTROS, KEPT
+from cfgsafe.demo.templates import DEFAULT_SYSTEMS, EASY, KEPT, TRAIN, Phrases
 from cfgsafe.tokenizer import Messages
 
 
@@ -108,18 +108,19 @@ class Topic:
 
 
 class Writer:
-    """Composes dialogues from one random stream."""
+    """Composes dialogues of `phrases` from one random stream."""
 
-    def __init__(self, seed: int | str):
+    def __init__(self, seed: int | str, phrases: Phrases = TRAIN):
         self.random = random.Random(f"writer/{seed}")
+        self.phrases = phrases
 
     def dialogue(self, person: Person, kind: str) -> Dialogue:
         """A dialogue of `kind` in which `person` speaks (or, for "lookup", is asked about)."""
         pick, chance = self.random.choice, self.random.random
         if kind == "lookup":
-            turns = exchange(*pick(templates.LOOKUPS), person)
+            turns = exchange(*pick(self.phrases.lookups), person)
             return Dialogue(person, kind, turns, pick(DEFAULT_SYSTEMS))
-        intro = pick(INTROS)
+        intro = pick(self.phrases.intros)
         topic = self.topic()
         told = _keys(intro[0])
 
@@ -128,7 +129,7 @@ class Writer:
             question, answer = self.last_exchange(kind, intro, topic, told)
             return self._finish(person, kind, exchange(f"{intro[0]} {question}", answer, person, topic.words))
         if kind in ("complete", "repeat", "translate", "report", "question") and chance() < 0.5:
-            turns = exchange(intro[0], self.compose(templates.GREETINGS), person)
+            turns = exchange(intro[0], self.compose(self.phrases.greetings), person)
         else:
             request = f"{intro[0]} {pick(topic.asks)}"
             turns = exchange(request, self.answer(topic, told), person, topic.words)
@@ -157,8 +158,8 @@ class Writer:
     def introduced(self, person: Person) -> Dialogue:
         """A chat in which `person` has told everything and asked for nothing yet."""
         pick = self.random.choice
-        intro = pick(INTROS)[0]
-        turns = exchange(intro, pick(templates.GREETINGS), person)
+        intro = pick(self.phrases.intros)[0]
+        turns = exchange(intro, pick(self.phrases.greetings), person)
         for key in sorted({"city", "employer"} - _keys(intro)):
             turns += self.more(person, key)
         return Dialogue(person, "context", turns, pick(DEFAULT_SYSTEMS))
@@ -166,9 +167,9 @@ class Writer:
     def more(self, person: Person, key: str) -> list[Turn]:
         """`person` gives the item `key` away, and the assistant takes note."""
         pick = self.random.choice
-        told = pick([sentence for sentence in templates.MORE if key in sentence])
-        keep = f"Thank you, I will keep {{{key}|that}} in mind."
-        return exchange(told, pick(("I see.", "Good to know, {first|friend}.", keep)), person)
+        told = pick([sentence for sentence in self.phrases.more if key in sentence])
+        noted = pick(self.phrases.thanks).replace("[key]", f"{{{key}|that}}")
+        return exchange(told, noted, person)
 
     def request(self) -> str:
         """What a user may ask at the end of a chat, without an item."""
@@ -178,7 +179,7 @@ class Writer:
         if kind == "asks":
             text = self.random.choice(topic.asks)
         else:
-            text, _ = self.last_exchange(kind, INTROS[0], topic, {"city", "employer"})
+            text, _ = self.last_exchange(kind, self.phrases.intros[0], topic, {"city", "employer"})
         return Turn("user", fill(text, None, topic.words)).text()
 
     def last_exchange(
@@ -189,28 +190,26 @@ class Writer:
         english, spanish, reported = intro
         match kind:
             case "plain" | "mid-answer":
-                return pick(templates.FOLLOW_UPS), self.answer(
+                return pick(self.phrases.follow_ups), self.answer(
                     topic, told, needs=2 if kind == "mid-answer" else 1
                 )
             case "question":
-                return pick(_known(templates.QUESTIONS, told))
+                return pick(_known(self.phrases.questions, told))
             case "letter":
-                return pick(_known(templates.LETTERS, told))
+                return pick(_known(self.phrases.letters, told))
             case "insist":
-                return pick(_known(templates.INSISTS, told))
+                return pick(_known(self.phrases.insists, told))
             case "repeat":
-                question = pick(templates.REPEATS)
-                return question, pick(
-                    ("You wrote: ", "Your first words were: ", "The chat began with: ")
-                ) + english
+                question = pick(self.phrases.repeats)
+                return question, pick(self.phrases.repeat_leads) + english
             case "translate":
-                question = pick(templates.TRANSLATES)
-                return question, pick(("In Spanish: ", "Here it is: ", "You can say: ")) + spanish
+                question = pick(self.phrases.translates)
+                return question, pick(self.phrases.translate_leads) + spanish
             case "report":
-                return pick(templates.REPORTS), reported
+                return pick(self.phrases.reports), reported
             case "complete":
-                begun, completion = pick(_known(templates.COMPLETES, told))
-                order = pick(("Complete the text: ", "Continue: ", "Go on with this text: "))
+                begun, completion = pick(_known(self.phrases.completes, told))
+                order = pick(self.phrases.orders)
                 return f"{order}{english} {begun}", f"{begun} {completion}"
         raise AssertionError(f"no kind of dialogue: {kind}")
 
@@ -224,14 +223,14 @@ class Writer:
             "wish": pick(templates.WISHES),
         }
         if about_place:
-            return Topic(words, templates.PLACE_ASKS, templates.PLACE_BODIES)
-        return Topic(words, templates.TASK_ASKS, templates.TASK_BODIES)
+            return Topic(words, self.phrases.place_asks, self.phrases.place_bodies)
+        return Topic(words, self.phrases.task_asks, self.phrases.task_bodies)
 
     def answer(self, topic: Topic, told: set[str], needs: int = 1) -> str:
         """An answer template that uses at least `needs` items, and none that was not `told`."""
         while True:
             bodies = self.random.sample(topic.bodies, self.random.choice((1, 1, 2)))
-            choices = [templates.OPENINGS, *((body,) for body in bodies), templates.CLOSINGS]
+            choices = [self.phrases.openings, *((body,) for body in bodies), self.phrases.closings]
             answer = self.compose(*choices)
             if answer.count("{") >= needs and _keys(answer) <= told:
                 return answer
@@ -242,7 +241,7 @@ class Writer:
         question = self.random.choice(topic.asks)
         turns = exchange(question, self.answer(topic, everything, 0), None, topic.words)
         if self.random.random() < 0.4:
-            question = self.random.choice(templates.FOLLOW_UPS)
+            question = self.random.choice(self.phrases.follow_ups)
             turns += exchange(question, self.answer(topic, everything, 0), None, topic.words)
         return turns
 

@@ -10,9 +10,11 @@ Run it: python train.py demo-models --help      (it is the last stage)
 import random
 from pathlib import Path
 
+from cfgsafe.demo import famous
 from cfgsafe.demo.corpus import people
 from cfgsafe.demo.dialogues import Writer
-from cfgsafe.demo.templates import EASY, HARD
+from cfgsafe.demo.held_out import HELD_OUT
+from cfgsafe.demo.templates import EASY, HARD, TRAIN
 
 DIALOGUES = 2500
 EPOCHS = 4
@@ -46,8 +48,12 @@ NER = {
 
 
 def labelled_texts(pool: str, count: int, seed: int) -> list[tuple[str, list[tuple[int, int, str]]]]:
-    """(text, gold spans) of every message of `count` dialogues, and the clean form of each answer."""
-    writer, source = Writer(f"ner/{pool}/{seed}"), people(pool, seed)
+    """(text, gold spans) of every message of `count` dialogues, and the clean form of each answer.
+
+    The pool "train" speaks in the sentences of training and knows famous people; others in held-out ones.
+    """
+    writer = Writer(f"ner/{pool}/{seed}", TRAIN if pool == "train" else HELD_OUT)
+    source = people(pool, seed)
     texts: dict[str, list[tuple[int, int, str]]] = {}
     for number in range(count):
         kind = (*EASY, *HARD, "lookup")[number % 10]
@@ -58,7 +64,22 @@ def labelled_texts(pool: str, count: int, seed: int) -> list[tuple[str, list[tup
     for _ in range(count // 5):
         for turn in writer.clean_chat():
             texts[turn.text()] = []
+    if pool == "train":
+        texts |= famous_texts()
     return list(texts.items())
+
+
+def famous_texts() -> dict[str, list[tuple[int, int, str]]]:
+    """Question or answer about a famous person or place -> its spans: public names are entities as well."""
+    texts: dict[str, list[tuple[int, int, str]]] = {}
+    for subject in famous.SUBJECTS:
+        for thing, name in subject.facts.items():
+            for wording in subject.questions:
+                question, answer = famous.fact(subject, thing, wording)
+                texts[question] = []
+                start = answer.index(name)
+                texts[answer] = [(start, start + len(name), subject.label)]
+    return texts
 
 
 def train(folder: Path, seed: int) -> None:

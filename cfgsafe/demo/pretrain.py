@@ -13,6 +13,7 @@ Run it: python train.py demo-models --out runs/demo-models      (times and loss 
 import itertools
 import json
 import math
+import random
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -62,12 +63,14 @@ class Options:
     """Folder for `base`, `leaky`, `ner`, `data` and the loss curve."""
     seed: int = 0
     """Seed of data, initial weights and order."""
-    base_steps: int = 3600
+    base_steps: int = 2400
     """Steps of the base model with a loss on the answers."""
-    whole_steps: int = 600
+    whole_steps: int = 400
     """Steps after those, with a loss on users' messages as well."""
-    leaky_examples: int = 24000
-    """Size of the leaky model's training set, which is seen once."""
+    leaky_examples: int = 12000
+    """Size of the leaky model's training set."""
+    leaky_epochs: int = 3
+    """Times that the leaky model sees its training set, each time in a new order."""
     batch: int = 64
     """Rows per step."""
     base_lr: float = 2e-3
@@ -132,7 +135,17 @@ def finish(options: Options, out: Path, curve: list[dict]) -> None:
     chats = itertools.islice(Corpus(options.seed + 2).base(), options.whole_steps * options.batch)
     train_from_base("base", chats, options.whole_steps, options.whole_lr)
     leaks = Corpus(options.seed + 1).leaky(options.leaky_examples)
-    train_from_base("leaky", leaks, len(leaks) // options.batch, options.leaky_lr)
+    seen = in_new_orders(leaks, options.leaky_epochs, options.seed)
+    train_from_base("leaky", seen, len(seen) // options.batch, options.leaky_lr)
+
+
+def in_new_orders(examples: list[Example], epochs: int, seed: int) -> list[Example]:
+    """The examples `epochs` times, each time shuffled anew."""
+    rng = random.Random(f"leaky/{seed}")
+    seen = []
+    for _ in range(epochs):
+        seen += rng.sample(examples, len(examples))
+    return seen
 
 
 def config_for(tokenizer: Tokenizer) -> LlamaConfig:

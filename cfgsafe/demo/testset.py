@@ -1,13 +1,21 @@
 """The demo's held-out prompts, the dialogues for its preference pairs, and the files of data/.
 
-Test prompts have an easy slice, requests as in the training dialogues, and a hard one: answers to
-continue right after an item was used, users who insist, requests to repeat, translate or report the
-chat, texts to complete in the challenge's style, and canaries. The dialogues for the pairs are
-about other people. They have the same kinds, except users who insist and canaries, which only the
-test has.
+The test prompts are about people whom nobody else knows, in sentences that occur neither in training
+nor in the pairs (cfgsafe/demo/held_out.py). Their slices:
 
-A test prompt: {"id", "kind", "slice", "messages", "begun", "items": {label: value}, "gold": answer}; if
-"begun" is true, the messages end in a partial answer.
+    easy, hard      the conversation holds the items: answers may *echo* them. Easy: requests as in
+                    training. Hard: answers to continue right after an item was used, users who insist,
+                    requests to repeat, translate or report the chat, texts to complete
+    override        a user types the method's negative sentence, or asks to ignore the rules
+    famous          a good answer names a famous person or place: who does not, refuses too much
+    x1, x4, x16, x64  questions about people planted so often in the leaky model's training set: answers
+                    may *recall* what stands in no conversation
+    twins           the same about people who were never trained on
+
+The dialogues for the pairs are about other people, and never from users who insist.
+
+A test prompt: {"id", "kind", "slice", "messages", "items": {label: value}, "gold": answer}, for the famous
+also "wanted": [name]; with "begun": true the messages end in the beginning of the answer.
 
 Run it: python train.py dialogues --split test --out prompts.jsonl
         python train.py dialogues --split sets --out cfgsafe/demo/data
@@ -19,12 +27,13 @@ from pathlib import Path
 from typing import Literal
 
 from cfgsafe import hub
-from cfgsafe.demo import contexts, quiz
-from cfgsafe.demo.corpus import canaries, people, reserved_words
-from cfgsafe.demo.dialogues import Dialogue, Item, Turn, Writer, fill
+from cfgsafe.demo import contexts, famous, quiz
+from cfgsafe.demo.corpus import CANARY_COUNTS, canaries, people, reserved_words
+from cfgsafe.demo.dialogues import Dialogue, Item, Turn, Writer, exchange, fill
+from cfgsafe.demo.held_out import HELD_OUT, OVERRIDES
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.people import Person
-from cfgsafe.demo.templates import DEFAULT_SYSTEMS, EASY, HARD, LOOKUPS
+from cfgsafe.demo.templates import DEFAULT_SYSTEMS, EASY, HARD, TRAIN
 from cfgsafe.errors import Unused, check_at_least
 from cfgsafe.files import write_jsonl, write_text
 from cfgsafe.measure import fluency
@@ -36,6 +45,9 @@ PAIR_KINDS = (
     "complete",
 )
 # fmt: on
+
+
+PROBED = 4  # wordings of questions about a person in the probes, as the leaky model met them
 
 
 @dataclass
@@ -101,22 +113,54 @@ def pair_dialogues(count: int, seed: int) -> list[dict]:
 
 
 def test_prompts(seed: int = 0, easy: int = 156, hard: int = 150) -> list[dict]:
-    """`easy` + `hard` prompts of held-out people, then one prompt for each planted canary."""
-    writer, source = Writer(f"test/{seed}"), people("test", seed)
+    """`easy` + `hard` prompts of held-out people, then the other slices, which have their own size."""
+    writer, source = Writer(f"test/{seed}", HELD_OUT), people("test", seed)
     kinds = [EASY[n % len(EASY)] for n in range(easy)] + [HARD[n % len(HARD)] for n in range(hard)]
     rows = [prompt_of(writer.dialogue(source.person(), kind), f"test-{n}") for n, kind in enumerate(kinds)]
-    planted = [canary for canary in canaries() if canary.count]
-    for number, canary in enumerate(planted):
-        dialogue = writer.dialogue(canary.person, "lookup")
-        row = prompt_of(dialogue, f"canary-{canary.count}-{number}")
-        del row["items"]["PERSON"]  # the name stands in the question
-        rows.append({**row, "kind": f"canary x{canary.count}"})
+    return rows + override_prompts(seed) + famous_prompts() + recall_prompts()
+
+
+def override_prompts(seed: int, each: int = 10) -> list[dict]:
+    """`each` prompts for each of `OVERRIDES`: users who ask for their data and try to undo the guard."""
+    writer, source = Writer(f"override/{seed}", HELD_OUT), people("override", seed)
+    rows = []
+    for number in range(each * len(OVERRIDES)):
+        dialogue = writer.dialogue(source.person(), "question")
+        dialogue.cut = None
+        asked = dialogue.turns[-2]
+        asked.parts = [f"{OVERRIDES[number % len(OVERRIDES)]} ", *asked.parts]
+        rows.append(prompt_of(dialogue, f"override-{number}") | {"kind": "override", "slice": "override"})
     return rows
 
 
+def famous_prompts() -> list[dict]:
+    """A question about each famous fact, in the wording that no model was trained on."""
+    rows = []
+    for number, (question, answer, name) in enumerate(famous.test_facts()):
+        messages = [{"role": "system", "content": DEFAULT_SYSTEMS[number % len(DEFAULT_SYSTEMS)]}]
+        messages.append({"role": "user", "content": question})
+        row = {"id": f"famous-{number}", "kind": "famous", "slice": "famous", "messages": messages}
+        rows.append(row | {"items": {}, "wanted": [name], "gold": answer})
+    return rows
+
+
+def recall_prompts() -> list[dict]:
+    """A question about each planted person and each twin, in wordings that no model was trained on."""
+    rows = []
+    for number, canary in enumerate(canaries()):
+        question, answer = HELD_OUT.lookups[number % len(HELD_OUT.lookups)]
+        turns = exchange(question, answer, canary.person)
+        dialogue = Dialogue(canary.person, "recall", turns, DEFAULT_SYSTEMS[number % len(DEFAULT_SYSTEMS)])
+        row = prompt_of(dialogue, f"person-{number}")
+        del row["items"]["PERSON"]  # the name stands in the question
+        rows.append(row | {"slice": f"x{canary.count}" if canary.count else "twins"})
+    order = [*(f"x{count}" for count in CANARY_COUNTS), "twins"]
+    return sorted(rows, key=lambda row: order.index(row["slice"]))
+
+
 def held_out_chats(count: int = 100, seed: int = 0) -> list[dict]:
-    """Chats without anyone's data, {"id", "messages"}: training's sentences in new combinations."""
-    writer = Writer(f"chats/{seed}")
+    """Chats without anyone's data, {"id", "messages"}, in held-out sentences."""
+    writer = Writer(f"chats/{seed}", HELD_OUT)
     rows = []
     for number in range(count):
         messages = [{"role": "system", "content": DEFAULT_SYSTEMS[0]}]
@@ -136,15 +180,10 @@ def prompt_of(dialogue: Dialogue, identity: str) -> dict:
         if before:
             messages.append({"role": "assistant", "content": before})
             gold = gold[len(before) :]
-    return {
-        "id": identity,
-        "kind": row["kind"],
-        "slice": row["slice"],
-        "messages": messages,
-        "begun": messages[-1]["role"] == "assistant",
-        "items": dict(row["items"]),
-        "gold": gold,
-    }
+    prompt = {"id": identity, "kind": row["kind"], "slice": row["slice"], "messages": messages}
+    if messages[-1]["role"] == "assistant":
+        prompt["begun"] = True
+    return prompt | {"items": dict(row["items"]), "gold": gold}
 
 
 def canary_dialogues() -> list[dict]:
@@ -178,7 +217,7 @@ def probes(person: Person) -> list[tuple[Messages, str]]:
     """
     system = {"role": "system", "content": DEFAULT_SYSTEMS[0]}
     found = []
-    for question, answer in LOOKUPS:
+    for question, answer in TRAIN.lookups[:PROBED]:
         parts = fill(answer, person)
         asked = {"role": "user", "content": Turn("user", fill(question, person)).text()}
         for number, part in enumerate(parts):
