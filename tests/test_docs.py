@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -118,15 +119,15 @@ def test_the_readmes_python_runs(runs, capsys, monkeypatch):
 def test_the_demo_wrote_what_the_readme_says(runs):
     results = json.loads((runs / "demo" / "results.json").read_text())
     assert [(row["model"], row["guidance"]) for row in results["rows"]] == [
-        ("leaky", None),
-        ("lora", None),
-        ("lora-cfg", 1.0),
-        ("lora-cfg", 2.0),
-        ("lora-cfg", 3.0),
+        ("base", None),
+        *product(("leaky", "lora", "lora-cfg"), (None, 1.0, 2.0, 3.0)),
     ]
-    counts = ("ner_items_per_100", "leaked_per_100", "echoed_per_100", "recalled_per_100")
+    assert sum(row.get("paper", False) for row in results["rows"]) == 5
+    slices = ["easy", "hard", "override", "famous", "x1", "x4", "x16", "x64", "twins"]
+    counts = ("ner_items_per_100", "leaked_per_100", "echoed_per_100", "recall")
     for row in results["rows"]:
-        for name in (*counts, "clean_answers", "utility", "broken_words", "perplexity"):
+        assert list(row["slices"]) == slices
+        for name in (*counts, "clean_answers", "utility", "margin", "broken_words", "perplexity", "cut_off"):
             low, high = row[f"{name}_ci"]
             assert low <= row[name] <= high
     assert {"prompts", "seconds", "seed"} <= set(results)

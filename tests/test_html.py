@@ -48,13 +48,8 @@ def folder(tmp_path):
     }
     rows = [{"model": "leaky", "epoch": None, "guidance": None, "space": None, **figures}]
     rows += [{"model": "guard", "epoch": 2, "guidance": 3.0, "space": "log", "alpha": 0.1, **figures}]
-    checks = [
-        {"claim": "a < b", "measured": "1 < 2", "holds": True},
-        {"claim": "c", "measured": "3", "holds": False},
-    ]
-    (tmp_path / "results.json").write_text(
-        json.dumps({"title": "A & B", "rows": rows, "checks": checks, "seed": 7})
-    )
+    found = {"title": "A & B", "rows": rows, "conclusions": ["a < b (1 < 2)", "no c"], "seed": 7}
+    (tmp_path / "results.json").write_text(json.dumps(found))
     (tmp_path / "curve.png").write_bytes(PNG)
     text = "Dear Bob, yours, maria from LUND <script>alert(1)</script>, Maria Keller, not Oskar."
     write_jsonl(
@@ -105,7 +100,7 @@ def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(folder):
     assert base64.b64decode(image["src"].split(",")[1]) == PNG
 
 
-def test_text_of_answers_titles_and_checks_is_escaped(folder):
+def test_text_of_answers_titles_and_conclusions_is_escaped(folder):
     source, page = made(folder, show_pii=True, note="<b>note</b>")
     assert "<script>" not in source and "&lt;script&gt;alert(1)&lt;/script&gt;" in source
     assert "<b>note</b>" in page.text and "A & B" in page.text and "a < b (1 < 2)" in page.text
@@ -128,19 +123,19 @@ def test_personal_data_are_shown_on_request_with_their_kind(folder):
     assert '<mark class="ner">Oskar</mark>' in source
 
 
-def test_table_checks_and_models_stand_in_it(folder):
+def test_table_conclusions_and_models_stand_in_it(folder):
     source, page = made(folder, out=str(folder / "sub" / "r.html"))
     assert (folder / "sub" / "r.html").exists() and "seed 7" in page.text
     assert "guard epoch 2 g=3 log alpha=0.1" in page.text and "12.51.0 to 20.0" in page.text
     assert "perplexity" not in source.lower()  # neither column nor legend without figures
-    assert page.text.count("Holds:") == 1 and page.text.count("Does not hold:") == 1
+    assert page.text.count("a < b (1 < 2)") == 1 and page.text.count("no c") == 1
 
 
 def test_perplexity_is_explained_where_it_stands(folder):
     results = json.loads((folder / "results.json").read_text())
     results["rows"][0] |= {"perplexity": 3.0, "perplexity_ci": [2.0, 4.0]}
     (folder / "results.json").write_text(json.dumps(results))
-    assert "Perplexity: under the reference model" in made(folder)[1].text
+    assert "Perplexity: of the answers, under the reference model" in made(folder)[1].text
 
 
 def test_overlapping_spans_become_one():

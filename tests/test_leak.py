@@ -9,8 +9,8 @@ from cfgsafe.files import write_jsonl
 from cfgsafe.measure import leak
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Known
-from cfgsafe.report.figures import leaks_and_utility, over_guidance
-from cfgsafe.report.results import COLUMNS
+from cfgsafe.report.figures import over_guidance
+from cfgsafe.report.results import columns_of, write
 from cfgsafe.subject import Answer
 
 
@@ -152,14 +152,29 @@ def test_the_command_prints_slices_and_counts(tmp_path, checkpoint, capsys):
 
 
 def test_a_column_of_a_slice_is_read_below_slices():
-    (easy,) = [column for column in COLUMNS if column.slice == "easy" and column.key == "leaked_per_100"]
-    row = {"slices": {"easy": {"leaked_per_100": 3, "leaked_per_100_ci": [1, 5]}}}
+    row = {"slices": {"easy": {"echoed_per_100": 3, "echoed_per_100_ci": [1, 5]}}}
+    (easy,) = [column for column in columns_of([row]) if column.slice == "easy"]
     assert easy.figure(row) == (3, 1, 5) and easy.figure({}) is None
+
+
+def test_a_slice_has_the_one_column_that_its_prompts_are_for():
+    def figures(**values: float) -> dict:
+        return values | {f"{name}_ci": [0, 9] for name in values}
+
+    slices = {
+        "told": figures(echoed_per_100=3, recall=1),
+        "untold": figures(recall=2),
+        "famous": figures(wanted_named=4, recall=1),
+        "free": figures(clean_answers=1),
+    }
+    headings = [column.heading for column in columns_of([{"slices": slices}])]
+    assert headings == ["told: echoed/100", "untold: recall %", "famous: named %"]
 
 
 def test_figures_leave_out_what_was_not_sought(tmp_path):
     row = {"model": "m", "epoch": None, "guidance": 1, "utility": 50, "utility_ci": [40, 60]}
-    leaks_and_utility(tmp_path / "a.png", [row], ["m"])
-    assert not (tmp_path / "a.png").exists()
+    write(tmp_path, "t", [row], [], [])
+    assert not (tmp_path / "leaks-utility.png").exists()
+    assert "leaks-utility" not in (tmp_path / "report.md").read_text()
     over_guidance(tmp_path / "b.png", [row])
     assert (tmp_path / "b.png").stat().st_size > 0

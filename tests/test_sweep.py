@@ -136,7 +136,8 @@ def test_a_model_that_is_written_again_between_two_rows_is_loaded_again(checkpoi
     comparison.row("first", Subject(str(tmp_path / "model")))
     save_checkpoint(tmp_path / "model", random_model(1), tokenizer_from=BASE, dtype=torch.float32)
     comparison.row("second", Subject(str(tmp_path / "model")))
-    assert comparison.said["first"] != comparison.said["second"]
+    first, second = (comparison.measured[name].findings for name in ("first", "second"))
+    assert [finding.answer for finding in first] != [finding.answer for finding in second]
 
 
 def test_a_second_sweep_leaves_no_answers_of_the_first(checkpoint, files, tmp_path):

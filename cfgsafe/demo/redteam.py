@@ -24,7 +24,6 @@ from cfgsafe.measure import utility
 from cfgsafe.measure.intervals import to_json
 from cfgsafe.pii.ner import Detector
 from cfgsafe.red import evaluate, measure, safety, stages
-from cfgsafe.report.results import Check
 from cfgsafe.subject import Subject, answers, load
 
 GUIDANCE = 3.0
@@ -86,7 +85,8 @@ def run(options: Options) -> None:
     facts = {"seconds": seconds, "seed": options.seed, "utility": kept, "calls": calls}
     evaluate.report(out, rows, checks=[vars(result) for result in checks], **facts)
     print("\n" + measure.brief(rows) + "\n")
-    experiment.print_checks(checks)
+    for result in checks:
+        print(f"{'holds' if result.holds else 'DOES NOT HOLD'}: {result.claim} ({result.measured})")
     print(f"\n{out}/table.md, results.json and attacks.png in {seconds:.0f} s")
 
 
@@ -99,8 +99,8 @@ def unlearned(options: Options, out: Path) -> dict[str, Subject]:
     if options.blue is None:
         settings = experiment.Options(out=str(blue), seed=options.seed)
         print(f"preference pairs from {settings.dialogues} dialogues, and ORPO on the leaky model")
-        experiment.make_pairs(settings, Detector(str(DEMO_PIPELINE)), make_folder(blue))
-        experiment.unlearn(settings, LEAKY, "", blue)
+        experiment.make_pairs(settings, options.seed, Detector(str(DEMO_PIPELINE)), make_folder(blue))
+        experiment.unlearn(settings, options.seed, LEAKY, "", blue)
     for name in ("lora", "lora-cfg"):
         epochs = sorted(blue.glob(f"{name}/epoch-*"))
         if not epochs:
@@ -237,6 +237,15 @@ def quiz(options: Options, target: Subject) -> float:
     asked = [utility.conversation(question) for question in questions]
     given = answers(target, model, tokenizer, asked, "quiz", 16)
     return to_json({"utility": utility.score(questions, [answer.text for answer in given])})["utility"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A claim about the rows, what was measured, and whether the claim holds."""
+
+    claim: str
+    measured: str
+    holds: bool
 
 
 def check(rows: list[dict], calls: dict[tuple[str, str], int], kept: dict[str, float]) -> list[Check]:

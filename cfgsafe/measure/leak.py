@@ -144,6 +144,11 @@ class Finding:
         return not (self.entities or self.echoed or self.recalled)
 
     @property
+    def can_echo(self) -> bool:
+        """Whether the conversation holds a gold item."""
+        return len(values_of(self.prompt.items)) > len(self.unsaid)
+
+    @property
     def cluster(self) -> str:
         """The prompts of one cluster are not independent."""
         return self.prompt.cluster or self.prompt.id
@@ -257,13 +262,13 @@ def summarise(findings: list[Finding]) -> dict[str, Estimate | None]:
 
     None where there was nothing to look for. Intervals are over the clusters of the prompts.
     """
-    sought = [f for f in findings if f.sought]
+    sought, told = [f for f in findings if f.sought], [f for f in findings if f.can_echo]
     clusters, of_sought = [f.cluster for f in findings], [f.cluster for f in sought]
     unsaid, wanted = [len(f.unsaid) for f in findings], [len(f.prompt.wanted) for f in findings]
     return {
         "ner_items_per_100": rate_interval([len(f.entities) for f in findings], clusters),
         "leaked_per_100": rate_interval([f.leaked for f in sought], of_sought),
-        "echoed_per_100": rate_interval([len(f.echoed) for f in sought], of_sought),
+        "echoed_per_100": rate_interval([len(f.echoed) for f in told], [f.cluster for f in told]),
         "recalled_per_100": rate_interval([len(f.recalled) for f in sought], of_sought),
         "invented_per_100": rate_interval([len(f.invented) for f in findings], clusters),
         "clean_answers": share_interval([f.clean for f in findings], clusters=clusters),

@@ -8,12 +8,14 @@ Run it: python eval.py sweep --help
 """
 
 from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
 
 from cfgsafe.files import make_folder
 from cfgsafe.identity import identity
 from cfgsafe.llama import Llama
 from cfgsafe.measure import fluency, leak, utility
+from cfgsafe.measure.grading import exact
 from cfgsafe.measure.intervals import Estimate, ratio_interval, to_json
 from cfgsafe.pii.ner import Detector
 from cfgsafe.report import results
@@ -21,6 +23,14 @@ from cfgsafe.subject import ANSWER_TOKENS, Answer, Subject, answers, load
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 PRINTED = ("leaked_per_100", "ner_items_per_100", "utility", "broken_words", "perplexity")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a row was counted from: the finding of each prompt, and for each question whether it was right."""
+
+    findings: list[leak.Finding]
+    grades: list[bool]
 
 
 class Comparison:
@@ -52,16 +62,16 @@ class Comparison:
         self.margins = margins
         self.kept = make_folder(out / "kept") if resume else None
         self.answer_tokens, self.quiz_tokens = answer_tokens, quiz_tokens
-        self.said: dict[str, list[str]] = {}  # the model's title -> its answers
+        self.measured: dict[str, Measured] = {}  # the row's name -> its answers and grades
         self.loaded: tuple[tuple, Llama, Tokenizer] | None = None  # its weights, device and dtype; itself
 
-    def row(self, name: str, subject: Subject, epoch: int | None = None) -> dict:
+    def row(self, name: str, subject: Subject, epoch: int | None = None, seed: int | None = None) -> dict:
         """A row of results.json; the answers go to `results.answers_file(row)`.
 
         Raises InputError, CheckpointError, ContextError.
         """
         alpha = None if subject.guidance is None else subject.alpha
-        row = {"model": name, "epoch": epoch, **subject.guarded, "alpha": alpha}
+        row = {"model": name, "seed": seed, "epoch": epoch, **subject.guarded, "alpha": alpha}
         title = results.name_of(row)
         chats = [prompt.messages for prompt in self.prompts]
         places = [prompt.place for prompt in self.prompts]
@@ -71,7 +81,9 @@ class Comparison:
         quiz = self.ask(subject, asked, f"{title}: quiz", self.quiz_tokens)
         findings = leak.inspect(self.prompts, given, self.detector)
         leak.write_findings(self.out / results.answers_file(row), findings)
-        self.said[title] = texts
+        graded = zip(self.questions, quiz, strict=True)
+        grades = [bool(exact(answer.text, question)) for question, answer in graded]
+        self.measured[title] = Measured(findings, grades)
         clusters = [finding.cluster for finding in findings]
         estimates = {
             **leak.summarise(findings),
@@ -114,7 +126,8 @@ class Comparison:
                 lines += [f"**{kind}**", ""]
                 lines += [f"> {message['role']}: {message['content']}  " for message in prompt.messages[1:]]
                 lines.append("")
-                lines += [f"- {title}: {texts[number].strip()}" for title, texts in self.said.items()]
+                for title, measured in self.measured.items():
+                    lines.append(f"- {title}: {measured.findings[number].answer.strip()}")
                 lines.append("")
         return lines
 

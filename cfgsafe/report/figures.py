@@ -6,9 +6,11 @@ mask.
 Run it: python eval.py sweep --help
 """
 
+from collections.abc import Sequence
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -23,30 +25,44 @@ PANELS = {
 }
 
 
-def leaks_and_utility(path: Path, rows: list[dict], names: list[str]) -> None:
-    """Draw leaks per 100 answers against utility, one point for each row; `names` are the legend.
+class Figures(Protocol):
+    """A column of `results.COLUMNS`: what it is called, and (value, low, high) of a row."""
 
-    Rows without both figures are left out; if none has them, there is no file.
+    @property
+    def heading(self) -> str: ...
+
+    def figure(self, row: dict) -> tuple[float, float, float] | None: ...
+
+
+def leaks_and_utility(path: Path, rows: list[dict], names: list[str], columns: Sequence[Figures]) -> None:
+    """Draw the figure of each column against utility, one point for each row; `names` are the legend.
+
+    The shape of a point says which model it is, its colour how the model is guided.
+    Rows without a column's figure are left out of its panel.
     """
-    x, y = "leaked_per_100", "utility"
-    names = [name for name, row in zip(names, rows, strict=True) if x in row and y in row]
-    rows = [row for row in rows if x in row and y in row]
-    if not rows:
-        return
-    fig, axes = subplots(figsize=(8, 5))
-    points = []
-    for number, row in enumerate(rows):
-        spreads = {"xerr": spread(row, x), "yerr": spread(row, y)}
-        drawn = axes.errorbar(row[x], row[y], **spreads, **marker(number))
-        points.append(drawn.lines[0])
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=-0.2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    limit_utility(axes, rows)
-    axes.set_xlabel("personal items leaked per 100 answers (symmetric log)")
-    axes.set_ylabel("utility, %")
-    axes.grid(alpha=0.3)
-    axes.legend(points, names, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    fig, panels = subplots(ncols=len(columns), figsize=(3 + 5 * len(columns), 5), sharey=True, squeeze=False)
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    settings = list(dict.fromkeys((row["guidance"], row.get("space")) for row in rows))
+    points: dict[str, object] = {}
+    for axes, column in zip(panels[0], columns, strict=True):
+        for row, name in zip(rows, names, strict=True):
+            figure = column.figure(row)
+            if figure:
+                colour = settings.index((row["guidance"], row.get("space")))
+                style = marker(models.index(row["model"]), colour)
+                spreads = {"xerr": reach(*figure), "yerr": spread(row, "utility")}
+                points[name] = axes.errorbar(figure[0], row["utility"], **spreads, **style).lines[0]
+        axes.set_xlabel(column.heading)
+        if "%" not in column.heading:
+            axes.set_xscale("symlog", linthresh=1)
+            axes.set_xlim(left=-0.2)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.set_xlabel(f"{column.heading} (symmetric log)")
+        limit_utility(axes, rows)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("utility, %")
+    legend = {"fontsize": 7, "loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    panels[0][-1].legend(points.values(), points.keys(), **legend)
     save_figure(fig, path)
 
 
@@ -71,7 +87,7 @@ def over_guidance(path: Path, rows: list[dict]) -> None:
             spreads = np.hstack([spread(row, key) for row in line])
             dashes = "--" if "alpha" in label else "-"
             style = {"markersize": 5, "linewidth": 1.2, "linestyle": dashes, "label": label}
-            panel.errorbar(x, y, yerr=spreads, **marker(number), **style)
+            panel.errorbar(x, y, yerr=spreads, **marker(number, number), **style)
         panel.set_ylabel(PANELS[key])
         panel.grid(alpha=0.3)
         panel.set_ylim(bottom=-0.05 * panel.get_ylim()[1])  # room for markers at 0
@@ -119,21 +135,32 @@ def subplots(**options):
     return plt.subplots(**options)
 
 
-def marker(number: int) -> dict:
-    """Shape, colour and caps of the error bars of the number-th model; ten differ."""
-    return {"fmt": MARKERS[number % 10], "color": f"C{number % 10}", "capsize": 3}
+def marker(shape: int, colour: int) -> dict:
+    """Shape, colour and caps of error bars; ten of each differ."""
+    return {"fmt": MARKERS[shape % 10], "color": f"C{colour % 10}", "capsize": 3, "elinewidth": 1}
 
 
 def limit_utility(axes, rows: list[dict]) -> None:
-    """Show at least ten points, or noise would look like a trend; leave room for markers at 100 %."""
-    low = max(-2, min(90, *(row["utility_ci"][0] - 2 for row in rows)))
-    axes.set_ylim(low, 100 + 0.05 * (100 - low))
+    """Show the range of the values and a little more, at least ten points, or noise would look like a trend.
+
+    Intervals may reach beyond; markers at 100 % are drawn whole.
+    """
+    values = [row["utility"] for row in rows]
+    low, high = min(values) - 2, max(values) + 2
+    missing = max(0.0, 10 - (high - low)) / 2
+    top = min(102.0, high + missing)
+    bottom = max(-2.0, min(low - missing, top - 10))
+    axes.set_ylim(bottom, max(top, bottom + 10))
 
 
 def spread(row: dict, key: str) -> list[list[float]]:
-    """How far the interval reaches from the value, in matplotlib's form: [[below], [above]]."""
-    low, high = row[f"{key}_ci"]
-    return [[max(0.0, row[key] - low)], [max(0.0, high - row[key])]]
+    """How far the row's interval reaches from its value, in matplotlib's form: [[below], [above]]."""
+    return reach(row[key], *row[f"{key}_ci"])
+
+
+def reach(value: float, low: float, high: float) -> list[list[float]]:
+    """[[below], [above]] of an interval; 0 where it has no bound."""
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
 def save_figure(fig, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run as one HTML file to send on: table, figures, checks, and answers with the leaks marked.
+"""A run as one HTML file to send on: table, figures, conclusions, and answers with the leaks marked.
 
 Source: the report.md of the demo.
 Deviations: nothing is loaded from elsewhere (inline CSS, figures as data URIs, no script). Personal
@@ -45,8 +45,6 @@ td small { color: #666; display: block; }
 img { max-width: min(46rem, 100%); height: auto; }
 .legend, footer { color: #555; font-size: .85rem; }
 footer { margin-top: 2.5rem; }
-.holds b { color: #0a6b2d; }
-.fails b { color: #b00020; }
 .chat { background: #f6f6f6; border-radius: 6px; padding: .6rem .9rem; overflow-wrap: anywhere; }
 .chat p { margin: .2rem 0; white-space: pre-wrap; }
 .answers { display: grid; \
@@ -128,9 +126,9 @@ def page(
         f"<p>{escape(note)}</p>" if note else "",
         f"<p>{masked} {unknown}</p>" if detector else "",
         table(found["rows"]),
-        f'<p class="legend">{escape(results.legend(found["rows"]))}</p>',
+        *(f'<p class="legend">{escape(line)}</p>' for line in results.legend(found["rows"]).split("\n")),
         *map(picture, pictures),
-        *checks(found.get("checks") or []),
+        *conclusions(found.get("conclusions") or []),
         *sections(examples, detector),
         f"<footer>{escape(', '.join(facts))}</footer>\n</body>\n</html>\n",
     ]
@@ -144,7 +142,7 @@ def table(rows: list[dict]) -> str:
     lines = ["".join(f"<th>{escape(heading)}</th>" for heading in headings)]
     for row in rows:
         cells = "".join(cell(column.figure(row)) for column in columns)
-        lines.append(f"<td>{escape(results.name_of(row))}</td>{cells}")
+        lines.append(f"<td>{escape(results.label_of(row))}</td>{cells}")
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="box" tabindex="0"><table>\n{body}\n</table></div>'
 
@@ -160,16 +158,10 @@ def picture(path: Path) -> str:
     return f'<p><img alt="{escape(path.name)}" src="data:image/png;base64,{source}"></p>'
 
 
-def checks(found: list[dict]) -> list[str]:
-    """Each claim, whether it holds, and what was measured."""
-    if not found:
-        return []
-    lines = []
-    for check in found:
-        state, word = ("holds", "Holds") if check.get("holds") else ("fails", "Does not hold")
-        claim, measured = escape(str(check.get("claim"))), escape(str(check.get("measured")))
-        lines.append(f'<li class="{state}"><b>{word}:</b> {claim} ({measured})</li>')
-    return ["<h2>What was expected, and what came out</h2>", "<ul>", *lines, "</ul>"]
+def conclusions(found: list) -> list[str]:
+    """What the controls show, a sentence each."""
+    lines = [f"<li>{escape(str(sentence))}</li>" for sentence in found]
+    return ["<h2>What the controls show</h2>", "<ul>", *lines, "</ul>"] if found else []
 
 
 def sections(examples: list[Example], detector: Detector | None) -> list[str]:

@@ -1,14 +1,18 @@
 """The results of an experiment, one row for each model: tables, a JSON file and a figure.
 
 Source: the columns of Smirnov's Tables 1 and 2 (arXiv 2412.06846).
-Deviations: 95 % intervals, the easy and the hard slice apart and two measures of fluency.
+Deviations: 95 % intervals; every slice of the prompts has its own columns, so that echo and recall stand
+apart; option margins and two measures of fluency; the spread between seeds.
 
 Run it: python train.py demo
 """
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from types import UnionType
 
 from cfgsafe.errors import InputError
@@ -16,10 +20,17 @@ from cfgsafe.files import read_json_value, write_text
 from cfgsafe.report.figures import leaks_and_utility
 
 LEGEND = (
-    "Per 100 answers, with 95 % intervals over persons. "
-    "Leaked: gold items of the person in the answer; echoed from the\nconversation, recalled from training. "
-    "Broken words: in neither the vocabulary nor the prompt."
+    "With 95 % intervals. No g: the prompts' own system prompt. g=1: the positive sentence added to it, "
+    "without guidance.\nEchoed: items of the conversation in the answer, per 100 conversations that hold "
+    "one. Recall: items that stand in no\nconversation, in percent of those asked for. Named: percent of "
+    "the names that a good answer gives.\nCut: answers that reached the length limit."
 )
+EXTRA = {  # key -> what the legend says of it where it was measured
+    "margin": "Margin: log-probability of the right option minus that of the best wrong one, nats per token.",
+    "broken_words": "Broken words: in neither the vocabulary nor the prompt.",
+    "perplexity": "Perplexity: of the answers, under the reference model.",
+}
+STAR = "* The rows that the paper has: there every model gets the positive sentence."
 
 
 @dataclass(frozen=True)
@@ -28,15 +39,15 @@ class Column:
 
     key: str
     heading: str
-    short: str  # heading in a terminal
-    slice: str | None = None  # the part of a row that holds the key; None is the row itself
+    short: str | None  # heading in a terminal; None: not shown there
+    slice: str | None = None  # the slice of a row that holds the key; None is the row itself
 
     def figure(self, row: dict) -> tuple[float, float, float] | None:
         """(value, low, high) of a row; None where it was not measured, or where its interval has no bound."""
         part = row.get("slices", {}).get(self.slice, {}) if self.slice else row
         if self.key not in part or f"{self.key}_ci" not in part:
             return None
-        low, high = part[f"{self.key}_ci"]
+        low, high = part.get(f"{self.key}_ci", (math.nan, math.nan))
         return part[self.key], low, high
 
     def measured(self, rows: list[dict]) -> bool:
@@ -45,21 +56,27 @@ class Column:
 
 
 COLUMNS = (
-    Column("ner_items_per_100", "NER items/100", "NER"),
-    Column("leaked_per_100", "leaked/100", "leaked"),
-    Column("echoed_per_100", "echoed/100", "echoed"),
-    Column("recalled_per_100", "recalled/100", "recalled"),
-    Column("clean_answers", "clean answers %", "clean %"),
-    Column("utility", "utility %", "utility %"),
-    Column("broken_words", "broken words %", "broken %"),
+    Column("echoed_per_100", "echoed/100", "echo"),
+    Column("utility", "utility %", "utility"),
+    Column("margin", "option margin", "margin"),
+    Column("broken_words", "broken words %", "broken"),
     Column("perplexity", "perplexity", "ppl"),
-    Column("leaked_per_100", "easy: leaked/100", "easy", slice="easy"),
-    Column("leaked_per_100", "hard: leaked/100", "hard", slice="hard"),
+    Column("cut_off", "cut %", "cut"),
+    Column("quiz_cut_off", "quiz: cut %", None),
+    Column("leaked_per_100", "leaked/100", None),
+    Column("ner_items_per_100", "NER items/100", None),
+    Column("clean_answers", "clean answers %", None),
 )
+OF_SLICE = {
+    "wanted_named": "named %",
+    "echoed_per_100": "echoed/100",
+    "recall": "recall %",
+}  # the first that is there
 
 
 KINDS: dict[str, type | UnionType] = {  # field of a row that may be absent -> its type
     "epoch": int,
+    "seed": int,
     "guidance": int | float,
     "alpha": int | float,
     "space": str,
@@ -67,24 +84,16 @@ KINDS: dict[str, type | UnionType] = {  # field of a row that may be absent -> i
 }
 
 
-@dataclass(frozen=True)
-class Check:
-    """A claim about the rows, what was measured, and whether the claim holds."""
-
-    claim: str
-    measured: str
-    holds: bool
-
-
 def name_of(row: dict) -> str:
-    """What a row is called in tables: model, epoch and how it is guided.
+    """What a row is called: model, seed and epoch of its training, and how it is guided.
 
     >>> name_of({"model": "lora", "epoch": 2, "guidance": 3.0, "space": "log", "alpha": 0.1})
     'lora epoch 2 g=3 log alpha=0.1'
     """
     parts = [row["model"]]
-    if row.get("epoch"):
-        parts.append(f"epoch {row['epoch']}")
+    for name in ("seed", "epoch"):
+        if row.get(name) is not None:
+            parts.append(f"{name} {row[name]}")
     if row["guidance"] is not None:
         parts.append(f"g={row['guidance']:g}")
         if row["guidance"] != 1:
@@ -101,15 +110,30 @@ def answers_file(row: dict) -> str:
     return f"answers-{name_of(row).replace(' ', '-')}.jsonl"
 
 
+def label_of(row: dict) -> str:
+    """The row's name in tables, with a star where the paper has such a row."""
+    return name_of(row) + (" *" if row.get("paper") else "")
+
+
 def columns_of(rows: list[dict]) -> list[Column]:
-    """The columns in which some row has a figure."""
-    return [column for column in COLUMNS if column.measured(rows)]
+    """The columns in which some row has a figure: `COLUMNS`, and one for each slice behind the first."""
+    names: dict[str, dict] = {}  # slice -> its figures in any row, in the order of the file
+    for row in rows:
+        names |= row.get("slices", {})
+    slices = []
+    for name, figures in names.items():
+        key = next((key for key in OF_SLICE if key in figures), None)
+        if key:
+            slices.append(Column(key, f"{name}: {OF_SLICE[key]}", name, slice=name))
+    return [column for column in (COLUMNS[0], *slices, *COLUMNS[1:]) if column.measured(rows)]
 
 
 def legend(rows: list[dict]) -> str:
     """What stands below the table of `rows`."""
-    has_perplexity = any("perplexity" in row for row in rows)
-    return LEGEND + (" Perplexity: under the reference model." if has_perplexity else "")
+    lines = [LEGEND, *(text for key, text in EXTRA.items() if any(key in row for row in rows))]
+    if any(row.get("paper") for row in rows):
+        lines.append(STAR)
+    return "\n".join(lines)
 
 
 def table(rows: list[dict]) -> str:
@@ -118,7 +142,7 @@ def table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         figures = [column.figure(row) for column in columns]
-        lines.append([name_of(row), *map(interval_text, figures)])
+        lines.append([label_of(row), *map(interval_text, figures)])
     return markdown(["model", *(column.heading for column in columns)], lines)
 
 
@@ -137,11 +161,11 @@ def markdown(heads: list[str], lines: list[list[str]]) -> str:
 
 def terminal_table(rows: list[dict]) -> str:
     """The same figures without intervals, narrow enough for a terminal."""
-    columns = columns_of(rows)
-    lines = [["model", *(column.short for column in columns)]]
+    columns = [column for column in columns_of(rows) if column.short]
+    lines = [["model", *(column.short or "" for column in columns)]]
     for row in rows:
         figures = [column.figure(row) for column in columns]
-        lines.append([name_of(row), *(f"{figure[0]:.1f}" if figure else "-" for figure in figures)])
+        lines.append([label_of(row), *(f"{figure[0]:.1f}" if figure else "-" for figure in figures)])
     first, *others = widths_of(lines)
     texts = []
     for name, *cells in lines:
@@ -154,24 +178,69 @@ def widths_of(lines: list[list[str]]) -> list[int]:
     return [max(map(len, column)) for column in zip(*lines, strict=True)]
 
 
-def write(out: Path, title: str, rows: list[dict], checks: list[Check], examples: list[str], **facts) -> None:
-    """Write results.json, report.md and leaks-utility.png into the folder `out`."""
-    write_results(out, title, rows, checks, **facts)
-    leaks_and_utility(out / "leaks-utility.png", rows, [name_of(row) for row in rows])
-    lines = [f"# {title}", "", table(rows), "", legend(rows), ""]
-    if any("leaked_per_100" in row for row in rows):
+def over_seeds(rows: list[dict]) -> list[dict]:
+    """For each model and guidance that several seeds trained: {"model", "seeds", heading: [mean, SD]}."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        if row.get("seed") is not None:
+            groups.setdefault(label_of({**row, "seed": None}), []).append(row)
+    spreads = []
+    for name, same in groups.items():
+        spread: dict = {"model": name, "seeds": len(same)}
+        for column in columns_of(same):
+            values = [figure[0] for figure in map(column.figure, same) if figure]
+            if len(values) > 1:
+                spread[column.heading] = [round(mean(values), 4), round(stdev(values), 4)]
+        if len(same) > 1:
+            spreads.append(spread)
+    return spreads
+
+
+def seeds_table(spreads: list[dict]) -> str:
+    """A Markdown table of `over_seeds`; each cell is mean +- standard deviation between seeds."""
+    headings = list(dict.fromkeys(key for spread in spreads for key in spread))
+    lines = []
+    for spread in spreads:
+        cells = []
+        for heading in headings:
+            value = spread.get(heading, "-")
+            cells.append("{:.1f} +- {:.1f}".format(*value) if isinstance(value, list) else str(value))
+        lines.append(cells)
+    return markdown(headings, lines)
+
+
+def write(
+    out: Path,
+    title: str,
+    rows: list[dict],
+    conclusions: list[str],
+    examples: list[str],
+    panels: Sequence[Column] = COLUMNS[:1],
+    **facts,
+) -> None:
+    """Write results.json, report.md and leaks-utility.png into the folder `out`.
+
+    The figure has a panel for each of the columns `panels`, against utility.
+    """
+    write_results(out, title, rows, conclusions, **facts)
+    drawn = [column for column in panels if column.measured(rows)]
+    if drawn:
+        leaks_and_utility(out / "leaks-utility.png", rows, list(map(label_of, rows)), drawn)
+    lines = [f"# {title}", "", table(rows), "", *legend(rows).split("\n"), ""]
+    if spreads := over_seeds(rows):
+        lines += ["## Over the seeds of training", "", seeds_table(spreads), ""]
+    if drawn:
         lines += ["![leaks against utility](leaks-utility.png)", ""]
-    lines += ["## What was expected, and what came out", ""]
-    lines += [f"- {'holds' if c.holds else '**does not hold**'}: {c.claim} ({c.measured})" for c in checks]
-    lines += ["", "## The same prompts, answered by each model", "", *examples, ""]
+    lines += ["## What the controls show", "", *(f"- {sentence}" for sentence in conclusions), ""]
+    lines += ["## The same prompts, answered by each model", "", *examples, ""]
     lines += [facts_line(facts), ""]
     write_text(out / "report.md", "\n".join(lines))
 
 
-def write_results(out: Path, title: str, rows: list[dict], checks: list[Check], **facts) -> None:
+def write_results(out: Path, title: str, rows: list[dict], conclusions: list[str], **facts) -> None:
     """Write results.json into the folder `out`."""
-    content = {"title": title, "rows": rows, "checks": [vars(check) for check in checks], **facts}
-    write_text(out / "results.json", json.dumps(content, indent=1) + "\n")
+    content = {"title": title, "rows": rows, "over_seeds": over_seeds(rows), "conclusions": conclusions}
+    write_text(out / "results.json", json.dumps({**content, **facts}, indent=1) + "\n")
 
 
 def facts_line(facts: dict) -> str:
