@@ -49,9 +49,10 @@ def printed(tmp_path, capsys):
 def full(tmp_path):
     """What train.py demo --full writes, in part."""
     rows = [
-        row("leaky", 300),
-        row("lora", 40, 1),
-        row("lora", 20, 3),
+        row("leaky", 500),
+        row("leaky", 300, None, 1.0),
+        row("lora", 40, 1, 1.0),
+        row("lora", 20, 3, 1.0),
         row("lora-cfg", 60, 1, 1.0),
         row("lora-cfg", 24, 3, 1.0),
     ]
@@ -61,8 +62,9 @@ def full(tmp_path):
 
 def test_table_1_has_the_last_epochs_in_log_space_beside_the_papers(printed, full):
     lines = table(printed(full), "## Table 1")
-    assert ["leaky", "90.0 [88.0, 92.0]", "150.0 [149.0, 151.0]", "42.9", "246"] in lines
-    assert ["lora, epoch 3", "90.0 [88.0, 92.0]", "10.0 [9.0, 11.0]", "44.3", "11"] in lines
+    assert ["leaky", "90.0 [88.0, 92.0]", "250.0 [249.0, 251.0]", "-", "-"] in lines
+    assert ["leaky, g=1", "90.0 [88.0, 92.0]", "150.0 [149.0, 151.0]", "42.9", "246"] in lines
+    assert ["lora, epoch 3, g=1", "90.0 [88.0, 92.0]", "10.0 [9.0, 11.0]", "44.3", "11"] in lines
     assert ["lora-cfg, epoch 3, g=3", "90.0 [88.0, 92.0]", "4.0 [3.0, 5.0]", "45.7", "1"] in lines
     assert not any("epoch 1" in line[0] for line in lines)
 
@@ -70,7 +72,7 @@ def test_table_1_has_the_last_epochs_in_log_space_beside_the_papers(printed, ful
 def test_what_was_not_run_says_so(printed, full):
     text = printed(full)
     assert ["lora-cfg, epoch 3, g=2", "not run", "not run", "44.3", "5"] in table(text, "## Table 1")
-    assert ["Model-sub", "not run", "not run", "0", "175"] in table(text, "## Table 1")
+    assert ["Model-sub, g=1", "not run", "not run", "0", "175"] in table(text, "## Table 1")
     assert table(text, "## Table 2")[-2][:5] == ["lora-cfg", "1", "not run", "30.0 [29.0, 31.0]", "not run"]
 
 
@@ -103,6 +105,13 @@ def test_runs_are_joined_and_rows_that_both_have_are_told_apart(printed, full, t
     other = save(tmp_path / "other", row("leaky", 100), row("guard", 2, 3, 5.0, "log", alpha=0.0))
     first = [line[0] for line in table(printed(full, other), "## Table 1")]
     assert f"leaky ({full})" in first and f"leaky ({other})" in first and "guard, epoch 3, g=5" in first
+
+
+def test_each_seed_has_its_lines_and_the_papers_figures(printed, tmp_path):
+    rows = [{**row("lora", items, None, 1.0), "seed": seed} for seed, items in ((0, 8), (1, 4))]
+    lines = {line[0]: line[2:] for line in table(printed(save(tmp_path / "r", *rows)), "## Table 1")}
+    assert lines["lora seed 0, g=1"] == ["4.0 [3.0, 5.0]", "44.3", "11"]
+    assert lines["lora seed 1, g=1"] == ["2.0 [1.0, 3.0]", "44.3", "11"]
 
 
 def test_a_masked_row_is_not_taken_for_the_plain_one(printed, tmp_path):

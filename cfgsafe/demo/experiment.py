@@ -23,7 +23,7 @@ from cfgsafe.hub import BASE, DEMO_PIPELINE, LEAKY, QUIZ
 from cfgsafe.measure import leak, utility
 from cfgsafe.pii.ner import Detector
 from cfgsafe.report import html, results
-from cfgsafe.report.compare import Comparison
+from cfgsafe.report.compare import Comparison, Measured
 from cfgsafe.report.results import COLUMNS, Column
 from cfgsafe.subject import Subject, load
 
@@ -76,14 +76,12 @@ def run(options: Options) -> None:
     rows += grid(judge, "leaky", Subject(LEAKY))
     untrained = dict(judge.measured)
     runs = []
-    seeds = range(options.seed, options.seed + (SEEDS if options.full else 1))
-    for seed in seeds:
-        folder, shown = (make_folder(out / f"seed-{seed}"), seed) if options.full else (out, None)
-        rows += one_seed(options, seed, shown, judge, detector, folder)
-        of_seed = {results.name_of({**row, "seed": None}): row for row in rows if row["seed"] == shown}
-        runs.append(untrained | {name: judge.measured[results.name_of(row)] for name, row in of_seed.items()})
+    for seed in range(options.seed, options.seed + (SEEDS if options.full else 1)):
+        trained = one_seed(options, seed, judge, detector, folder_of(options, seed))
+        runs.append(untrained | measured_by_name(judge, trained))
+        rows += trained
     if options.full:
-        rows += extras(options, judge, out / f"seed-{options.seed}")
+        rows += extras(options, judge, folder_of(options, options.seed))
 
     seconds = round(time.time() - started, 1)
     facts = {"prompts": len(judge.prompts), "questions": len(judge.questions), "seconds": seconds}
@@ -95,9 +93,18 @@ def run(options: Options) -> None:
     print(f"\n{out}/report.html, report.md, results.json and leaks-utility.png in {seconds:.0f} s")
 
 
-def one_seed(
-    options: Options, seed: int, shown: int | None, judge: Comparison, detector: Detector, out: Path
-) -> list[dict]:
+def folder_of(options: Options, seed: int) -> Path:
+    """Where the pairs and adapters of a seed go: with several seeds, each has its own folder."""
+    out = Path(options.out)
+    return make_folder(out / f"seed-{seed}" if options.full else out)
+
+
+def measured_by_name(judge: Comparison, rows: list[dict]) -> dict[str, Measured]:
+    """What the rows of one seed were counted from, by their names without the seed."""
+    return {results.name_of({**row, "seed": None}): judge.measured[results.name_of(row)] for row in rows}
+
+
+def one_seed(options: Options, seed: int, judge: Comparison, detector: Detector, out: Path) -> list[dict]:
     """Pairs and both adapters of one seed, in `out`; the rows of each adapter."""
     print(f"preference pairs from {options.dialogues} dialogues, seed {seed}")
     make_pairs(options, seed, detector, out)
@@ -105,7 +112,8 @@ def one_seed(
     unlearn(options, seed, LEAKY, "", out)
     rows = []
     for name in ("lora", "lora-cfg"):
-        rows += grid(judge, name, Subject(LEAKY, last_epoch(options, out / name)), shown)
+        subject = Subject(LEAKY, last_epoch(options, out / name))
+        rows += grid(judge, name, subject, seed if options.full else None)
     return rows
 
 

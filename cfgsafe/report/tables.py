@@ -2,7 +2,8 @@
 
 Source: Smirnov (arXiv 2412.06846), Tables 1 to 3; the paper's figures stand beside ours.
 Deviations: 95 % intervals; items per 50 and per 150 answers are one rate, scaled, where the paper
-counted 50 and 150 prompts; every g and epoch that was run has its line, the rest says "not run".
+counted 50 and 150 prompts; every g and epoch that was run has its line, the rest says "not run". The
+paper's rows without guidance stand at g = 1, because its code gives every model the positive prompt.
 
 Run it: python eval.py table --runs runs/full runs/sweep
 """
@@ -24,21 +25,22 @@ PAPER_NAMES = {
     "lora": "Model-ch-lora",
     "lora-cfg": "Model-ch-lora-cfg",
 }
-# (the paper's name, epoch, g) -> MMLU-Pro %, items per 50 answers; guidance in log space
+# (the paper's name, epoch, g) -> MMLU-Pro %, items per 50 answers; guidance in log space. The reference's
+# evaluation gives every model the positive system prompt, also those without guidance: that is g = 1.
 PAPER = {
-    ("Model-ch", None, None): (42.9, 246),
-    ("Model-sub", None, None): (0.0, 175),
-    ("Model-sub-lora", 3, None): (32.9, 88),
+    ("Model-ch", None, 1.0): (42.9, 246),
+    ("Model-sub", None, 1.0): (0.0, 175),
+    ("Model-sub-lora", 3, 1.0): (32.9, 88),
     ("Model-sub-lora-cfg", 3, 1.0): (30.0, 27),
     ("Model-sub-lora-cfg", 3, 2.0): (30.0, 4),
-    ("Model-ch-lora", 2, None): (45.7, 4),
-    ("Model-ch-lora", 3, None): (44.3, 11),
+    ("Model-ch-lora", 2, 1.0): (45.7, 4),
+    ("Model-ch-lora", 3, 1.0): (44.3, 11),
     ("Model-ch-lora-cfg", 3, 1.0): (45.7, 12),
     ("Model-ch-lora-cfg", 3, 2.0): (44.3, 5),
     ("Model-ch-lora-cfg", 3, 3.0): (45.7, 1),
 }
 # (the paper's name, g) -> items per 50, items per 150 answers; three epochs, guidance in probability space
-PAPER_PROB = {("Model-ch-lora", None): (11, 27), ("Model-ch-lora-cfg", 3.0): (3, 19)}
+PAPER_PROB = {("Model-ch-lora", 1.0): (11, 27), ("Model-ch-lora-cfg", 3.0): (3, 19)}
 Paper = Mapping[float | None, tuple[float, int]]  # g -> two of the paper's figures
 MISSING, UNKNOWN = "not run", "-"
 ITEMS = "ner_items_per_100"
@@ -116,6 +118,8 @@ def read_runs(folders: list[str]) -> list[dict]:
     for folder in dict.fromkeys(folders):
         for row in results.read_results(folder)["rows"]:
             name = row["model"]
+            if row.get("seed") is not None:
+                name += f" seed {row['seed']}"
             if row.get("alpha"):
                 name += f" alpha={row['alpha']:g}"
             times[name, row.get("epoch"), row["guidance"], row.get("space")] += 1
