@@ -1,4 +1,4 @@
-"""What the demo says of its controls: only what every seed shows, corrected for the number of tests."""
+"""What the demo says of its controls: only what all seeds agree on, corrected for the number of tests."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def outcome(runs: list[dict[str, Measured]], ours: str, measure: str) -> tuple[b
     """Whether the first contrast of the row `ours` is shown in a measure, and its text."""
     found = controls.outcomes(runs)
     (first,) = [o for o in found if o.contrast.ours == ours and o.measure.startswith(measure)][:1]
-    return first.shown(len(found)), first.text(len(found))
+    return first.verdict(len(found)) != "no difference shown", first.text(len(found))
 
 
 def test_rows_that_are_alike_show_no_difference():
@@ -65,24 +65,34 @@ def test_a_clear_difference_is_shown_in_its_own_measure_only(row, measure, value
     assert not any(outcome(runs, "lora", other)[0] for other in others)
 
 
-def test_a_difference_counts_only_if_every_seed_shows_it():
-    less, more, same = run(lora=measured(2, 30, 45)), run(lora=measured(58, 30, 45)), run()
+def test_a_difference_counts_only_if_every_seed_has_its_sign():
+    less, more, same = run(lora=measured(2, 30, 45)), run(lora=measured(34, 30, 45)), run()
     assert outcome([less, less, less], "lora", "echoed")[0]
-    assert not outcome([less, less, same], "lora", "echoed")[0]
-    assert not outcome([less, more], "lora", "echoed")[0]
-    assert "+- 0.0 between seeds" in outcome([less, less], "lora", "echoed")[1]
+    for runs in ([less, less, same], [less, less, more]):
+        shown, text = outcome(runs, "lora", "echoed")
+        assert not shown and "(-" in text  # the mean is far below, and its p-value small
+        assert controls.outcomes(runs)[8].difference.p_value < 0.001
+    assert "SD between seeds 0.0" in outcome([less, less], "lora", "echoed")[1]
+
+
+def test_seeds_are_pooled_person_by_person():
+    runs = [run(lora=measured(20, 30, 45)), run(lora=measured(22, 30, 45))]
+    (first,) = [o for o in controls.outcomes(runs) if o.contrast.ours == "lora" and o.measure[0] == "e"]
+    assert first.ours == pytest.approx([100 * 20 / 60, 100 * 22 / 60]) and first.theirs == [50.0, 50.0]
+    assert first.difference.estimate.value == pytest.approx(-15.0)  # 10 and 8 of 60, on average 9
 
 
 def test_one_nominal_difference_among_many_tests_is_not_shown():
     runs = [run(lora=measured(24, 30, 45))]  # six of 60 changed, all one way: p = 0.03
     found = controls.outcomes(runs)
     (first,) = [o for o in found if o.contrast.ours == "lora" and o.measure.startswith("echoed")]
-    assert first.differences[0].p_value < 0.05 and not first.shown(len(found))
+    assert first.difference.p_value < 0.05 and first.verdict(len(found)) == "no difference shown"
 
 
-def test_the_last_sentence_says_what_was_shown():
-    runs = [run(lora_g=measured(30, 30, 45))]
-    assert "echoes about as much as plain LoRA" in controls.conclusions(runs)[-1]
+def test_the_last_sentence_says_what_was_shown_and_nothing_else():
+    nothing = "echoed no difference shown, recall no difference shown, famous no difference shown"
+    assert f"same positive prompt: {nothing}" in controls.conclusions([run()])[-1]
     runs = [{**run(), "lora-cfg g=3 prob": measured(1, 30, 45)}]
-    assert "echoes less than plain LoRA" in controls.conclusions(runs)[-1]
-    assert "one seed" in controls.conclusions(runs)[-2]
+    sentences = controls.conclusions(runs)
+    assert "same positive prompt: echoed less, recall no difference shown" in sentences[-1]
+    assert "one seed" in sentences[-2]

@@ -3,9 +3,9 @@
 Source: the reference evaluation gives every model the positive system prompt (RGSmirnov/cfg_safety_llm), so
 a row under its own system prompt and a row under the positive one differ in the prompt and in the method.
 Each contrast here changes one of them. ROSE (arXiv 2402.11889) is the training-free baseline.
-Method: a paired permutation test over persons for each contrast and measure. A difference counts as shown
-if its p-value is below 5 % divided by the number of tests (Bonferroni); with several seeds, if that is so
-for each of them and all have the same sign.
+Method: a paired permutation test over persons for each contrast and measure; with several seeds, of each
+person's mean over the seeds. A difference counts as shown if its p-value is below 5 % divided by the number
+of tests (Bonferroni), and if it has the same sign with every seed. What is not shown may still be there.
 
 Run it: python train.py demo
 """
@@ -13,6 +13,8 @@ Run it: python train.py demo
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
+
+import numpy as np
 
 from cfgsafe.measure.intervals import Difference, paired_difference
 from cfgsafe.report.compare import Measured
@@ -79,31 +81,36 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """A contrast in one measure: of each seed the two values and their difference."""
+    """A contrast in one measure: of each seed both values, percent or per 100; the difference over all."""
 
     contrast: Contrast
     measure: str
     ours: list[float]
     theirs: list[float]
-    differences: list[Difference]
+    difference: Difference
 
-    def shown(self, tests: int) -> bool:
-        """Whether every seed shows a difference of the same sign, corrected for `tests` tests."""
-        signs = {difference.estimate.value > 0 for difference in self.differences}
-        return len(signs) == 1 and all(d.p_value < LEVEL / tests for d in self.differences)
+    @property
+    def changes(self) -> list[float]:
+        """The difference with each seed."""
+        return [ours - theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+
+    def verdict(self, tests: int) -> str:
+        """less, more, or that no difference is shown, corrected for `tests` tests."""
+        if self.difference.p_value < LEVEL / tests:
+            if all(change > 0 for change in self.changes):
+                return "more"
+            if all(change < 0 for change in self.changes):
+                return "less"
+        return "no difference shown"
 
     def text(self, tests: int) -> str:
-        """The measure, both values, the difference with its interval or spread, and the verdict."""
-        values = [difference.estimate.value for difference in self.differences]
-        if len(values) > 1:
-            change = f"{mean(values):+.1f} +- {stdev(values):.1f} between seeds"
-        else:
-            (estimate,) = [difference.estimate for difference in self.differences]
-            change = f"{estimate.value:+.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
-        word = "no difference shown"
-        if self.shown(tests):
-            word = "more" if values[0] > 0 else "less"
-        return f"{self.measure} {mean(self.ours):.1f} against {mean(self.theirs):.1f} ({change}: {word})"
+        """The measure, both values, the difference with its interval, its spread, and the verdict."""
+        estimate = self.difference.estimate
+        change = f"{estimate.value:+.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+        if len(self.changes) > 1:
+            change += f", SD between seeds {stdev(self.changes):.1f}"
+        both = f"{mean(self.ours):.1f} against {mean(self.theirs):.1f}"
+        return f"{self.measure} {both} ({change}: {self.verdict(tests)})"
 
 
 def outcomes(runs: Sequence[dict[str, Measured]]) -> list[Outcome]:
@@ -111,17 +118,19 @@ def outcomes(runs: Sequence[dict[str, Measured]]) -> list[Outcome]:
     found = []
     for contrast in CONTRASTS:
         for name, values in MEASURES.items():
-            outcome = Outcome(contrast, name, [], [], [])
-            for run in runs:
-                ours, totals = values(run[contrast.ours])
-                theirs, _ = values(run[contrast.theirs])
-                difference = paired_difference(ours, theirs, totals)
-                if difference is not None:
-                    outcome.ours.append(100 * sum(ours) / sum(totals))
-                    outcome.theirs.append(100 * sum(theirs) / sum(totals))
-                    outcome.differences.append(difference)
-            found.append(outcome)
-    return [outcome for outcome in found if outcome.differences]
+            ours = [values(run[contrast.ours])[0] for run in runs]
+            theirs = [values(run[contrast.theirs])[0] for run in runs]
+            totals = values(runs[0][contrast.ours])[1]  # the same prompts with every seed
+            difference = paired_difference(np.mean(ours, 0), np.mean(theirs, 0), totals)
+            if difference is not None:
+                each = (rates(ours, totals), rates(theirs, totals))
+                found.append(Outcome(contrast, name, *each, difference))
+    return found
+
+
+def rates(counts: list[list[float]], totals: list[float]) -> list[float]:
+    """The counts of each seed per 100 of the totals."""
+    return [100 * sum(of_seed) / sum(totals) for of_seed in counts]
 
 
 def conclusions(runs: Sequence[dict[str, Measured]]) -> list[str]:
@@ -137,27 +146,20 @@ def conclusions(runs: Sequence[dict[str, Measured]]) -> list[str]:
     sentences.append(
         f"Paired permutation tests at {LEVEL:.0%} in all, corrected for {len(found)} tests; {seeds}."
     )
-    return [*sentences, summary(found, len(found))]
+    return [*sentences, summary(found)]
 
 
-def summary(found: list[Outcome], tests: int) -> str:
+def summary(found: list[Outcome]) -> str:
     """What the method gains over the same prompt without it: the sentence under the table."""
-    echo, recall, famous, utility = MEASURES
-    by_row = {(o.contrast.ours, o.contrast.theirs, o.measure): o for o in found}
 
-    def verdict(ours: str, theirs: str, measure: str) -> str:
-        outcome = by_row.get((ours, theirs, measure))
-        if outcome is None or not outcome.shown(tests):
-            return "about as much as"
-        return "more than" if outcome.differences[0].estimate.value > 0 else "less than"
+    def verdicts(ours: str, theirs: str) -> str:
+        same = [o for o in found if (o.contrast.ours, o.contrast.theirs) == (ours, theirs)]
+        return ", ".join(f"{o.measure.split(' ')[0].rstrip(',')} {o.verdict(len(found))}" for o in same)
 
-    best, plain, leaky = "lora-cfg g=3 prob", "lora g=1", "leaky"
+    best = "lora-cfg g=3 prob"
     parts = (
-        f"LoRA-CFG at g=3 echoes {verdict(best, plain, echo)} plain LoRA under the same positive prompt",
-        f"recalls {verdict(best, plain, recall)} it",
-        f"names {verdict(best, plain, famous)} it of the famous",
-        f"knows {verdict(best, plain, utility)} it in the quiz",
-        f"it echoes {verdict(best, 'leaky g=3 prob', echo)} the untrained model with the same guidance",
-        f"without its prompt LoRA-CFG echoes {verdict('lora-cfg', leaky, echo)} the leaky model",
+        f"LoRA-CFG at g=3 against plain LoRA under the same positive prompt: {verdicts(best, 'lora g=1')}",
+        f"against the untrained model with the same guidance: {verdicts(best, 'leaky g=3 prob')}",
+        f"LoRA-CFG without its prompt against the leaky model: {verdicts('lora-cfg', 'leaky')}",
     )
-    return f"In short: {'; '.join(parts)}."
+    return f"In short. {'; '.join(parts)}."
