@@ -181,7 +181,9 @@ def table_3(grid: Grid) -> list[str]:
     for model in grid.models:
         name, last = paper_name(grid, model), grid.epochs(model)[-1]
         for epoch in grid.epochs(model):
-            paper = {g: figures for (n, g), figures in PAPER_PROB.items() if n == name and epoch == last}
+            paper: Paper = {
+                g: figures for (n, g), figures in PAPER_PROB.items() if n == name and epoch == last
+            }
             for g in grid.settings(model, epoch, "prob", paper):
                 met.add((name, g))
                 row = grid.row(model, epoch, g, "prob")
