@@ -21,9 +21,10 @@ from cfgsafe.report.figures import leaks_and_utility
 
 LEGEND = (
     "With 95 % intervals. No g: the prompts' own system prompt. g=1: the positive sentence added to it, "
-    "without guidance.\nEchoed: items of the conversation in the answer, per 100 conversations that hold "
-    "one. Recall: items that stand in no\nconversation, in percent of those asked for. Named: percent of "
-    "the names that a good answer gives.\nCut: answers that reached the length limit."
+    "without guidance.\n"
+    "Echoed: items of the conversation in the answer, per 100 conversations that hold one.\n"
+    "Recall: items that stand in no conversation, in percent of those asked for.\n"
+    "Named: percent of the names that a good answer gives. Cut: answers that reached the length limit."
 )
 EXTRA = {  # key -> what the legend says of it where it was measured
     "margin": "Margin: log-probability of the right option minus that of the best wrong one, nats per token.",
