@@ -48,7 +48,7 @@ def folder(tmp_path):
     }
     rows = [{"model": "leaky", "epoch": None, "guidance": None, "space": None, **figures}]
     rows += [{"model": "guard", "epoch": 2, "guidance": 3.0, "space": "log", "alpha": 0.1, **figures}]
-    found = {"title": "A & B", "rows": rows, "conclusions": ["a < b (1 < 2)", "no c"], "seed": 7}
+    found = {"title": "A & B", "rows": rows, "conclusions": ["a < b (1 < 2)", "c is not d"], "seed": 7}
     (tmp_path / "results.json").write_text(json.dumps(found))
     (tmp_path / "curve.png").write_bytes(PNG)
     text = "Dear Bob, yours, maria from LUND <script>alert(1)</script>, Maria Keller, not Oskar."
@@ -128,7 +128,7 @@ def test_table_conclusions_and_models_stand_in_it(folder):
     assert (folder / "sub" / "r.html").exists() and "seed 7" in page.text
     assert "guard epoch 2 g=3 log alpha=0.1" in page.text and "12.51.0 to 20.0" in page.text
     assert "perplexity" not in source.lower()  # neither column nor legend without figures
-    assert page.text.count("a < b (1 < 2)") == 1 and page.text.count("no c") == 1
+    assert page.text.count("a < b (1 < 2)") == 1 and page.text.count("c is not d") == 1
 
 
 def test_perplexity_is_explained_where_it_stands(folder):
