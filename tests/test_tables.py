@@ -107,6 +107,18 @@ def test_runs_are_joined_and_rows_that_both_have_are_told_apart(printed, full, t
     assert f"leaky ({full})" in first and f"leaky ({other})" in first and "guard, epoch 3, g=5" in first
 
 
+def test_answers_that_were_cut_off_are_said(printed, tmp_path):
+    cut = {"cut_off": 12.5, "cut_off_ci": [8.0, 17.0]}
+    text = printed(
+        save(
+            tmp_path / "r",
+            {**row("lora", 8), **cut},
+            {**row("sub", 8), "cut_off": 2.0, "cut_off_ci": [0.0, 4.0]},
+        )
+    )
+    assert "cut off at most 12.5 % of a model's answers" in text
+
+
 def test_each_seed_has_its_lines_and_the_papers_figures(printed, tmp_path):
     rows = [{**row("lora", items, None, 1.0), "seed": seed} for seed, items in ((0, 8), (1, 4))]
     lines = {line[0]: line[2:] for line in table(printed(save(tmp_path / "r", *rows)), "## Table 1")}

@@ -61,7 +61,10 @@ class Options:
 
 SEEDS = 3  # of --full
 GRID = (None, 1.0, 2.0, 3.0)  # own system prompt, positive one alone, guidance
-PAPER = {("leaky", 1.0), ("lora", 1.0), ("lora-cfg", 1.0), ("lora-cfg", 2.0), ("lora-cfg", 3.0)}  # (model, g)
+PAPER = {  # (model, g) of the paper's rows
+    ("leaky", 1.0), ("lora", 1.0), ("lora-cfg", 1.0), ("lora-cfg", 2.0), ("lora-cfg", 3.0), ("sub", 1.0),
+    ("sub-lora", 1.0), ("sub-lora-cfg", 1.0), ("sub-lora-cfg", 2.0),
+}  # fmt: skip
 PANELS = (COLUMNS[0], Column("recall", "recall of people planted 64 times, %", None, slice="x64"))
 
 
@@ -118,12 +121,14 @@ def one_seed(options: Options, seed: int, judge: Comparison, detector: Detector,
 
 
 def grid(judge: Comparison, name: str, subject: Subject, seed: int | None = None) -> list[dict]:
-    """A row for each of `GRID`; those that the paper has are marked."""
-    rows = []
-    for g in GRID:
-        row = judge.row(name, replace(subject, guidance=g), seed=seed)
-        rows.append({**row, "paper": True} if (name, g) in PAPER else row)
-    return rows
+    """A row for each of `GRID`."""
+    return [row_of(judge, name, replace(subject, guidance=g), seed) for g in GRID]
+
+
+def row_of(judge: Comparison, name: str, subject: Subject, seed: int | None = None) -> dict:
+    """The row of a model; it is marked if the paper has it."""
+    row = judge.row(name, subject, seed=seed)
+    return {**row, "paper": True} if (name, subject.guidance) in PAPER else row
 
 
 def extras(options: Options, judge: Comparison, out: Path) -> list[dict]:
@@ -131,14 +136,15 @@ def extras(options: Options, judge: Comparison, out: Path) -> list[dict]:
     guided = Subject(LEAKY, last_epoch(options, out / "lora-cfg"))
     settings: list[dict] = [{"guidance": 5.0}]
     settings += [{"guidance": g, "space": "log"} for g in (2.0, 3.0, 5.0)]
-    rows = [judge.row("lora-cfg", replace(guided, **setting)) for setting in settings]
+    rows = [row_of(judge, "lora-cfg", replace(guided, **setting), options.seed) for setting in settings]
     print("ORPO on the subtracted model")
     sub = str(out / "sub")
     subtract.run(subtract.Options(BASE, LEAKY, sub))
     unlearn(options, options.seed, sub, "sub-", out)
     for name, folder in (("sub", None), ("sub-lora", "sub-lora"), ("sub-lora-cfg", "sub-lora-cfg")):
         subject = Subject(sub, last_epoch(options, out / folder) if folder else None)
-        rows += [judge.row(name, replace(subject, guidance=g)) for g in (1.0, 3.0)]
+        for g in (1.0, 3.0):
+            rows.append(row_of(judge, name, replace(subject, guidance=g), options.seed))
     return rows
 
 

@@ -100,7 +100,7 @@ def in_order(guidances: set[float | None]) -> list[float | None]:
 
 def run(options: Options) -> None:
     grid = Grid(read_runs(options.runs))
-    text = "\n".join([*table_1(grid), *table_2(grid), *table_3(grid), *notes(options.runs)])
+    text = "\n".join([*table_1(grid), *table_2(grid), *table_3(grid), *notes(options.runs, grid.rows)])
     if options.out:
         write_text(options.out, text)
     print(text)
@@ -203,12 +203,16 @@ def table_3(grid: Grid) -> list[str]:
     return ["## Table 3: guidance in probability space", "", results.markdown(heads, lines), ""]
 
 
-def notes(runs: list[str]) -> list[str]:
+def notes(runs: list[str], rows: list[dict]) -> list[str]:
+    """What the tables' figures are; and how many answers the limit of tokens cut off, where that is known."""
+    shares = [row["cut_off"] for row in rows if "cut_off" in row]
+    cut = f"The limit of tokens cut off at most {max(shares):.1f} % of a model's answers." if shares else ""
     return [
         f"Runs: {', '.join(runs)}. [low, high]: 95 % interval. "
         "NER items are a rate per answer, scaled to 50 and 150 answers.",
         "The paper's figures are of an 8B model after three epochs, MMLU-Pro with 70 questions; "
         "compare orders, not values.",
+        cut,
         "",
     ]
 
