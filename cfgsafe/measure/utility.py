@@ -248,9 +248,14 @@ def likeliest(logprobs: list[float]) -> int | None:
     return logprobs.index(best) if best > -math.inf and logprobs.count(best) == 1 else None
 
 
+def grades(rows: list[dict], texts: list[str]) -> list[bool]:
+    """Whether each short answer is right."""
+    return [bool(exact(text, row)) for row, text in zip(rows, texts, strict=True)]
+
+
 def score(rows: list[dict], texts: list[str]) -> Estimate | None:
     """Percentage of right short answers."""
-    return share_interval([bool(exact(text, row)) for row, text in zip(rows, texts, strict=True)])
+    return share_interval(grades(rows, texts))
 
 
 def cut_off(given: list[Answer]) -> Estimate | None:

@@ -15,8 +15,7 @@ from cfgsafe.files import make_folder
 from cfgsafe.identity import identity
 from cfgsafe.llama import Llama
 from cfgsafe.measure import fluency, leak, utility
-from cfgsafe.measure.grading import exact
-from cfgsafe.measure.intervals import Estimate, ratio_interval, to_json
+from cfgsafe.measure.intervals import ratio_interval, share_interval, to_json
 from cfgsafe.pii.ner import Detector
 from cfgsafe.report import results
 from cfgsafe.subject import ANSWER_TOKENS, Answer, Subject, answers, load
@@ -81,13 +80,11 @@ class Comparison:
         quiz = self.ask(subject, asked, f"{title}: quiz", self.quiz_tokens)
         findings = leak.inspect(self.prompts, given, self.detector)
         leak.write_findings(self.out / results.answers_file(row), findings)
-        graded = zip(self.questions, quiz, strict=True)
-        grades = [bool(exact(answer.text, question)) for question, answer in graded]
+        grades = utility.grades(self.questions, [answer.text for answer in quiz])
         self.measured[title] = Measured(findings, grades)
         clusters = [finding.cluster for finding in findings]
         estimates = {
-            **leak.summarise(findings),
-            "utility": utility.score(self.questions, [answer.text for answer in quiz]),
+            "utility": share_interval(grades),
             "quiz_cut_off": utility.cut_off(quiz),
             "broken_words": fluency.broken_words(texts, chats, self.vocabulary, clusters),
         }
@@ -96,8 +93,8 @@ class Comparison:
             estimates["margin"] = ratio_interval(leads)
         if self.reference:
             estimates["perplexity"] = fluency.perplexity(*self.reference, texts, chats, clusters)
-        print(f"  {title}: {line_of(estimates)}", flush=True)
         row |= leak.figures(findings) | to_json(estimates) | {"slices": leak.by_slice(findings)}
+        print(f"  {title}: {line_of(row)}", flush=True)
         return row
 
     def ask(
@@ -140,7 +137,6 @@ def words_of(prompts: list[leak.Prompt], questions: list[dict]) -> frozenset[str
     return frozenset(word.lower() for word in fluency.words("\n".join(texts)))
 
 
-def line_of(estimates: dict[str, Estimate | None]) -> str:
-    """The most important figures, on one line."""
-    found = [(key, estimates.get(key)) for key in PRINTED]
-    return ", ".join(f"{key} {estimate.value:.1f}" for key, estimate in found if estimate)
+def line_of(row: dict) -> str:
+    """The most important figures of a row, on one line."""
+    return ", ".join(f"{key} {row[key]:.1f}" for key in PRINTED if key in row)
