@@ -125,6 +125,12 @@ class Answer:
         """Whether the limit of tokens ended it, so that what would have come next was not seen."""
         return self.finish_reason == "length"
 
+    @property
+    def broken(self) -> bool:
+        """Whether the model gave none: numbers that are not finite, or an error, ended it. It says nothing
+        about what the model knows, so measures count it apart, never as clean."""
+        return self.finish_reason in ("impossible", "failed")
+
 
 class AnswerLog:
     """Answers that are kept between runs, in a JSONL file with one {"key", "answer", "finish_reason"} a line.
