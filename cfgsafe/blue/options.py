@@ -8,7 +8,8 @@ Run it: python train.py orpo --help
 import os
 from dataclasses import dataclass
 
-from cfgsafe.errors import InputError, Unused, check_above_zero, check_at_least
+from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, Dropout, Positive, Rate, Seed, Share, Weight, Whole, check_ranges
 from cfgsafe.lora import TARGETS
 from cfgsafe.losses import NEEDS, Objective
 
@@ -33,35 +34,35 @@ class Options:
     sft learns the chosen answers alone."""
     init_adapter: str | None = None
     """PEFT folder or hub id of an adapter to start from; its rank, alpha, layers and bits are used."""
-    rank: int = 16
+    rank: Count = 16
     """LoRA rank."""
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     """LoRA alpha; the update is scaled by alpha / rank."""
     targets: tuple[str, ...] = TARGETS
     """Linear layers that get an adapter; lm_head is also possible."""
-    lora_dropout: float = 0.0
+    lora_dropout: Dropout = 0.0
     """Dropout on the input of the adapter, also of --init-adapter."""
-    lora_bits: float | None = None
+    lora_bits: Positive | None = None
     """1.58 trains ternary adapter weights (BitNet b1.58), stored in two bits each."""
-    lr: float = 1e-4
+    lr: Rate = 1e-4
     """Peak learning rate; it falls along a cosine."""
-    lr_min_ratio: float = 0.1
+    lr_min_ratio: Share = 0.1
     """Learning rate at the end, as a fraction of the peak."""
-    beta: float | None = None
+    beta: Weight | None = None
     """Weight of the odds ratio in orpo, or the beta of another objective; each has its own default."""
-    gamma: float = 0.5
+    gamma: Weight = 0.5
     """Target margin between the two sides, in simpo."""
-    retain: float = 1.0
+    retain: Weight = 1.0
     """Weight of the NLL of prompt and chosen side, in npo and graddiff."""
-    batch_size: int = 2
+    batch_size: Count = 2
     """Pairs in a forward pass, over all processes."""
-    grad_accum: int = 1
+    grad_accum: Count = 1
     """Forward passes in a step of the optimiser."""
-    epochs: int = 3
+    epochs: Count = 3
     """Passes over the pairs."""
-    max_length: int = 2048
+    max_length: Count = 2048
     """Longest prompt and answer together, in tokens."""
-    max_prompt_length: int = 1900
+    max_prompt_length: Count = 1900
     """Tokens kept of a prompt, the last ones, where prompt and answer exceed --max-length."""
     shuffle: bool = True
     """Put the pairs in a new order each epoch, drawn from the seed."""
@@ -69,15 +70,15 @@ class Options:
     """Form batches of pairs of similar length, which need less padding."""
     share_prefix: bool = True
     """Compute once what both sides of a pair begin with; the result is the same."""
-    recompute: int | None = None
+    recompute: Whole | None = None
     """Blocks to recompute in the backward pass; by default as few as the GPU's memory allows."""
     compile: bool = False
     """Run each block through torch.compile."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Weight = 1.0
     """Largest norm of the gradient; a larger gradient is scaled down to it. 0: no limit."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the adapter's initial weights and of the order of the pairs."""
-    save_every: int = 100
+    save_every: Count = 100
     """Steps between two saved states, which --resume starts from."""
     resume: bool = False
     """Continue the run in --out from its last saved state."""
@@ -106,16 +107,9 @@ def unread(options: Options) -> list[str]:
 
 def check(options: Options) -> None:
     """Raise InputError for values that cannot work."""
-    positive = ("rank", "batch_size", "grad_accum", "epochs", "max_prompt_length", "save_every")
-    check_at_least(1, options, *positive)
-    check_at_least(0, options, "recompute", "max_grad_norm", "beta", "gamma", "retain")
-    check_above_zero(options, "lr", "alpha")
+    check_ranges(options)
     if options.beta == 0 and options.objective != "orpo":
         raise InputError(f"--beta 0.0: must be above 0 with --objective {options.objective}")
-    if not 0 <= options.lr_min_ratio <= 1:
-        raise InputError(f"--lr-min-ratio {options.lr_min_ratio}: must lie from 0 to 1")
-    if not 0 <= options.lora_dropout < 1:
-        raise InputError(f"--lora-dropout {options.lora_dropout}: must be at least 0 and below 1")
     if options.group_by_length and not options.shuffle:
         raise InputError("--group-by-length changes the order of the pairs; leave out it or --no-shuffle")
     if options.max_prompt_length >= options.max_length:
