@@ -10,9 +10,7 @@ Run it: python infer.py --model cfgsafe/demo/base --prompt "Hello!"
 """
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cfgsafe.errors import CheckpointError, InputError
+from cfgsafe.errors import CheckpointError
 from cfgsafe.files import read_json
+from cfgsafe.folders import OURS, new_folder
 from cfgsafe.llama import Llama, LlamaConfig, rope_frequencies
 
 WEIGHTS = "model.safetensors"
@@ -35,7 +34,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OURS = ("*.safetensors", "*.json", "*.jinja")  # files that we write
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 STORED = {"F32": 4, "BF16": 2, "F16": 2}  # data type in a safetensors file -> bytes of an element
 Change = Callable[[str, Tensor], Tensor]  # (name, tensor) -> its replacement, of the same shape and data type
@@ -207,40 +205,3 @@ def copy_files(source: str | Path, target: Path, names: tuple[str, ...]) -> None
     for name in names:
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, target / name)
-
-
-@contextmanager
-def new_folder(folder: str | Path, replaces: tuple[str, ...] = OURS) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `folder` if the block succeeds, and else is removed.
-
-    An existing `folder` is replaced only if the names of all its files match `replaces`, so that
-    nobody loses other files. Raises InputError when there are others, or when it cannot be written.
-    """
-    folder = Path(folder).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: cannot be written (a file has that name); choose another folder")
-    others = []
-    for path in folder.iterdir() if folder.exists() else ():
-        if not any(map(path.match, replaces)):
-            others.append(path.name)
-    if others:
-        raise InputError(f"{folder}: holds other files, such as {min(others)!r}; choose another folder")
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        temporary.chmod(0o755)
-        yield temporary
-        if folder.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            os.rename(folder, old)
-            os.rename(temporary, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{folder}: cannot be written ({reason}); choose another folder") from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cfgsafe.checkpoint import new_folder, open_weights
+from cfgsafe.checkpoint import open_weights
 from cfgsafe.errors import CheckpointError
 from cfgsafe.files import read_json
+from cfgsafe.folders import new_folder
 from cfgsafe.llama import Llama
 from cfgsafe.ternary import pack, ternary, unpack
 

@@ -11,8 +11,8 @@ from conftest import random_model
 from safetensors.torch import load_file, save_file
 
 from cfgsafe import load_model, load_tokenizer
-from cfgsafe.checkpoint import new_folder, save_checkpoint
-from cfgsafe.errors import CheckpointError, InputError
+from cfgsafe.checkpoint import save_checkpoint
+from cfgsafe.errors import CheckpointError
 from cfgsafe.hub import BASE, LEAKY
 
 
@@ -184,35 +184,3 @@ def test_damaged_files_are_named(folder):
 def test_generation_config_may_name_more_end_tokens(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2046]}))
     assert load_model(folder).config.stop_ids == {5, 2046}
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "new") as temporary:
-        (temporary / "half.json").touch()
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    for content in ("one", "two"):
-        with new_folder(tmp_path / "new") as temporary:
-            (temporary / "file.json").write_text(content)
-    assert (tmp_path / "new" / "file.json").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_folder_with_other_files_is_never_replaced(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with (
-        pytest.raises(InputError, match="holds other files, such as 'thesis.txt'"),
-        new_folder(tmp_path / "mine"),
-    ):
-        pass
-    with (
-        pytest.raises(InputError, match="a file has that name"),
-        new_folder(tmp_path / "mine" / "thesis.txt"),
-    ):
-        pass
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-
-
-def test_a_folder_that_cannot_be_written_is_one_error():
-    with pytest.raises(InputError, match="cannot be written"), new_folder("/dev/null/x/y"):
-        pass

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cfgsafe.checkpoint import new_folder
 from cfgsafe.errors import CfgsafeError, InputError
 from cfgsafe.files import read_json, read_jsonl, write_jsonl, write_text
+from cfgsafe.folders import new_folder
 from cfgsafe.parallel import World, fill, whole
 
 CPU_RNG, GPU_RNG = "rng.cpu", "rng.cuda"

@@ -26,10 +26,11 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from tqdm import tqdm
 
-from cfgsafe.checkpoint import new_folder, read_model, save_checkpoint
+from cfgsafe.checkpoint import read_model, save_checkpoint
 from cfgsafe.demo import ner_training, testset
 from cfgsafe.demo.corpus import Corpus, Encoder, Example
 from cfgsafe.files import make_folder, write_jsonl
+from cfgsafe.folders import new_folder
 from cfgsafe.llama import Llama, LlamaConfig
 from cfgsafe.report.figures import save_figure, subplots
 from cfgsafe.tokenizer import LLAMA31_TEMPLATE, Tokenizer
