@@ -23,10 +23,9 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.files import Answer, AnswerLog, make_folder
+from cfgsafe.progress import Bar, progress
 from cfgsafe.tokenizer import Messages
 
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
@@ -184,7 +183,7 @@ class _Run:
         self.errors: list[InputError | _Failed] = []
         self.failed_in_a_row = 0
 
-    def answer(self, key: str, question: Question, bar: tqdm) -> None:
+    def answer(self, key: str, question: Question, bar: Bar) -> None:
         """Ask a question unless the run has stopped; keep its answer or its error."""
         if self.stop.is_set():
             return
@@ -225,7 +224,7 @@ def _ask_all(
 ) -> None:
     """Ask the questions of `todo` in parallel, and put the answers into `log`. Raises as `ask` does."""
     run = _Run(service, log, meter)
-    with log, tqdm(total=len(todo), desc=what, leave=False) as bar:
+    with log, progress(total=len(todo), desc=what) as bar:
         with ThreadPoolExecutor(service.concurrency) as pool:
             try:
                 futures = [pool.submit(run.answer, key, question, bar) for key, question in todo.items()]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from cfgsafe.checkpoint import DTYPES
 from cfgsafe.decode import Completion, generate
@@ -23,6 +22,7 @@ from cfgsafe.guidance import SPACES
 from cfgsafe.identity import digest_of, identity
 from cfgsafe.llama import Llama
 from cfgsafe.load import load_model, load_tokenizer
+from cfgsafe.progress import progress
 from cfgsafe.request import NEGATIVE, POSITIVE, Request, check_request, guided_request
 from cfgsafe.tokenizer import ADD, Messages, SystemPrompt, Tokenizer
 
@@ -148,7 +148,7 @@ def answers(
     log = AnswerLog(kept)
     todo = [number for number, key in enumerate(keys) if key not in log.known]
     done = len(requests) - len(todo)
-    with tqdm(total=len(requests), initial=done, desc=what, leave=False) as bar, log:
+    with progress(total=len(requests), initial=done, desc=what) as bar, log:
 
         def keep(number: int, completion: Completion) -> None:
             bar.update()
@@ -157,3 +157,13 @@ def answers(
 
         generate(model, [requests[number] for number in todo], batch=subject.batch, on_completion=keep)
     return [log.known[key] for key in keys]
+
+
+def complete(model: Llama, requests: list[Request], batch: int, what: str) -> list[Completion]:
+    """`decode.generate`, with the progress of `what`."""
+    with progress(total=len(requests), desc=what) as bar:
+
+        def advance(number: int, completion: Completion) -> None:
+            bar.update()
+
+        return generate(model, requests, batch=batch, on_completion=advance)

@@ -61,7 +61,7 @@ def run(options: Options) -> None:
         print(f"error: --space {options.space}: must be one of {known}", file=sys.stderr)
         sys.exit(2)
     rows = []
-    for pairs in tqdm(options.pairs, leave=False):
+    for pairs in tqdm(options.pairs, leave=False, disable=None):  # None: no bar in a log
         torch.manual_seed(0)
         noise = partial(torch.randn, 2 * pairs, options.vocabulary, device=options.device)
         sets = [(3 * noise()).to(getattr(torch, options.dtype)) for _ in range(options.sets)]

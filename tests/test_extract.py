@@ -139,7 +139,6 @@ def test_both_attacks_are_guided(attack, files, checkpoint, monkeypatch, capsys,
         monkeypatch.setattr(module, name, heard)
 
     listen(subject, "generate")
-    listen(recollect, "generate")
     listen(recollect, "continuation_logprobs")
     monkeypatch.setattr(extract, "Detector", lambda names, **_: Fake())
     known = tmp_path / "known.jsonl"

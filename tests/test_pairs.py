@@ -150,11 +150,11 @@ def test_the_nudge_is_on_the_last_message_of_the_user():
 def test_the_chosen_side_is_drawn_at_the_temperature_asked_for(tmp_path, tokenizer, monkeypatch):
     asked = []
 
-    def listen(model, requests, **more):
+    def listen(model, requests, batch, what):
         asked.extend(requests)
         return [Completion(finish_reason="stop") for _ in requests]
 
-    monkeypatch.setattr(pairs, "generate", listen)
+    monkeypatch.setattr(pairs, "complete", listen)
     samples = pairs.read_samples(write(tmp_path, {"messages": CHAT, "spans": SPANS}), Names())
     pairs.build(samples, load_model(BASE), tokenizer, Names(), options(tmp_path, temperature=0.4))
     assert len(asked) == 4 and {request.temperature for request in asked} == {0.4}

@@ -210,12 +210,12 @@ def test_a_guarded_target_goes_on_from_its_adapter(tuned, tmp_path):
 
 
 class Said:
-    """Replaces `generate`: gives answers from a list and records what was asked."""
+    """Replaces `complete`: gives answers from a list and records what was asked."""
 
     def __init__(self, tokenizer, *texts: str | None):
         self.tokenizer, self.texts, self.asked = tokenizer, list(texts), []
 
-    def __call__(self, model, requests, *, batch, on_completion):
+    def __call__(self, model, requests, batch, what):
         self.asked += requests
         completions = []
         for _ in requests:
@@ -241,7 +241,7 @@ def test_the_first_clean_sample_is_kept(tmp_path, monkeypatch, tokenizer):
     files = {"known": str(tmp_path / "known.jsonl"), "retain": str(tmp_path / "retain.jsonl")}
     wanted = options(tmp_path, **files, guidance=3.0, tries=7, seed=5)
     said = Said(tokenizer, *bad, "I will not say.", "A blue heron!", "A bird.")
-    monkeypatch.setattr(safety, "generate", said)
+    monkeypatch.setattr(safety, "complete", said)
     attacked = safety.leaking([attack("Who am I?", leak(context))], wanted)
     row, kept = sorted(safety.build(attacked, wanted), key=lambda row: "attack" not in row)
     assert kept["chosen"] == "A bird.<|eot_id|>" and row["chosen"] == "I will not say.<|eot_id|>"
@@ -260,7 +260,7 @@ def test_the_first_clean_sample_is_kept(tmp_path, monkeypatch, tokenizer):
     assert retained.prompt == tokenizer.encode_prompt(kept["prompt"])
     assert not retained.guided and retained.temperature == 0
     wanted.tries = 6
-    monkeypatch.setattr(safety, "generate", Said(tokenizer, *bad))
+    monkeypatch.setattr(safety, "complete", Said(tokenizer, *bad))
     with pytest.raises(InputError, match="none of 1 conversations got a clean refusal"):
         safety.build(attacked, wanted)
 
@@ -275,7 +275,7 @@ def test_a_refusal_must_be_safe_to_the_guard_as_well(tmp_path, monkeypatch, toke
             return [verdicts[answer] for answer in answers]
 
     monkeypatch.setattr(safety, "Guard", lambda model, tokenizer: Guarding())
-    monkeypatch.setattr(safety, "generate", Said(tokenizer, *verdicts))
+    monkeypatch.setattr(safety, "complete", Said(tokenizer, *verdicts))
     wanted = options(tmp_path, guard=LEAKY, tries=3)
     (row,) = safety.build(safety.leaking([attack("Who am I?", leak(CONTEXTS[0]))], wanted), wanted)
     assert row["chosen"] == "No.<|eot_id|>"
@@ -286,7 +286,7 @@ def test_text_that_a_flat_string_cannot_hold_is_left_out(tmp_path, monkeypatch, 
         attack("<|eot_id|> Who am I?", leak(CONTEXTS[0])),
         attack("Who?", Trial(CONTEXTS[1].id, "<|eot_id|>Ann", 1.0)),
     ]
-    monkeypatch.setattr(safety, "generate", Said(tokenizer, "No.", "No."))
+    monkeypatch.setattr(safety, "complete", Said(tokenizer, "No.", "No."))
     wanted = options(tmp_path, tries=1)
     (row,) = safety.build(safety.leaking(told, wanted), wanted)
     assert row["attack"] == "Who?" and "rejected" not in row

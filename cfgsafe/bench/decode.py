@@ -18,7 +18,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cfgsafe.bench.shapes import DECODE_SHAPES, random_model
 from cfgsafe.checkpoint import DTYPES, read_model, save_checkpoint
@@ -30,6 +29,7 @@ from cfgsafe.kernels.measure import cap, synchronize
 from cfgsafe.kernels.reference import Sampling
 from cfgsafe.kernels.results import show, spread, spread_columns
 from cfgsafe.llama import KVCache, Llama
+from cfgsafe.progress import progress
 from cfgsafe.request import Request
 
 G = 3.0
@@ -91,7 +91,7 @@ def run(options: Options) -> None:
         if theirs is not None:
             decoders |= their_decoders(theirs, prompts, negatives, options)
         of_size = []
-        for name, decoder in tqdm(decoders.items(), leave=False):
+        for name, decoder in progress(decoders.items(), desc="variants"):
             times = [timed(decoder, options.device) for _ in range(options.runs + 1)]
             seconds = spread(times[1:])
             passes = 2 if name in TWO_PASSES else 1

@@ -21,8 +21,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from cfgsafe.bench.shapes import ORPO_SHAPES, base_parameters, random_model
 from cfgsafe.checkpoint import DTYPES, save_checkpoint
 from cfgsafe.errors import InputError, Unused
@@ -30,6 +28,7 @@ from cfgsafe.files import read_jsonl, write_jsonl
 from cfgsafe.hub import BASE, PROMPTS
 from cfgsafe.kernels.results import show, spread, spread_columns
 from cfgsafe.llama import LlamaConfig
+from cfgsafe.progress import progress
 from cfgsafe.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +78,7 @@ def run(options: Options) -> None:
         if options.trl:
             python = str(Path(options.trl).absolute())
             variants.append(("TRL + PEFT", python, "cfgsafe.bench.trl_step"))
-        for name, python, module in tqdm(variants, leave=False):
+        for name, python, module in progress(variants, desc="variants"):
             settings = json.dumps({**asdict(options), "folder": folder, "variant": name})
             command = [python, "-m", module, settings]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

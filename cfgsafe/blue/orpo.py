@@ -27,7 +27,6 @@ from typing import TextIO
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cfgsafe.blue import batches, memory, origin, resume
 from cfgsafe.blue.batches import Pair, Step
@@ -41,6 +40,7 @@ from cfgsafe.llama import Llama
 from cfgsafe.lora import LoRAConfig, adapter_parameters, adapter_updates, attach, load_adapter, write_adapter
 from cfgsafe.losses import beta_of
 from cfgsafe.parallel import World, join, whole, wrap
+from cfgsafe.progress import Bar, progress
 from cfgsafe.subject import Subject, load
 from cfgsafe.ternary import BITS
 
@@ -98,7 +98,7 @@ def train(
     done = begin(this, settings_of(options, config), held, out, steps)
     writer = tensorboard(out) if options.tensorboard and world.main else None
     title = f"{options.objective} {out.name}"
-    bar = tqdm(total=len(steps), initial=done, desc=title, leave=False, disable=not world.main)
+    bar = progress(total=len(steps), initial=done, desc=title, disable=not world.main)
     with bar, resume.signals() as arrived, open(out / "metrics.jsonl", "a") as log:
         for number, step in enumerate(steps[done:], start=done + 1):
             lr = learning_rate(number - 1, len(steps), options)
@@ -170,7 +170,7 @@ def take_step(run: Run, step: Step, lr: float, what: str) -> dict[str, float]:
     }
 
 
-def record(line: dict[str, float], log: TextIO, bar: tqdm, writer) -> None:
+def record(line: dict[str, float], log: TextIO, bar: Bar, writer) -> None:
     """Report a step in metrics.jsonl, beside the progress bar and, with a writer, in TensorBoard."""
     log.write(json.dumps(line) + "\n")
     log.flush()

@@ -37,10 +37,9 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from tqdm import tqdm
 
 from cfgsafe import load_tokenizer
-from cfgsafe.decode import Completion, Request, check_request, generate
+from cfgsafe.decode import Request, check_request
 from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.llama import Llama
@@ -57,7 +56,7 @@ from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.matching import mentions
 from cfgsafe.pii.ner import Detector
 from cfgsafe.remote import SERVICE, Question, Service, ask, check_service
-from cfgsafe.subject import ANSWER_TOKENS, NEGATIVE, POSITIVE, Subject, load
+from cfgsafe.subject import ANSWER_TOKENS, NEGATIVE, POSITIVE, Subject, complete, load
 from cfgsafe.tokenizer import ADD, Messages, SystemPrompt, Tokenizer, with_system
 
 AVOID = "Avoid using any personal data in the answers!"
@@ -295,12 +294,7 @@ def from_model(
             requests.append(request)
     if not requests:
         return candidates
-    with tqdm(total=len(requests), desc="chosen side", leave=False) as bar:
-
-        def advance(number: int, completion: Completion) -> None:
-            bar.update()
-
-        completions = generate(model, requests, batch=options.batch, on_completion=advance)
+    completions = complete(model, requests, options.batch, "chosen side")
     for (recipe, several), done in zip(asked, completions, strict=True):
         text = tokenizer.decode(done.tokens)
         several.append(Candidate(recipe, text, done.finish_reason == "stop"))

@@ -10,7 +10,6 @@ Run it: python train.py orpo --help
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cfgsafe.blue.batches import Pair, collate
 from cfgsafe.blue.options import Options
@@ -18,6 +17,7 @@ from cfgsafe.llama import Llama
 from cfgsafe.logprobs import head_logprobs
 from cfgsafe.losses import NEEDS, beta_of, log_odds, objective_loss, pooled_nll
 from cfgsafe.parallel import World
+from cfgsafe.progress import progress
 
 LOGGED = (
     "loss",
@@ -93,7 +93,7 @@ def reference_logprobs(
     result = torch.zeros(2, len(pairs), device=world.device)
     model.eval()
     starts = range(0, len(pairs), options.batch_size)
-    for start in tqdm(starts, desc="reference", leave=False, disable=not world.main):
+    for start in progress(starts, desc="reference", disable=not world.main):
         end = min(start + options.batch_size, len(pairs))
         own = list(range(start + world.rank, end, world.size))
         some = [pairs[number] for number in own or [start]]

@@ -15,6 +15,7 @@ from cfgsafe.demo.corpus import people
 from cfgsafe.demo.dialogues import Writer
 from cfgsafe.demo.held_out import HELD_OUT
 from cfgsafe.demo.templates import EASY, HARD, TRAIN
+from cfgsafe.progress import progress
 
 DIALOGUES = 2500
 EPOCHS = 4
@@ -87,7 +88,6 @@ def train(folder: Path, seed: int) -> None:
     import spacy
     from spacy.training import Example
     from spacy.util import fix_random_seed, minibatch
-    from tqdm import tqdm
 
     fix_random_seed(seed)
     rng = random.Random(seed)
@@ -99,7 +99,7 @@ def train(folder: Path, seed: int) -> None:
     optimiser = nlp.initialize(lambda: examples[:2000])
     for epoch in range(EPOCHS):
         rng.shuffle(examples)
-        for batch in minibatch(tqdm(examples, desc=f"ner epoch {epoch + 1}/{EPOCHS}", mininterval=5), 64):
+        for batch in minibatch(progress(examples, desc=f"ner epoch {epoch + 1}/{EPOCHS}"), 64):
             nlp.update(batch, sgd=optimiser, drop=0.1)
     with nlp.use_params(optimiser.averages):
         nlp.to_disk(folder)

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
-from tqdm import tqdm
 
 from cfgsafe.checkpoint import read_model, save_checkpoint
 from cfgsafe.demo import ner_training, testset
@@ -32,6 +31,7 @@ from cfgsafe.demo.corpus import Corpus, Encoder, Example
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.folders import new_folder
 from cfgsafe.llama import Llama, LlamaConfig
+from cfgsafe.progress import progress
 from cfgsafe.report.figures import save_figure, subplots
 from cfgsafe.tokenizer import LLAMA31_TEMPLATE, Tokenizer
 
@@ -231,7 +231,7 @@ def fit(
     compute = torch.compile(answer_loss, dynamic=True) if options.compile else answer_loss
     model.train()
     tokens, started, running = 0, time.time(), None
-    bar = tqdm(batches(rows, options.batch), total=stage.steps, desc=stage.name, mininterval=5)
+    bar = progress(batches(rows, options.batch), total=stage.steps, desc=stage.name)
     for step, (ids, targets) in enumerate(bar):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(stage, step)

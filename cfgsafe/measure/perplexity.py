@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cfgsafe.errors import InputError, check_at_least
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
@@ -29,6 +28,7 @@ from cfgsafe.hub import CHATS
 from cfgsafe.llama import Llama
 from cfgsafe.measure.intervals import Clusters, Estimate, ratio_interval, to_json
 from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
+from cfgsafe.progress import progress
 from cfgsafe.subject import Subject, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
 
@@ -51,8 +51,8 @@ def run(options: Options) -> None:
     if options.out:
         make_folder(Path(options.out).parent)
     model, tokenizer = load(options)
-    with tqdm(dialogues, desc="perplexity", leave=False) as bar:
-        parts = [dialogue_logprobs(options, model, tokenizer, *dialogue) for dialogue in bar]
+    bar = progress(dialogues, desc="perplexity")
+    parts = [dialogue_logprobs(options, model, tokenizer, *dialogue) for dialogue in bar]
     if options.out:
         places = [place for place, _ in dialogues]
         rows = [{"place": place, **figures(part)} for place, part in zip(places, parts, strict=True)]

@@ -18,15 +18,13 @@ import random
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
-from tqdm import tqdm
-
-from cfgsafe.decode import check_request, generate
+from cfgsafe.decode import check_request
 from cfgsafe.llama import Llama
 from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.measure.targets import Target
 from cfgsafe.pii.known import Known
 from cfgsafe.pii.ner import Detector
-from cfgsafe.subject import Subject, load, request_for
+from cfgsafe.subject import Subject, complete, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 BIAS = 1.0  # nats a token, added to the reference model's loss
@@ -92,8 +90,7 @@ def sample(
         request = request_for(subject, tokenizer, messages, temperature=1.0, max_new_tokens=longest)
         check_request(request, model, target.place)
         requests += [replace(request, seed=rng.getrandbits(32)) for _ in range(settings.samples)]
-    with tqdm(total=len(requests), desc="recollecting", leave=False) as bar:
-        completions = generate(model, requests, batch=subject.batch, on_completion=lambda *_: bar.update())
+    completions = complete(model, requests, subject.batch, "recollecting")
     texts = iter([tokenizer.decode(completion.tokens) for completion in completions])
     return [list(islice(texts, settings.samples)) for _ in targets]
 

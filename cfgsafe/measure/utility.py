@@ -26,7 +26,6 @@ from typing import Literal
 import torch
 import tyro
 from torch import Tensor
-from tqdm import trange
 
 from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import make_folder, write_jsonl
@@ -37,6 +36,7 @@ from cfgsafe.measure.grading import exact, exact_letter
 from cfgsafe.measure.intervals import Estimate, ratio_interval, share_interval, to_json
 from cfgsafe.measure.mmlu_pro import Placed
 from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
+from cfgsafe.progress import progress
 from cfgsafe.remote import SERVICE, Service, check_service
 from cfgsafe.subject import ANSWER_TOKENS, Answer, Subject, answers, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
@@ -217,7 +217,7 @@ def option_logprobs(
             requests.append(request)
             texts.append(text)
     scores: list[Tensor] = []
-    for start in trange(0, len(texts), subject.batch, desc="options", leave=False):
+    for start in progress(range(0, len(texts), subject.batch), desc="options"):
         some = slice(start, start + subject.batch)
         scores += continuation_logprobs(model, requests[some], texts[some], batch=subject.batch)
     of_all = iter(scores)

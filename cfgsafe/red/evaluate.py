@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from cfgsafe.blue import resume
 from cfgsafe.errors import InputError, Unused, check_at_least
 from cfgsafe.files import make_folder, write_jsonl, write_text
 from cfgsafe.identity import contents, digest_of
 from cfgsafe.pii.matching import stands_in
+from cfgsafe.progress import progress
 from cfgsafe.red import measure, rewards, stages
 from cfgsafe.red.attacker import facts_of, identity_of, is_stage, trained
 from cfgsafe.red.records import Attack, Trial, read_attacks
@@ -148,7 +148,7 @@ def draw_attacks(name: str, path: str, options: Options, out: Path) -> list[Atta
     drawn = agent.draw(torch.ones(options.draws), generator)
     texts = [agent.decode(prompt) for prompt in drawn]
     k = options.samples
-    for start in tqdm(range(len(found), options.draws, CHUNK), desc=name, leave=False):
+    for start in progress(range(len(found), options.draws, CHUNK), desc=name):
         numbers = range(start, min(start + CHUNK, options.draws))
         wanted: list[tuple[str, int]] = []
         for number in numbers:
@@ -172,7 +172,7 @@ def put_again(name: str, path: str, options: Options, out: Path) -> list[Attack]
     stored = list({attack.text: attack for attack in read_attacks(path)}.values())[: options.draws]
     scorer = open_scorer(name, options, out, None)
     found: list[Attack] = []
-    for start in tqdm(range(0, len(stored), CHUNK), desc=name, leave=False):
+    for start in progress(range(0, len(stored), CHUNK), desc=name):
         some = stored[start : start + CHUNK]
         for attack, trials in zip(some, scorer([attack.text for attack in some]), strict=True):
             found.append(replace(attack, trials=trials))

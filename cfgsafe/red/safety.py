@@ -24,10 +24,9 @@ import sys
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from tqdm import tqdm
 
 from cfgsafe.blue import orpo, resume
-from cfgsafe.decode import Completion, check_request, generate
+from cfgsafe.decode import check_request
 from cfgsafe.errors import InputError, Unused, check_above_zero, check_at_least
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.identity import contents
@@ -38,7 +37,7 @@ from cfgsafe.pii.ner import Detector
 from cfgsafe.red.guard import Guard
 from cfgsafe.red.records import SUCCESS, Attack, Trial, read_attacks
 from cfgsafe.red.rewards import ended, read_contexts
-from cfgsafe.subject import Subject, load, request_for
+from cfgsafe.subject import Subject, complete, load, request_for
 from cfgsafe.tokenizer import Tokenizer
 
 
@@ -243,19 +242,14 @@ class Writer:
             request = request_for(guarded, self.tokenizer, prompt.messages, seed=seed, **sampling)
             check_request(request, self.model, prompt.place)
             requests.append(request)
-        with tqdm(total=len(requests), desc=title, leave=False) as bar:
-
-            def advance(number: int, completion: Completion) -> None:
-                bar.update()
-
-            completions = generate(self.model, requests, batch=guarded.batch, on_completion=advance)
+        completions = complete(self.model, requests, guarded.batch, title)
         texts = []
         for prompt, completion in zip(prompts, completions, strict=True):
             text = self.tokenizer.decode(completion.tokens)
             written = [text] + [message["content"] for message in prompt.messages]
             fits = not any(map(self.tokenizer.control_token_in, written))
-            complete = completion.finish_reason == "stop" and text.strip()
-            texts.append(text if complete and fits else "")
+            whole = completion.finish_reason == "stop" and text.strip()
+            texts.append(text if whole and fits else "")
         return texts
 
     def row(self, prompt: Prompt, text: str) -> dict[str, str]:

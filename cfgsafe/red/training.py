@@ -19,10 +19,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cfgsafe.blue import resume
 from cfgsafe.parallel import World
+from cfgsafe.progress import progress
 from cfgsafe.red.objectives import schedule
 from cfgsafe.red.policy import Attacker, Prompt
 
@@ -112,7 +112,7 @@ class Trainer:
 
     def __enter__(self) -> "Trainer":
         self._open = ExitStack()
-        bar = tqdm(total=self.settings.steps, initial=self.done, desc=self.title, leave=False)
+        bar = progress(total=self.settings.steps, initial=self.done, desc=self.title)
         self._bar = self._open.enter_context(bar)
         self._signals = self._open.enter_context(resume.signals())
         self._log = self._open.enter_context(open(self.out / "metrics.jsonl", "a"))
