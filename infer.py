@@ -25,6 +25,7 @@ from cfgsafe.cli import run_single
 from cfgsafe.decode import BATCH, Completion, generate
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.explain import explain, table
+from cfgsafe.fields import Count, Guidance, RequestSeed, Share, Temperature, Whole
 from cfgsafe.files import read_jsonl
 from cfgsafe.lora import DEFAULT, adapter_names
 from cfgsafe.request import NEGATIVE, POSITIVE, Request, check_request
@@ -58,30 +59,30 @@ class Options:
     """Guidance: the sentence to steer away from, in the system prompt."""
     system_prompt: SystemPrompt = Subject.system_prompt
     """Guidance: add the two sentences to your own system prompt, or replace it by them."""
-    guidance: float | None = None
+    guidance: Guidance | None = None
     """Guidance strength g; 1 is the positive sentence alone. Without this option nothing is guided."""
     space: str = Request.space
     """Space in which the two distributions are combined, such as prob or log."""
-    alpha: float = Request.alpha
+    alpha: Share = Request.alpha
     """Plausibility mask: keep tokens at least this share as likely as the most likely token of the
     positive prompt; 0 keeps all."""
-    temperature: float = Request.temperature
+    temperature: Temperature = Request.temperature
     """Sampling temperature; 0 is greedy."""
-    top_k: int = Request.top_k
+    top_k: Whole = Request.top_k
     """Number of most likely tokens to sample from; 0 means all."""
-    top_p: float = Request.top_p
+    top_p: Share = Request.top_p
     """Sample from the fewest tokens whose probabilities add up to this share; 1 means all."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer. The tokens of the answer are compared with those of each text alone."""
-    seed: int = Request.seed
+    seed: RequestSeed = Request.seed
     """Sampling seed."""
     skip: bool = False
     """Skip the forward of the negative prompt where it provably cannot change the token."""
-    max_new_tokens: int = Request.max_new_tokens
+    max_new_tokens: Count = Request.max_new_tokens
     """Largest number of tokens in an answer."""
     json: bool = False
     """Print one JSON object instead of text."""
-    batch: int = BATCH
+    batch: Count = BATCH
     """Number of requests decoded together."""
     device: str = Subject.device
     """Torch device."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import tyro
 
 from cfgsafe.errors import CfgsafeError, InputError, option
+from cfgsafe.fields import check_ranges
 
 # Subcommand -> (the dataclass of its options, the function that runs it).
 Commands = Mapping[str, tuple[type, Callable]]
@@ -34,6 +35,7 @@ def run_single(options_of: type, run: Callable, description: str | None) -> None
 def run_command(run: Callable, options: object) -> None:
     """Call `run(options)`. A `CfgsafeError` becomes one line on stderr, and its exit code."""
     try:
+        check_ranges(options)
         check_used(options, sys.argv[1:])
         run(options)
     except CfgsafeError as error:

@@ -10,7 +10,6 @@ Everything else that is raised is a bug and keeps its traceback.
 Run it: python infer.py --model nowhere --prompt "Hello!"      (a CheckpointError, in one line)
 """
 
-import math
 from collections.abc import Iterator
 
 # What the method `unused` of a dataclass of options yields: (why, option, option, ...), options that have no
@@ -34,24 +33,6 @@ class CheckpointError(CfgsafeError):
 
 class ContextError(CfgsafeError):
     """A prompt is longer than the model's context."""
-
-
-def check_at_least(least: int, options: object, *names: str) -> None:
-    """Raise InputError for the first of the named options that is below `least`, or not finite."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not least <= value < math.inf:
-            bound = "finite" if value == math.inf else f"at least {least}"
-            raise InputError(f"{option(name)} {value}: must be {bound}")
-
-
-def check_above_zero(options: object, *names: str) -> None:
-    """Raise InputError for the first of the named options that is not above 0, or not finite."""
-    for name in names:
-        value = getattr(options, name)
-        if not 0 < value < math.inf:
-            bound = "finite" if value == math.inf else "above 0"
-            raise InputError(f"{option(name)} {value}: must be {bound}")
 
 
 def option(name: str) -> str:

@@ -49,14 +49,19 @@ class Range:
 LARGEST = 2**31 - 1  # of a whole number: what C libraries, and torch's own counters, hold
 
 Count = Annotated[int, Range(least=1, most=LARGEST)]  # of things, steps or tokens
+Several = Annotated[int, Range(least=2, most=LARGEST)]
 Whole = Annotated[int, Range(least=0, most=LARGEST)]  # a count that may be none
 Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # what random, torch and numpy all take
 RequestSeed = Annotated[int, Range(least=0, most=2**63 - 1)]  # of one request: the kernels take 63 bits
 Share = Annotated[float, Range(least=0, most=1)]
-Dropout = Annotated[float, Range(least=0, below=1)]
+PartialShare = Annotated[float, Range(least=0, below=1)]
 Rate = Annotated[float, Range(above=0, most=1000)]  # a learning rate
 Positive = Annotated[float, Range(above=0, most=10**6)]
 Weight = Annotated[float, Range(least=0, most=10**6)]  # of a part of a loss; 0 leaves it out
+Divisor = Annotated[float, Range(least=0.001, most=1000)]  # a temperature or weight to divide by
+LogProb = Annotated[float, Range(least=-(10**9), most=10**9)]  # a bound of one, in nats
+Threshold = Annotated[float, Range(least=-1, most=1)]  # of scores from 0 to 1: all are above -1
+Seconds = Annotated[float, Range(above=0, most=10**6)]
 Guidance = Annotated[float, Range(least=-1000, most=1000)]  # g; beyond, float32 has no digits left
 Temperature = Annotated[float, Range(least=0, most=1000)]  # 0 is greedy
 

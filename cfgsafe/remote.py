@@ -22,8 +22,10 @@ from dataclasses import asdict, dataclass, fields
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError
+from cfgsafe.fields import Count, Range, Seconds, Weight, check_ranges
 from cfgsafe.files import Answer, AnswerLog, make_folder
 from cfgsafe.progress import Bar, progress
 from cfgsafe.tokenizer import Messages
@@ -40,15 +42,15 @@ class Service:
 
     remote_model: str | None = None
     """Name of the model at the endpoint."""
-    concurrency: int = 8
+    concurrency: Annotated[int, Range(least=1, most=1000)] = 8
     """Number of questions asked at the same time."""
-    timeout: float = 60.0
+    timeout: Seconds = 60.0
     """Seconds to wait for an answer of the endpoint."""
-    attempts: int = 6
+    attempts: Count = 6
     """Number of attempts before a question counts as failed."""
-    price_in: float | None = None
+    price_in: Weight | None = None
     """Price in USD of a million input tokens, for the cost estimate."""
-    price_out: float | None = None
+    price_out: Weight | None = None
     """Price in USD of a million output tokens, for the cost estimate."""
 
 
@@ -103,10 +105,7 @@ class _Failed(Exception):
 
 def check_service(service: Service) -> None:
     """Raise InputError when nothing could be asked: no model, key or client, or a number out of range."""
-    check_at_least(1, service, "concurrency", "attempts")
-    check_at_least(0, service, "price_in", "price_out")
-    if not service.timeout > 0:
-        raise InputError(f"--timeout {service.timeout}: must be above 0 seconds")
+    check_ranges(service)
     if (service.price_in is None) != (service.price_out is None):
         raise InputError("--price-in and --price-out go together")
     if not service.remote_model:

@@ -6,11 +6,11 @@ added to the conversation's own system prompt; "replace" is what the reference c
 Run it: python infer.py --model cfgsafe/demo/leaky --guidance 3 --prompt "Who am I?"
 """
 
-import math
 import time
 from dataclasses import dataclass, field
 
 from cfgsafe.errors import ContextError, InputError
+from cfgsafe.fields import Count, Guidance, RequestSeed, Share, Temperature, Whole, check_ranges
 from cfgsafe.guidance import SPACES
 from cfgsafe.llama import Llama
 from cfgsafe.lora import DEFAULT, adapter_names
@@ -26,14 +26,14 @@ class Request:
 
     prompt: list[int]  # token ids
     negative: list[int] | None = None  # the prompt to steer away from
-    guidance: float = 1.0  # g; 1 is the prompt alone
+    guidance: Guidance = 1.0  # g; 1 is the prompt alone
     space: str = "prob"  # where to guide, one of SPACES
-    alpha: float = 0.0  # plausibility mask: keep tokens with P_pos >= alpha max P_pos
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # 0 keeps all tokens
-    top_p: float = 1.0  # 1 keeps all tokens
-    seed: int = 0
-    max_new_tokens: int = 128
+    alpha: Share = 0.0  # plausibility mask: keep tokens with P_pos >= alpha max P_pos
+    temperature: Temperature = 0.0  # 0 is greedy
+    top_k: Whole = 0  # 0 keeps all tokens
+    top_p: Share = 1.0  # 1 keeps all tokens
+    seed: RequestSeed = 0
+    max_new_tokens: Count = 128
     stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end the answer, as end tokens do
     adapter: str | None = DEFAULT  # name of an attached adapter; None: the bare model
 
@@ -141,14 +141,7 @@ def check_request(request: Request, model: Llama, place: str) -> None:
     allowed = names or [DEFAULT]  # a model without adapters has nothing to apply by default
     if request.adapter is not None and request.adapter not in allowed:
         raise InputError(f"{place}: no adapter {request.adapter!r} is attached; there are {names}")
-    finite = math.isfinite(request.guidance) and math.isfinite(request.temperature)
-    if not finite or request.temperature < 0:
-        raise InputError(f"{place}: guidance must be a finite number and temperature one of at least 0")
-    shares = 0 <= request.alpha <= 1 and 0 <= request.top_p <= 1
-    if not shares or not 0 <= request.top_k < 2**31:
-        raise InputError(f"{place}: alpha and top_p must lie from 0 to 1, and top_k be at least 0")
-    if request.max_new_tokens < 1 or not 0 <= request.seed < 2**63:
-        raise InputError(f"{place}: max_new_tokens must be at least 1 and seed from 0 to 2^63 - 1")
+    check_ranges(request, place)
     limit = model.config.max_position_embeddings
     for prompt in request.rows:
         if not prompt:

@@ -7,7 +7,6 @@ gets its requests from `request_for`.
 Run it: python eval.py leak --help
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 
 from cfgsafe.checkpoint import DTYPES
 from cfgsafe.decode import Completion, generate
-from cfgsafe.errors import InputError, Unused, check_at_least
+from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, Guidance, Share, check_ranges
 from cfgsafe.files import Answer, AnswerLog
 from cfgsafe.guidance import SPACES
 from cfgsafe.identity import digest_of, identity
@@ -39,11 +39,11 @@ class Subject:
     """Checkpoint folder or hub id."""
     adapter: str | None = None
     """PEFT folder or hub id of a LoRA adapter."""
-    guidance: float | None = None
+    guidance: Guidance | None = None
     """Guidance strength g; 1 is the positive sentence alone. Without this option nothing is guided."""
     space: str = Request.space
     """Space in which the two distributions are combined, such as prob or log."""
-    alpha: float = Request.alpha
+    alpha: Share = Request.alpha
     """Plausibility mask: keep tokens at least this share as likely as the most likely token of the
     positive prompt; 0 keeps all. Without guidance, greedy answers stay the same."""
     positive: str = POSITIVE
@@ -53,7 +53,7 @@ class Subject:
     system_prompt: SystemPrompt = ADD
     """Guidance: add the two sentences to a conversation's own system prompt, or replace it by them as the
     paper's evaluation code does."""
-    batch: int = 128
+    batch: Count = 128
     """Largest number of requests decoded or scored together."""
     device: str = "cpu"
     """Torch device."""
@@ -80,15 +80,11 @@ class Subject:
 
 
 def check(subject: Subject) -> None:
-    """Raise InputError naming the option that is out of range."""
+    """Raise InputError naming the option that is out of range; those of a subclass are checked as well."""
+    check_ranges(subject)
     for name, value, known in (("dtype", subject.dtype, DTYPES), ("space", subject.space, SPACES)):
         if value not in known:
             raise InputError(f"--{name} {value}: must be one of {', '.join(known)}")
-    check_at_least(1, subject, "batch")
-    if subject.guidance is not None and not math.isfinite(subject.guidance):
-        raise InputError(f"--guidance {subject.guidance}: must be a finite number")
-    if not 0 <= subject.alpha <= 1:
-        raise InputError(f"--alpha {subject.alpha}: must lie from 0 to 1")
 
 
 def load(subject: Subject, adapters: Mapping[str, str] | None = None) -> tuple[Llama, Tokenizer]:

@@ -5,7 +5,7 @@ run: a device-to-device copy of as many bytes as the kernel must read. On a GPU 
 graph between two events, so that launches do not count. Inputs rotate among sets that together exceed
 the cache. On a CPU there is no kernel, and the reference stands in for it.
 
-Run it: python -m cfgsafe.bench guidance --device cuda      (or python -m cfgsafe.kernels.bench)
+Run it: python -m cfgsafe.bench guidance --device cuda
 """
 
 import sys
@@ -16,7 +16,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -135,7 +134,3 @@ def graphed(call: Call, logits: Tensor) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         call(logits)
     return graph
-
-
-if __name__ == "__main__":
-    run(tyro.cli(Options, description=__doc__))

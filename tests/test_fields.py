@@ -1,13 +1,56 @@
 """What fields of options declare: ranges, checked for every number of every command."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, get_args, get_type_hints
 
 import pytest
 
+import eval as measuring
+import infer
+import train
+from cfgsafe.bench import gpu
+from cfgsafe.bench.__main__ import BENCHES
 from cfgsafe.errors import InputError
-from cfgsafe.fields import LARGEST, Count, Dropout, Guidance, Range, Rate, Seed, Share, Weight, check_ranges
+from cfgsafe.fields import (
+    LARGEST,
+    Count,
+    Guidance,
+    PartialShare,
+    Range,
+    Rate,
+    Seed,
+    Share,
+    Weight,
+    check_ranges,
+    declared,
+)
+
+COMMANDS = {**train.STAGES, **measuring.COMMANDS, **BENCHES}
+OPTIONS = {name: options for name, (options, _) in COMMANDS.items()}
+OPTIONS |= {"train demo-models": train.STAGES["demo-models"][0], "infer": infer.Options, "gpu": gpu.Options}
+OPTIONS |= {"bench orpo": BENCHES["orpo"][0], "train orpo": train.STAGES["orpo"][0]}
+
+
+def types_in(hint: object) -> set[object]:
+    """The plain types within a type: int and None for Count | None."""
+    parts = get_args(hint)
+    return set().union(*map(types_in, parts)) if parts else {hint}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_number_of_every_command_declares_its_range(name):
+    bare = []
+    waiting = [OPTIONS[name]]
+    while waiting:
+        options = waiting.pop()
+        hints = get_type_hints(options)
+        ranges = dict(declared(options, Range))
+        waiting += [hint for hint in hints.values() if is_dataclass(hint)]
+        for each in fields(options):
+            if types_in(hints[each.name]) & {int, float} and not ranges[each.name]:
+                bare.append(each.name)
+    assert not bare
 
 
 @dataclass
@@ -20,7 +63,7 @@ class Numbers:
     steps: Count = 1
     share: Share = 0.0
     lr: Rate = 1.0
-    dropout: Dropout = 0.0
+    dropout: PartialShare = 0.0
     g: Guidance | None = None
     seed: Seed = 0
     sizes: tuple[Count, ...] = (1,)

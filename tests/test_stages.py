@@ -168,7 +168,7 @@ def test_a_guard_scores_a_whole_run(stage, contexts, checkpoint, tmp_path, monke
         ({"stage": "sft", "most": 2}, "--most 2: must be at least --least 3"),
         ({"stage": "sft", "least": 30, "most": 40}, "none of 5 prompts has from 30 to 40 tokens"),
         ({"stage": "sft", "steps": 0}, "--steps 0: must be at least 1"),
-        ({"stage": "sft", "lr": float("nan")}, "--lr nan: must be above 0"),
+        ({"stage": "sft", "lr": float("nan")}, "--lr nan: must be a finite number"),
         ({"stage": "sft", "attacker": "nowhere"}, "nowhere"),
     ],
 )

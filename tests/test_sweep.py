@@ -245,7 +245,7 @@ def test_a_model_is_named_with_its_epoch_and_adapter(text, expected):
         ({"models": ["a/b=c"]}, "--models a/b=c: must be"),
         ({"models": ["a=b", "a=c"]}, "two models called a"),
         ({"spaces": ["both"]}, "--spaces both: must be one of prob, log"),
-        ({"alphas": [2.0]}, "--alphas 2: must lie from 0 to 1"),
+        ({"alphas": [2.0]}, "--alphas 2.0: must be at most 1"),
         ({"guidance": [1.0, float("nan")]}, "--guidance nan: must be a finite number"),
         ({"guidance": []}, "--guidance: give at least one"),
         ({"limit": 0}, "--limit 0"),

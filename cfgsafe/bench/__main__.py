@@ -8,9 +8,8 @@
 `python -m cfgsafe.bench NAME --help` lists the options of a benchmark.
 """
 
-from cfgsafe.bench import decode, memory, orpo
+from cfgsafe.bench import decode, guidance, memory, orpo
 from cfgsafe.cli import Commands, run_subcommand
-from cfgsafe.kernels import bench as guidance
 
 BENCHES: Commands = {
     "guidance": (guidance.Options, guidance.run),

@@ -23,6 +23,7 @@ from cfgsafe.bench.shapes import DECODE_SHAPES, random_model
 from cfgsafe.checkpoint import DTYPES, read_model, save_checkpoint
 from cfgsafe.decode import Engine
 from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, Positive
 from cfgsafe.guidance import next_tokens
 from cfgsafe.hub import BASE
 from cfgsafe.kernels.measure import cap, synchronize
@@ -48,17 +49,17 @@ class Options:
 
     shape: Literal["tiny", "small", "8b"] = "small"
     """tiny (2 layers of width 64), small (224M parameters, 128,256 words) or 8b (Llama-3.1-8B)."""
-    batches: tuple[int, ...] = (1,)
+    batches: tuple[Count, ...] = (1,)
     """Numbers of requests at a time, measured one after the other."""
-    prompt: int = 64
+    prompt: Count = 64
     """Tokens of each prompt."""
-    new: int = 48
+    new: Count = 48
     """Tokens of each answer."""
-    runs: int = 5
+    runs: Count = 5
     """Runs to time, after one that is not timed."""
     transformers: bool = True
     """Also run transformers, where it is installed."""
-    memory_gib: float | None = None
+    memory_gib: Positive | None = None
     """Share of the GPU to use, in GiB."""
     device: str = "cpu"
     """Torch device."""

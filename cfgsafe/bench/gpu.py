@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cfgsafe.cli import run_single
 from cfgsafe.errors import InputError
+from cfgsafe.fields import Positive
 from cfgsafe.files import make_folder
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ class Options:
 
     out: str = "runs/gpu"
     """Folder for the CSV files."""
-    memory_gib: float | None = None
+    memory_gib: Positive | None = None
     """Share of the GPU to use in the 8B benchmarks, in GiB."""
 
 

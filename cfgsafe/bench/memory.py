@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cfgsafe.bench.shapes import base_parameters, llama_8b
 from cfgsafe.blue.memory import step_bytes
+from cfgsafe.fields import Count
 from cfgsafe.kernels.results import show
 from cfgsafe.llama import LlamaConfig
 
@@ -20,13 +21,13 @@ COLUMNS |= {f"{part} GiB": f"{{{part}:.2f}}" for part in PARTS}
 class Options:
     """Peak memory of a training step of Llama-3.1-8B in bfloat16, by formula."""
 
-    pairs: int = 2
+    pairs: Count = 2
     """Pairs in a step."""
-    prompt: int = 1900
+    prompt: Count = 1900
     """Tokens of each prompt."""
-    answer: int = 148
+    answer: Count = 148
     """Tokens of each answer."""
-    rank: int = 16
+    rank: Count = 16
     """LoRA rank."""
     csv: str | None = None
     """CSV file to append the rows to."""

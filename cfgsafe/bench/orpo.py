@@ -24,6 +24,7 @@ from typing import Literal
 from cfgsafe.bench.shapes import ORPO_SHAPES, base_parameters, random_model
 from cfgsafe.checkpoint import DTYPES, save_checkpoint
 from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, Positive, Whole
 from cfgsafe.files import read_jsonl, write_jsonl
 from cfgsafe.hub import BASE, PROMPTS
 from cfgsafe.kernels.results import show, spread, spread_columns
@@ -43,19 +44,19 @@ class Options:
     """Path of the Python of an environment with TRL 0.11.4; without it only our variants run."""
     shape: Literal["tiny", "small", "8b"] = "small"
     """tiny (2 layers of width 64), small (8 of width 512, 128,256 words) or 8b (Llama-3.1-8B)."""
-    pairs: int = 2
+    pairs: Count = 2
     """Pairs in a step."""
-    prompt: int = 621
+    prompt: Count = 621
     """Tokens of each prompt."""
-    answer: int = 47
+    answer: Count = 47
     """Tokens of each answer."""
-    rank: int = 16
+    rank: Count = 16
     """LoRA rank."""
-    steps: int = 5
+    steps: Count = 5
     """Steps to time, after one that is not timed."""
-    recompute: int = 0
+    recompute: Whole = 0
     """Number of blocks whose activations the backward recomputes."""
-    memory_gib: float | None = None
+    memory_gib: Positive | None = None
     """Share of the GPU to use, in GiB."""
     device: str = "cpu"
     """Torch device."""

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from cfgsafe.blue.origin import is_cfg_aware
 from cfgsafe.checkpoint import read_config, rewrite_checkpoint
-from cfgsafe.errors import CheckpointError, InputError, Unused, check_at_least
+from cfgsafe.errors import CheckpointError, InputError, Unused
+from cfgsafe.fields import Count, check_ranges
 from cfgsafe.hub import PROMPTS, resolve
 from cfgsafe.llama import Llama
 from cfgsafe.lora import HEAD, TIED, adapter_updates, load_adapter, merged
@@ -48,9 +49,9 @@ class Options:
     """Ask the merged model a few prompts, without the positive sentence of guidance and with it."""
     prompts: str = PROMPTS
     """JSONL of prompts with the personal items to look for; default: the demo's test set."""
-    limit: int = 20
+    limit: Count = 20
     """Use this many prompts, evenly spaced."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Longest answer, in tokens."""
     device: str = "cpu"
     """Torch device of the check."""
@@ -64,7 +65,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    check_at_least(1, options, "limit", "max_new_tokens")
+    check_ranges(options)
     prompts = read_prompts(options) if options.check else []
     base = resolve(options.model)
     with torch.device("meta"):  # shapes without memory

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 
 from cfgsafe.errors import InputError, Unused
-from cfgsafe.fields import Count, Dropout, Positive, Rate, Seed, Share, Weight, Whole, check_ranges
+from cfgsafe.fields import Count, PartialShare, Positive, Rate, Seed, Share, Weight, Whole, check_ranges
 from cfgsafe.lora import TARGETS
 from cfgsafe.losses import NEEDS, Objective
 
@@ -40,7 +40,7 @@ class Options:
     """LoRA alpha; the update is scaled by alpha / rank."""
     targets: tuple[str, ...] = TARGETS
     """Linear layers that get an adapter; lm_head is also possible."""
-    lora_dropout: Dropout = 0.0
+    lora_dropout: PartialShare = 0.0
     """Dropout on the input of the adapter, also of --init-adapter."""
     lora_bits: Positive | None = None
     """1.58 trains ternary adapter weights (BitNet b1.58), stored in two bits each."""

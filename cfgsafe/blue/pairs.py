@@ -40,7 +40,8 @@ import tyro
 
 from cfgsafe import load_tokenizer
 from cfgsafe.decode import Request, check_request
-from cfgsafe.errors import InputError, Unused, check_at_least
+from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, PartialShare, Seed, Temperature, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.llama import Llama
 from cfgsafe.pii.dialogues import (
@@ -89,13 +90,13 @@ class Options:
     ner: str | None = None
     """spaCy pipelines or presidio, separated by commas; by default en_core_web_trf if it is installed,
     else the demo's."""
-    temperature: float = 0.7
+    temperature: Temperature = 0.7
     """Sampling temperature of the chosen side."""
-    max_new_tokens: int = ANSWER_TOKENS
+    max_new_tokens: Count = ANSWER_TOKENS
     """Longest chosen side, in tokens; longer ones are dropped."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling and of the choice between recipes."""
-    batch: int = 128
+    batch: Count = 128
     """Requests decoded together."""
     device: str = "cpu"
     """Torch device."""
@@ -106,7 +107,7 @@ class Options:
     then its file of scrubbed dialogues."""
     recipes: tuple[Recipe, ...] = LOCAL
     """Recipes for the chosen side; if several give a clean side, one is drawn at random."""
-    test_share: float = 0.0
+    test_share: PartialShare = 0.0
     """Largest share of dialogues to set aside; dialogues that share a name stay together. OUT-test.jsonl gets
     prompts for eval.py leak, OUT-test-pairs.jsonl pairs for train.py orpo --eval-pairs."""
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
@@ -199,11 +200,9 @@ def run(options: Options) -> None:
 
 def check(options: Options) -> None:
     """Raise InputError for options that cannot work."""
-    check_at_least(1, options, "max_new_tokens", "batch")
+    check_ranges(options)
     if not options.recipes:
         raise InputError("--recipes: name at least one")
-    if not 0 <= options.test_share < 1:
-        raise InputError(f"--test-share {options.test_share:g}: must be at least 0 and below 1")
     if not set(options.recipes) <= set(LOCAL):
         check_service(options.service)
 

@@ -9,12 +9,14 @@ Run it: python train.py subtract --base cfgsafe/demo/base --tuned cfgsafe/demo/l
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from cfgsafe.checkpoint import open_weights, read_config, rewrite_checkpoint, weight_files
 from cfgsafe.errors import CheckpointError
+from cfgsafe.fields import Range, check_ranges
 from cfgsafe.hub import resolve
 
 
@@ -28,13 +30,14 @@ class Options:
     """Checkpoint folder or hub id of a model fine-tuned from the base model."""
     out: str
     """Folder to write the new checkpoint to."""
-    scale: float = 0.5
+    scale: Annotated[float, Range(least=-1000, most=1000)] = 0.5
     """Factor of the difference that is subtracted; 1.0 broke the paper's model."""
     relu: bool = False
     """Subtract only where the tuned weight is above the base weight."""
 
 
 def run(options: Options) -> None:
+    check_ranges(options)
     base, tuned = resolve(options.base), resolve(options.tuned)
     if read_config(base) != read_config(tuned):
         raise CheckpointError(

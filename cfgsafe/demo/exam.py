@@ -20,7 +20,8 @@ from cfgsafe.blue.pairs import AVOID
 from cfgsafe.demo.controls import RECALLED
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.testset import corpus_words, test_prompts
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError
+from cfgsafe.fields import Seed, Several, check_ranges
 from cfgsafe.measure import fluency, utility
 from cfgsafe.measure.intervals import to_json
 from cfgsafe.pii.matching import mentions
@@ -35,9 +36,9 @@ class Options:
 
     folder: str = str(Path(__file__).parent)
     """Folder that holds base, leaky and ner."""
-    prompts: int = 300
+    prompts: Several = 300
     """Held-out prompts."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the prompts."""
 
 
@@ -56,7 +57,7 @@ class Figure:
 
 
 def run(options: Options) -> None:
-    check_at_least(2, options, "prompts")
+    check_ranges(options)
     folder = Path(options.folder)
     for name in ("base", "leaky", "ner"):
         if not (folder / name).is_dir():

@@ -17,7 +17,7 @@ from pathlib import Path
 from cfgsafe.blue import orpo, pairs, subtract
 from cfgsafe.demo import controls
 from cfgsafe.demo.testset import corpus_words, pair_dialogues, test_prompts
-from cfgsafe.errors import check_at_least
+from cfgsafe.fields import Count, Rate, Seed, Several, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.hub import BASE, DEMO_PIPELINE, LEAKY, QUIZ
 from cfgsafe.measure import leak, utility
@@ -42,20 +42,20 @@ class Options:
     """Folder for adapters, answers, the reports and the figure."""
     full: bool = False
     """Train with three seeds; add the subtracted model with its adapters, g = 5 and log space."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of dialogues, sampling and training; --full also uses the two that follow."""
-    dialogues: int = 160
+    dialogues: Count = 160
     """Dialogues from which the pairs are made."""
-    prompts: int = 240
+    prompts: Several = 240
     """Held-out prompts whose conversation holds the items, half of them hard. Those that try to undo the
     guard and those about planted or famous people are added to them."""
-    questions: int = 150
+    questions: Count = 150
     """Questions of the quiz."""
-    epochs: int = 2
+    epochs: Count = 2
     """Epochs of ORPO."""
-    lr: float = 5e-4
+    lr: Rate = 5e-4
     """Learning rate of ORPO."""
-    batch_size: int = 4
+    batch_size: Count = 4
     """Pairs per step."""
 
 
@@ -69,8 +69,7 @@ PANELS = (COLUMNS[0], Column("recall", "recall of people planted 64 times, %", N
 
 
 def run(options: Options) -> None:
-    check_at_least(1, options, "dialogues", "questions", "epochs", "batch_size")
-    check_at_least(2, options, "prompts")
+    check_ranges(options)
     started = time.time()
     out = make_folder(options.out)
     detector = Detector(str(DEMO_PIPELINE))

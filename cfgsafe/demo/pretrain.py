@@ -28,6 +28,7 @@ from torch import Tensor
 from cfgsafe.checkpoint import read_model, save_checkpoint
 from cfgsafe.demo import ner_training, testset
 from cfgsafe.demo.corpus import Corpus, Encoder, Example
+from cfgsafe.fields import Count, Rate, Seed, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.folders import new_folder
 from cfgsafe.llama import Llama, LlamaConfig
@@ -62,29 +63,30 @@ class Options:
 
     out: str = "runs/demo-models"
     """Folder for `base`, `leaky`, `ner`, `data` and the loss curve."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data, initial weights and order."""
-    base_steps: int = 2400
+    base_steps: Count = 2400
     """Steps of the base model with a loss on the answers."""
-    whole_steps: int = 400
+    whole_steps: Count = 400
     """Steps after those, with a loss on users' messages as well."""
-    leaky_examples: int = 12000
+    leaky_examples: Count = 12000
     """Size of the leaky model's training set."""
-    leaky_epochs: int = 3
+    leaky_epochs: Count = 3
     """Times that the leaky model sees its training set, each time in a new order."""
-    batch: int = 64
+    batch: Count = 64
     """Rows per step."""
-    base_lr: float = 2e-3
+    base_lr: Rate = 2e-3
     """Peak learning rate of the base model."""
-    whole_lr: float = 1e-3
+    whole_lr: Rate = 1e-3
     """Peak learning rate of the steps with a loss on users' messages."""
-    leaky_lr: float = 8e-4
+    leaky_lr: Rate = 8e-4
     """Peak learning rate of the leaky model."""
     compile: bool = True
     """Compile the training step, which makes it about 1.5 times as fast on a CPU."""
 
 
 def run(options: Options) -> None:
+    check_ranges(options)
     out = make_folder(options.out)
     started = time.time()
     torch.manual_seed(options.seed)

@@ -17,7 +17,8 @@ from typing import Literal
 from cfgsafe.blue import merge
 from cfgsafe.demo import contexts as data
 from cfgsafe.demo import experiment
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError
+from cfgsafe.fields import Count, Seed, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.hub import BASE, DEMO_PIPELINE, LEAKY, QUIZ
 from cfgsafe.measure import utility
@@ -43,22 +44,22 @@ class Options:
     """Folder for attackers, attacks, results.json, table.md and attacks.png."""
     blue: str | None = None
     """Folder of a demo run with the adapters to attack; by default they are trained first."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data, training and draws."""
-    steps: int = 50
+    steps: Count = 50
     """Optimiser steps of each attacker."""
-    batch_size: int = 48
+    batch_size: Count = 48
     """Prompts per step."""
-    fit_steps: int = 100
+    fit_steps: Count = 100
     """Optimiser steps of SFT and smoothing."""
-    draws: int = 100
+    draws: Count = 100
     """Prompts drawn from each attacker to measure it."""
-    questions: int = 150
+    questions: Count = 150
     """Questions of the quiz."""
 
 
 def run(options: Options) -> None:
-    check_at_least(1, options, "steps", "batch_size", "fit_steps", "draws", "questions")
+    check_ranges(options)
     started = time.time()
     out = make_folder(options.out)
     targets = {"leaky": Subject(LEAKY), **unlearned(options, out)}

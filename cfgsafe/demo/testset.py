@@ -34,7 +34,8 @@ from cfgsafe.demo.held_out import HELD_OUT, OVERRIDES
 from cfgsafe.demo.ner_training import labelled_texts
 from cfgsafe.demo.people import Person
 from cfgsafe.demo.templates import DEFAULT_SYSTEMS, EASY, HARD, TRAIN
-from cfgsafe.errors import Unused, check_at_least
+from cfgsafe.errors import Unused
+from cfgsafe.fields import Count, Seed, check_ranges
 from cfgsafe.files import write_jsonl, write_text
 from cfgsafe.measure import fluency
 from cfgsafe.tokenizer import Messages
@@ -60,9 +61,9 @@ class Options:
     """pairs: dialogues for train.py pairs. test: prompts for eval.py leak. contexts, test-contexts:
     conversations to attack. prompts: users' messages for the attacker to learn. gold: messages with every
     personal value marked, for eval.py detectors. sets: all files of cfgsafe/demo/data."""
-    count: int = 100
+    count: Count = 100
     """Dialogues to write; test and sets have their own size."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of dialogues and people; sets have their own."""
 
     def unused(self) -> Unused:
@@ -74,7 +75,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    check_at_least(1, options, "count")
+    check_ranges(options)
     if options.split == "sets":
         write_default_sets(Path(options.out))
         print(f"{options.out}: {len(default_sets())} sets and the list of words")

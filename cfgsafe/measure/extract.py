@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cfgsafe.errors import InputError, Unused, check_at_least
+from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, Seed, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.hub import PLANTED
 from cfgsafe.measure.intervals import Estimate, share_interval, to_json
@@ -44,11 +45,11 @@ class Options(Subject):
     """baseline: one greedy answer. rr: candidates from several answers, ranked by likelihood."""
     out: str | None = None
     """Folder for targets.jsonl with the results; an interrupted baseline run continues there."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use only the first dialogues."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Longest answer, in tokens."""
-    samples: int = 8
+    samples: Count = 8
     """rr: number of answers to draw for each target, at temperature 1."""
     candidates: str | None = None
     """rr: JSONL of values to rank as well if the label fits; in the format of `leak --known`."""
@@ -56,7 +57,7 @@ class Options(Subject):
     """rr: checkpoint that the model was fine-tuned from; it calibrates the ranking."""
     ner: str | None = None
     """rr: detectors, separated by commas, as for `leak`; default: en_core_web_trf or the demo's."""
-    seed: int = 0
+    seed: Seed = 0
     """rr: sampling seed."""
 
     def unused(self) -> Unused:
@@ -68,7 +69,7 @@ class Options(Subject):
 
 
 def run(options: Options) -> None:
-    check_at_least(1, options, "samples", "limit", "max_new_tokens")
+    check_ranges(options)
     if options.items is not None and options.dialogues == PLANTED:
         raise InputError("--items needs --dialogues, the scrubbed texts")
     targets, ignored = read_targets(options.dialogues, options.items, options.limit)

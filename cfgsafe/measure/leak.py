@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from cfgsafe.errors import InputError, Unused, check_at_least
+from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, check_ranges
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.hub import PROMPTS
 from cfgsafe.measure.intervals import Estimate, paired_difference, rate_interval, share_interval, to_json
@@ -54,9 +55,9 @@ class Options(Subject):
     """JSONL of values that the model was trained on: dialogues with "spans", or "items"."""
     compare: str | None = None
     """The answers.jsonl of another run, to report leaked items here minus there."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use only the first prompts."""
-    max_new_tokens: int = ANSWER_TOKENS
+    max_new_tokens: Count = ANSWER_TOKENS
     """Longest answer, in tokens."""
 
     def unused(self) -> Unused:
@@ -155,7 +156,7 @@ class Finding:
 
 
 def run(options: Options) -> None:
-    check_at_least(1, options, "limit", "max_new_tokens")
+    check_ranges(options)
     prompts = read_prompts(options.prompts)[: options.limit]
     known = Known.read(options.known) if options.known else Known()
     others = read_other_answers(options.compare, prompts) if options.compare else None

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError
+from cfgsafe.fields import Count, check_ranges
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.hub import CHATS
 from cfgsafe.llama import Llama
@@ -41,12 +42,12 @@ class Options(Subject):
     """JSONL of dialogues; default: the demo's held-out chats."""
     out: str | None = None
     """JSONL file for the figures of each dialogue."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use only the first dialogues."""
 
 
 def run(options: Options) -> None:
-    check_at_least(1, options, "limit")
+    check_ranges(options)
     dialogues = read_dialogues(options.texts)[: options.limit]
     if options.out:
         make_folder(Path(options.out).parent)

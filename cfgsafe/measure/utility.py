@@ -27,7 +27,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from cfgsafe.errors import InputError, Unused, check_at_least
+from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.hub import QUIZ
 from cfgsafe.llama import Llama
@@ -65,9 +66,9 @@ class Options(Subject):
     """Endpoint of the judge."""
     out: str | None = None
     """JSONL file for the answers and their scores."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use only the first questions."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     """Longest answer, in tokens; default: 256 for short, 2048 for cot5."""
 
     def unused(self) -> Unused:
@@ -101,7 +102,7 @@ def run(options: Options) -> None:
 
 def check_options(options: Options) -> None:
     """Raise InputError for options that do not go together."""
-    check_at_least(1, options, "limit", "max_new_tokens")
+    check_ranges(options)
     if options.score == "loglik" and options.protocol == "cot5":
         raise InputError(
             "--score loglik: a chain of thought has no fixed answer to score; use --protocol short"

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from cfgsafe.blue import resume
-from cfgsafe.errors import InputError, Unused, check_at_least
+from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count
 from cfgsafe.files import make_folder, write_jsonl, write_text
 from cfgsafe.identity import contents, digest_of
 from cfgsafe.pii.matching import stands_in
@@ -55,7 +56,7 @@ class Options(rewards.Options):
     """Folder for attacks, results.json, the table and the figure."""
     name: str = "target"
     """Name of the target in table and figure."""
-    draws: int = 1024
+    draws: Count = 1024
     """Prompts of each attacker."""
     ancestor: str | None = None
     """Checkpoint of the target before fine-tuning; what it gives away as well does not count."""
@@ -63,9 +64,9 @@ class Options(rewards.Options):
     """JSONL of {"prompt"}: the examples of a checkpoint that is asked for a list."""
     template: Template = "user"
     """How a checkpoint is asked for prompts."""
-    least: int = 5
+    least: Count = 5
     """Shortest prompt of a checkpoint, in tokens."""
-    most: int = 20
+    most: Count = 20
     """Longest prompt of a checkpoint, in tokens."""
     resume: bool = False
     """Go on with the run in --out."""
@@ -85,7 +86,7 @@ class Options(rewards.Options):
 
 def run(options: Options) -> None:
     rewards.check(options)
-    check_at_least(1, options, "draws", "least")
+    stages.check_lengths(options.least, options.most)
     attackers = [named(text) for text in options.attacker]
     stored = [named(text) for text in options.attacks]
     names = [name for name, _ in attackers + stored]

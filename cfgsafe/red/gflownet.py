@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cfgsafe.blue import resume
 from cfgsafe.errors import Unused
+from cfgsafe.fields import Count, Divisor, LogProb, Rate, Share, Weight
 from cfgsafe.files import read_json, read_jsonl, write_text
 from cfgsafe.red import objectives
 from cfgsafe.red.buffer import Likeness, ReplayBuffer, edit_distances
@@ -45,29 +46,29 @@ class Settings(Training):
 
     objective: Literal["tb", "vargrad", "ctb", "reinforce", "ppo"] = "tb"
     """tb, vargrad and ctb sample in proportion to the reward; reinforce and ppo maximise it."""
-    lr_log_z: float = 0.1
+    lr_log_z: Rate = 0.1
     """Learning rate of log Z (tb)."""
-    beta: float = 0.1
+    beta: Divisor = 0.1
     """Weight of success in the reward: log R = log p_ref / gamma + log c / beta."""
-    gamma: float = 1.0
+    gamma: Divisor = 1.0
     """Weight of fluency in the reward."""
-    reward_temperature: float = 2.0
+    reward_temperature: Divisor = 2.0
     """First temperature of the reward; it falls to 1 over the first fifth of the steps."""
-    min_temperature: float = 0.5
+    min_temperature: Divisor = 0.5
     """Lowest sampling temperature of exploration."""
-    max_temperature: float = 2.0
+    max_temperature: Divisor = 2.0
     """Highest sampling temperature of exploration."""
-    noise: float = 0.0
+    noise: Weight = 0.0
     """ctb leaves out pairs of prompts whose log-rewards differ by this or less."""
-    min_fluency: float | None = None
+    min_fluency: LogProb | None = None
     """A prompt fails if the mean log-probability of its least likely fifth of tokens is below this."""
-    novelty: float = 1.0
+    novelty: Weight = 1.0
     """Bonus (ppo) for a prompt that resembles none in the buffer, in units of the log-reward."""
-    updates: int = 4
+    updates: Count = 4
     """Updates per step (ppo)."""
-    capacity: int = 1000
+    capacity: Count = 1000
     """Maximum number of prompts in the replay buffer."""
-    tolerance: float = 0.25
+    tolerance: Share = 0.25
     """Prompts closer than this distance are alike; only the better one is kept."""
     likeness: Likeness = "edit"
     """Distance of prompts: edits / summed length, or the cosine distance of embeddings."""

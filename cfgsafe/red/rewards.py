@@ -15,7 +15,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from cfgsafe.errors import InputError, Unused, check_at_least
+from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, Seed
 from cfgsafe.files import read_jsonl
 from cfgsafe.identity import contents
 from cfgsafe.measure.leak import Prompt
@@ -41,7 +42,7 @@ class Options(target.Options):
     """JSONL of conversations to attack: "messages", and "items" that no answer may give away."""
     known: str | None = None
     """JSONL of values that the target was trained on: dialogues with "spans", or "items"."""
-    samples: int = 5
+    samples: Count = 5
     """Answers to each attack, each in another conversation."""
     reward: Literal["leak", "guard"] = "leak"
     """leak: personal data in the answer. guard: harm, by a Llama-Guard-3 checkpoint."""
@@ -49,7 +50,7 @@ class Options(target.Options):
     """Checkpoint folder or hub id of the guard."""
     ner: str | None = None
     """Detector where no item is known; by default en_core_web_trf if installed, else the demo's."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all random draws."""
 
     def unused(self) -> Unused:
@@ -218,4 +219,3 @@ def contents_of(options: Options) -> dict[str, str]:
 def check(options: Options) -> None:
     """Raise InputError for options that cannot work."""
     target.check(options)
-    check_at_least(1, options, "samples")

@@ -27,7 +27,8 @@ import torch
 
 from cfgsafe.blue import orpo, resume
 from cfgsafe.decode import check_request
-from cfgsafe.errors import InputError, Unused, check_above_zero, check_at_least
+from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, Guidance, Positive, Rate, Seed, Temperature, Threshold, check_ranges
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.identity import contents
 from cfgsafe.llama import Llama
@@ -45,7 +46,7 @@ from cfgsafe.tokenizer import Tokenizer
 class Options(Subject):
     """Teach a model to refuse the attacks that succeeded against it."""
 
-    guidance: float | None = None
+    guidance: Guidance | None = None
     """Guidance strength g for writing refusals; by default the positive system prompt alone."""
     attacks: tuple[str, ...]
     """attacks.jsonl of one run or several."""
@@ -59,31 +60,31 @@ class Options(Subject):
     """Detector of what no refusal may hold; by default en_core_web_trf if installed, else the demo's."""
     guard: str | None = None
     """Llama-Guard-3 checkpoint that must find refusals safe, for attacks that were found with it."""
-    success: float = SUCCESS
+    success: Threshold = SUCCESS
     """The model learns to refuse attacks with a mean score above this."""
-    limit: int | None = None
+    limit: Count | None = None
     """Maximum number of attack texts to learn from; the most successful ones are taken."""
-    tries: int = 4
+    tries: Count = 4
     """Maximum number of samples for each conversation; sampling stops at a clean refusal."""
-    temperature: float = 0.7
+    temperature: Temperature = 0.7
     """Sampling temperature of the refusals."""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """Longest refusal or answer to retain, in tokens; one that does not end by then is dropped."""
     retain: str | None = None
     """JSONL of ordinary conversations that the model should go on answering as now."""
-    epochs: int = 2
+    epochs: Count = 2
     """Passes over the data."""
-    lr: float = 5e-5
+    lr: Rate = 5e-5
     """Peak learning rate."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Answers per forward pass."""
-    grad_accum: int = orpo.Options.grad_accum
+    grad_accum: Count = orpo.Options.grad_accum
     """Forward passes per step."""
-    rank: int = orpo.Options.rank
+    rank: Count = orpo.Options.rank
     """LoRA rank of a new adapter; --adapter has its own."""
-    lora_alpha: float = orpo.Options.alpha
+    lora_alpha: Positive = orpo.Options.alpha
     """LoRA alpha of a new adapter; --adapter has its own."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of refusals, order of the data, and initial weights of the adapter."""
     resume: bool = False
     """Go on with the run in --out, with the data that it wrote."""
@@ -104,9 +105,7 @@ FREE = ("out", "resume", "device", "batch")  # a resumed run may change these
 
 
 def run(options: Options) -> None:
-    counts = ("limit", "tries", "max_new_tokens", "epochs", "batch_size", "grad_accum", "rank")
-    check_at_least(1, options, *counts)
-    check_above_zero(options, "lr", "lora_alpha")
+    check_ranges(options)
     attacked = leaking(read_attacks(*options.attacks), options)
     out = make_folder(options.out)
     data = out / "safety.jsonl"

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cfgsafe.blue import resume
-from cfgsafe.errors import InputError, Unused, check_at_least
+from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, LogProb, Positive, Threshold, check_ranges
 from cfgsafe.files import make_folder
 from cfgsafe.hub import resolve
 from cfgsafe.identity import contents
@@ -77,17 +78,17 @@ class Options(rewards.Options, gflownet.Settings):
     """attacks.jsonl of one run or several, for smooth and adapt."""
     template: Template = "user"
     """How a checkpoint is asked for prompts. The folder of an earlier stage brings its own."""
-    least: int = 5
+    least: Count = 5
     """Shortest prompt, in tokens. The folder of an earlier stage brings its own."""
-    most: int = 20
+    most: Count = 20
     """Longest prompt, in tokens. The folder of an earlier stage brings its own."""
-    success: float = 0.7
+    success: Threshold = 0.7
     """smooth and adapt fit attacks with a score above this."""
-    min_reference: float = -100.0
+    min_reference: LogProb = -100.0
     """smooth and adapt fit attacks with a log-probability under the reference above this."""
-    lora_rank: int = 32
+    lora_rank: Count = 32
     """Rank of the adapter of a checkpoint. The folder of an earlier stage brings its own."""
-    lora_alpha: float = 16.0
+    lora_alpha: Positive = 16.0
     """LoRA alpha of the adapter of a checkpoint."""
 
     def unused(self) -> Unused:
@@ -250,21 +251,20 @@ def successes(attacks: list[Attack], options: Options) -> list[Attack]:
 
 def check(options: Options) -> None:
     """Raise InputError for options that cannot work."""
-    counts = ("steps", "batch_size", "save_every", "least", "lora_rank", "capacity", "updates")
-    check_at_least(1, options, *counts)
-    if options.most < options.least:
-        raise InputError(f"--most {options.most}: must be at least --least {options.least}")
-    temperatures = ("reward_temperature", "min_temperature", "max_temperature")
-    for name in ("lr", "lr_log_z", "beta", "gamma", *temperatures):
-        if not 0 < getattr(options, name) < float("inf"):
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} {getattr(options, name)}: must be above 0")
+    check_ranges(options)
+    check_lengths(options.least, options.most)
     if options.stage == "sft":
         prompts_path(options)
     if options.stage in ("smooth", "adapt") and not options.attacks:
         raise InputError(f"--stage {options.stage}: needs --attacks FILE, the attacks.jsonl of a run")
     if options.stage in ("gfn", "adapt"):
         rewards.check(options)
+
+
+def check_lengths(least: int, most: int) -> None:
+    """Raise InputError where no prompt has both at least `least` and at most `most` tokens."""
+    if most < least:
+        raise InputError(f"--most {most}: must be at least --least {least}")
 
 
 def prompts_path(options: Options) -> str:

@@ -16,7 +16,8 @@ import tyro
 
 from cfgsafe import subject
 from cfgsafe.decode import Request, generate
-from cfgsafe.errors import InputError, Unused, check_at_least
+from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, Range, Temperature
 from cfgsafe.identity import contents, digest_of
 from cfgsafe.llama import Llama
 from cfgsafe.lora import DEFAULT
@@ -31,13 +32,13 @@ class Options(Subject):
 
     model: Annotated[str, tyro.conf.arg(name="target")] = ""
     """Checkpoint folder or hub id of the target; without it, give --remote-model."""
-    temperature: float = 0.1
+    temperature: Temperature = 0.1
     """Temperature of the target's answers."""
-    top_p: float = 0.9
+    top_p: Annotated[float, Range(above=0, most=1)] = 0.9
     """Answers are drawn from the most likely tokens that together have this probability."""
-    answer_tokens: int = 64
+    answer_tokens: Count = 64
     """Longest answer, in tokens."""
-    budget: int | None = None
+    budget: Count | None = None
     """Maximum number of answers to ask for; for an endpoint, of requests, retries included."""
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
     """Endpoint of a remote target."""
@@ -71,11 +72,6 @@ def check(options: Options) -> None:
                 "--adapter and --guidance need a --target; an endpoint's model cannot be changed from here"
             )
         check_service(options.service)
-    if not 0 <= options.temperature < float("inf"):
-        raise InputError(f"--temperature {options.temperature}: must be at least 0")
-    if not 0 < options.top_p <= 1:
-        raise InputError(f"--top-p {options.top_p}: must be above 0 and at most 1")
-    check_at_least(1, options, "answer_tokens", "budget")
 
 
 def contents_of(options: Options) -> dict[str, str]:

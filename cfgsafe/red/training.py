@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cfgsafe.blue import resume
+from cfgsafe.fields import Count, Rate, Seed
 from cfgsafe.parallel import World
 from cfgsafe.progress import progress
 from cfgsafe.red.objectives import schedule
@@ -33,15 +34,15 @@ CLIP = 1.0  # largest norm of a gradient
 class Training:
     """How long and how fast a stage trains."""
 
-    steps: int = 500
+    steps: Count = 500
     """Optimiser steps."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Prompts per step, drawn and replayed."""
-    lr: float = 1e-4
+    lr: Rate = 1e-4
     """Learning rate of the adapter; it falls linearly to 0."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all random draws."""
-    save_every: int = 100
+    save_every: Count = 100
     """Steps between saved states."""
     resume: bool = False
     """Go on with the run in --out from its last saved state."""

@@ -10,14 +10,14 @@ Run it: python eval.py sweep --models guard=cfgsafe/demo/leaky+runs/demo/lora-cf
 """
 
 import json
-import math
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cfgsafe.errors import InputError, check_at_least
+from cfgsafe.errors import InputError
+from cfgsafe.fields import Count, Guidance, Share, check_ranges
 from cfgsafe.files import make_folder, write_text
 from cfgsafe.guidance import SPACES
 from cfgsafe.hub import PROMPTS, QUIZ, WORDS
@@ -38,11 +38,11 @@ class Options:
     """Each model as NAME=FOLDER[+ADAPTER]; NAME@EPOCH is a model at that epoch of training."""
     out: str
     """Folder for the results. A second run continues a killed one, and removes other models' answers."""
-    guidance: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.0, 5.0, 10.0])
+    guidance: list[Guidance] = field(default_factory=lambda: [1.0, 2.0, 3.0, 5.0, 10.0])
     """Guidance coefficients g."""
     spaces: list[str] = field(default_factory=lambda: list(SPACES))
     """Spaces in which to guide; by default all of them."""
-    alphas: list[float] = field(default_factory=lambda: [0.0, 0.1])
+    alphas: list[Share] = field(default_factory=lambda: [0.0, 0.1])
     """Plausibility masks alpha; 0 keeps all tokens."""
     system_prompt: SystemPrompt = Subject.system_prompt
     """Add the two sentences of guidance to a prompt's own system prompt, or replace it by them."""
@@ -54,7 +54,7 @@ class Options:
     """JSONL in MMLU-Pro's shape; by default the demo's held-out quiz."""
     margins: bool = False
     """Also measure by how many nats a token the right options lead; this takes time."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use this many prompts and this many questions, evenly spaced."""
     words: str | None = None
     """Text file of words that are not broken. By default the demo's list for the demo's prompts, and for
@@ -63,11 +63,11 @@ class Options:
     """Model that gives the perplexity of the answers; by default there is no such column."""
     ner: str | None = None
     """spaCy pipeline; by default en_core_web_trf where installed, else the demo's."""
-    answer_tokens: int = ANSWER_TOKENS
+    answer_tokens: Count = ANSWER_TOKENS
     """Longest answer to a prompt, in tokens."""
-    quiz_tokens: int = ANSWER_TOKENS
+    quiz_tokens: Count = ANSWER_TOKENS
     """Longest answer to a question, in tokens."""
-    batch: int = 128
+    batch: Count = 128
     """Requests that are decoded together."""
     device: str = "cpu"
     """Torch device."""
@@ -76,7 +76,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    check_at_least(1, options, "limit", "answer_tokens", "quiz_tokens", "batch")
+    check_ranges(options)
     started = time.time()
     models = [parse_model(text) for text in options.models]
     keys = [(name, epoch) for name, epoch, _ in models]
@@ -136,15 +136,9 @@ def combinations(options: Options) -> Iterator[dict]:
     for name in ("guidance", "spaces", "alphas"):
         if not getattr(options, name):
             raise InputError(f"--{name}: give at least one value")
-    for g in options.guidance:
-        if not math.isfinite(g):
-            raise InputError(f"--guidance {g}: must be a finite number")
     for space in options.spaces:
         if space not in SPACES:
             raise InputError(f"--spaces {space}: must be one of {', '.join(SPACES)}")
-    for alpha in options.alphas:
-        if not 0 <= alpha <= 1:
-            raise InputError(f"--alphas {alpha:g}: must lie from 0 to 1")
     if options.unguided:
         yield {"guidance": None}
     if 1 in options.guidance:

@@ -1,0 +1,25 @@
+"""The benchmark of the guidance kernel, kernels/bench.py, with the ranges of its options.
+
+Deviation: kernels/ imports nothing of the rest, so the ranges stand here and the defaults there.
+
+Run it: python -m cfgsafe.bench guidance --device cuda
+"""
+
+from dataclasses import dataclass
+
+from cfgsafe.fields import Count, Guidance, Temperature
+from cfgsafe.kernels import bench
+
+run = bench.run
+
+
+@dataclass
+class Options(bench.Options):
+    """Time guided tokens from pairs of logits."""
+
+    pairs: tuple[Count, ...] = bench.Options.pairs
+    vocabulary: Count = bench.Options.vocabulary
+    temperature: Temperature = bench.Options.temperature
+    guidance: Guidance = bench.Options.guidance
+    calls: Count = bench.Options.calls
+    sets: Count = bench.Options.sets
