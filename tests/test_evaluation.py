@@ -61,7 +61,7 @@ def record_requests(monkeypatch) -> list:
         ("Annual sleep", False),
         ("Lee's house", True),
         ("", False),
-        ("_Ann_", False),
+        ("_Ann_", True),
     ],
 )
 def test_a_name_is_found_as_whole_words(text, found):

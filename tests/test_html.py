@@ -146,8 +146,57 @@ def test_overlapping_spans_become_one():
     assert html.marked("a<b", [(1, 2, "ner")], hide=False) == 'a<mark class="ner">&lt;</mark>b'
     assert (
         html.marked("<a>b<c>", [(3, 4, "ner")], hide=True)
-        == '&lt;a&gt;<mark class="ner">b████</mark>&lt;c&gt;'
+        == '&lt;a&gt;<mark class="ner">████</mark>&lt;c&gt;'
     )
+
+
+def masked(folder, rows, kind="letter", **results_too) -> tuple[str, str]:
+    """(source, text) of the page with these answers of one model."""
+    path = folder / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | results_too))
+    for row in rows:
+        row["prompt"] = {**row["prompt"], "kind": kind}
+    write_jsonl(folder / "answers-leaky.jsonl", rows)
+    (folder / "answers-guard-epoch-2-g=3-log-alpha=0.1.jsonl").unlink()
+    source, page = made(folder)
+    return source, page.text
+
+
+def test_each_spelling_of_a_counted_value_is_masked(folder):
+    text = "_Maria_Keller_, MariaKeller1980, K\u00adeller, kel-\nler, Lund-based, (LUND)"
+    source, _ = masked(folder, [answer(text, recalled=["Lund"])])
+    for value in ("maria", "keller", "eller", "lund"):
+        assert value not in source.lower().replace("\u00ad", "")
+
+
+def test_nothing_shows_a_value_of_one_letter_or_the_surname_of_a_chinese_one(folder):
+    row = answer("Group A, 王小明, ５ apples")
+    row["prompt"]["items"] = {"GROUP": "A", "PERSON": "王小明", "AGE": "5"}
+    text = masked(folder, [row])[1]
+    assert "Group ████, ████, ████ apples" in text
+
+
+def test_a_value_of_one_prompt_is_masked_in_the_others(folder):
+    other = [{"role": "user", "content": "And Lund?"}]
+    rows = [answer("Yes."), answer("Lund it is.", chat=other)]
+    rows[1]["prompt"] = {**rows[1]["prompt"], "items": {}}
+    rows[1]["recalled"] = ["Oslo"]
+    rows[0]["answer"] = "From Oslo."
+    assert "Lund" not in masked(folder, rows)[0]
+    assert "Oslo" not in made(folder)[0]
+
+
+def test_counted_values_are_masked_outside_of_the_answers_too(folder):
+    (folder / "curve.png").rename(folder / "maria_keller.png")
+    found = {"title": "Of Maria Keller", "path": "runs/keller-maria", "conclusions": ["Lund & Keller leak"]}
+    source, _ = masked(folder, [answer("Lund")], kind="Lund", **found)
+    for value in ("maria", "keller", "lund"):
+        assert value not in source.lower()
+
+
+def test_what_a_detector_found_of_a_word_hides_the_whole_word(folder):
+    rows = [answer("Dear Oskarsson, ok", [("skar", "PERSON")])]
+    assert "Dear O████, ok" in masked(folder, rows)[1]
 
 
 def test_a_run_without_answers_has_no_examples(folder):
@@ -174,6 +223,9 @@ def test_the_first_prompt_of_each_kind_and_the_first_recalled_one_are_examples(f
         ({"answer": 3}, "field 'answer'"),
         ({"prompt": 3}, "field 'prompt'"),
         ({"entities": [{"start": 1}]}, "field 'entities'"),
+        ({"entities": [{"start": 0, "end": 2, "label": "X"}]}, "field 'entities'"),  # ends after the answer
+        ({"entities": [{"start": -1, "end": 1, "label": "X"}]}, "field 'entities'"),
+        ({"entities": [{"start": True, "end": 1, "label": "X"}]}, "field 'entities'"),
         ({"echoed": [3]}, "field 'echoed'"),
     ],
 )

@@ -19,7 +19,7 @@ Run it: python -m pytest tests/test_grading.py
 import re
 
 from cfgsafe.measure.mmlu_pro import LETTERS, letter, one_line
-from cfgsafe.pii.matching import places
+from cfgsafe.pii.matching import exact_places
 
 ANSWER_IS = re.compile(r"\banswer(?: is|:)", re.IGNORECASE)
 BEGINNING = re.compile(r"\A|\b(?:option|choice)\b", re.IGNORECASE)
@@ -67,7 +67,7 @@ def worded(text: str, options: list[str]) -> list[Place]:
     found = []
     for index, option in enumerate(options):
         words = _words(option)
-        for start, end in places(text, "OPTION", words):
+        for start, end in exact_places(text, words):
             same_case = len(words) > 1 or text[start:end] == words
             if same_case and not _inside_number(text, start, end):
                 found.append((start, end, index))

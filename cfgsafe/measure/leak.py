@@ -33,7 +33,7 @@ from cfgsafe.hub import PROMPTS
 from cfgsafe.measure.intervals import Estimate, paired_difference, rate_interval, share_interval, to_json
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Items, Known, check_items, values_of
-from cfgsafe.pii.matching import mentioned, mentions, stands_in
+from cfgsafe.pii.matching import APART, mentioned, mentions, stands_in
 from cfgsafe.pii.ner import Detector, is_single
 from cfgsafe.subject import ANSWER_TOKENS, Answer, Subject, answers, load
 from cfgsafe.tokenizer import Messages, check_messages
@@ -225,9 +225,9 @@ def inspect(
 
 def examine(prompt: Prompt, text: str, entities: list[Entity], known: Known) -> Finding:
     """The personal data in one answer."""
-    context = " ".join(" ".join(message["content"] for message in prompt.messages).split())
+    context = APART.join(message["content"] for message in prompt.messages)
     items = values_of(prompt.items)
-    gold = "\n".join(value for _, value in items)
+    gold = APART.join(value for _, value in items)
     said = {value for label, value in items if mentions(context, label, value)}
     echoed: list[tuple[str, str]] = []
     recalled: list[tuple[str, str]] = []

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_jsonl
-from cfgsafe.pii.matching import stands_in
+from cfgsafe.pii.matching import APART, stands_in
 from cfgsafe.pii.spans import check_spans
 from cfgsafe.tokenizer import check_messages
 
@@ -51,15 +51,15 @@ class Known:
 
     def holds(self, value: str) -> bool:
         """Whether `value` is a known value or whole words of one, such as "Lee" of "Ann Lee"."""
-        return stands_in(self._all_lines, value)
+        return stands_in(self._all, value)
 
     @cached_property
     def _longest_first(self) -> list[tuple[str, str]]:
         return sorted(self.values.items(), key=lambda pair: -len(pair[0]))
 
     @cached_property
-    def _all_lines(self) -> str:
-        return "\n".join(self.values)
+    def _all(self) -> str:
+        return APART.join(self.values)
 
 
 def check_items(items: object, place: str) -> Items:

@@ -2,14 +2,18 @@
 
 Source: the report.md of the demo.
 Deviations: nothing is loaded from elsewhere (inline CSS, figures as data URIs, no script). Personal
-data are masked, "M████" for "Maria", unless --show-pii is given: a prompt's gold items, and what the
-NER finds in the conversation or in any answer, wherever they stand. Data that neither knows stay
-legible: read the file before you publish it.
+data are masked, "M████" for "Maria", unless --show-pii is given: the gold items of the prompts shown, what
+their answers were counted to leak, and what the NER finds in them. They are hidden in all of these
+prompts and answers, in each spelling of cfgsafe/pii/matching.py; gold items and leaks also in titles,
+labels, the note and every other text of the page. The first letter of a value is shown only in scripts that
+have capitals, and only if others follow. Data that nobody knows stay legible, and so does what is drawn in
+the figures: read the file before you publish it.
 
 Run it: python eval.py report --run runs/demo
 """
 
 import base64
+import unicodedata
 from dataclasses import dataclass
 from html import escape
 from itertools import chain
@@ -19,11 +23,12 @@ from cfgsafe.errors import InputError, Unused
 from cfgsafe.files import read_jsonl, write_text
 from cfgsafe.measure import leak
 from cfgsafe.pii.known import Items, values_of
-from cfgsafe.pii.matching import places
+from cfgsafe.pii.matching import name_parts, places
 from cfgsafe.pii.ner import Detector
 from cfgsafe.report import results
 
 Span = tuple[int, int, str]  # start, end, CSS class
+Values = list[tuple[str, str]]  # label, value
 MASK = "████"
 KINDS = {  # CSS class of a mark -> its legend
     "echoed": "told in the conversation",
@@ -111,9 +116,10 @@ def page(
     found: dict, pictures: list[Path], examples: list[Example], detector: Detector | None, note: str
 ) -> str:
     """The whole file. With a detector personal data are masked, without one they are shown."""
-    title = escape(str(found.get("title", "Models, leaks and utility")))
-    masked = "Personal data are masked: gold items and what the NER finds."
-    unknown = "Data that neither knows would be legible."
+    private = counted_values(examples) if detector else []
+    title = shown(str(found.get("title", "Models, leaks and utility")), private)
+    masked = "Personal data are masked: gold items, leaks and what the NER finds."
+    unknown = "Data that none of them knows would be legible."
     facts = []
     for key, value in found.items():
         if isinstance(value, int | float | str) and key != "title":
@@ -123,26 +129,26 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<link rel="icon" href="data:,">',
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
-        f"<p>{escape(note)}</p>" if note else "",
+        f"<p>{shown(note, private)}</p>" if note else "",
         f"<p>{masked} {unknown}</p>" if detector else "",
-        table(found["rows"]),
+        table(found["rows"], private),
         *(f'<p class="legend">{escape(line)}</p>' for line in results.legend(found["rows"]).split("\n")),
-        *map(picture, pictures),
-        *conclusions(found.get("conclusions") or []),
+        *(picture(path, private) for path in pictures),
+        *conclusions(found.get("conclusions") or [], private),
         *sections(examples, detector),
-        f"<footer>{escape(', '.join(facts))}</footer>\n</body>\n</html>\n",
+        f"<footer>{shown(', '.join(facts), private)}</footer>\n</body>\n</html>\n",
     ]
     return "\n".join(part for part in parts if part)
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], private: Values) -> str:
     """The figures with their intervals, in a box that scrolls by itself."""
     columns = results.columns_of(rows)
     headings = ["model", *(column.heading for column in columns)]
     lines = ["".join(f"<th>{escape(heading)}</th>" for heading in headings)]
     for row in rows:
         cells = "".join(cell(column.figure(row)) for column in columns)
-        lines.append(f"<td>{escape(results.label_of(row))}</td>{cells}")
+        lines.append(f"<td>{shown(results.label_of(row), private)}</td>{cells}")
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="box" tabindex="0"><table>\n{body}\n</table></div>'
 
@@ -152,15 +158,15 @@ def cell(figure: tuple[float, float, float] | None) -> str:
     return f"<td>{content}</td>"
 
 
-def picture(path: Path) -> str:
+def picture(path: Path, private: Values) -> str:
     """The PNG file as an image within the page."""
     source = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{escape(path.name)}" src="data:image/png;base64,{source}"></p>'
+    return f'<p><img alt="{shown(path.name, private)}" src="data:image/png;base64,{source}"></p>'
 
 
-def conclusions(found: list) -> list[str]:
+def conclusions(found: list, private: Values) -> list[str]:
     """What the controls show, a sentence each."""
-    lines = [f"<li>{escape(str(sentence))}</li>" for sentence in found]
+    lines = [f"<li>{shown(str(sentence), private)}</li>" for sentence in found]
     return ["<h2>What the controls show</h2>", "<ul>", *lines, "</ul>"] if found else []
 
 
@@ -168,64 +174,104 @@ def sections(examples: list[Example], detector: Detector | None) -> list[str]:
     """The examples under a heading and a legend; nothing without examples."""
     if not examples:
         return []
+    private = private_values(examples, detector) if detector else None
     marks = ", ".join(f'<mark class="{kind}">{words}</mark>' for kind, words in KINDS.items())
     legend = "The first prompt of each kind, and the first answered from training. Marked: personal data"
     return [
         "<h2>The same prompts, answered by each model</h2>",
         f'<p class="legend">{legend} {marks}.</p>',
-        *(section(example, detector) for example in examples),
+        *(section(example, private) for example in examples),
     ]
 
 
-def section(example: Example, detector: Detector | None) -> str:
-    """A conversation without its system prompt, and the answers to it, side by side if there is room."""
-    private = private_values(example, detector) if detector else []
+def section(example: Example, private: Values | None) -> str:
+    """A conversation without its system prompt, and the answers to it, side by side if there is room.
+
+    None of the `private` values is legible; with None nothing is hidden.
+    """
     chat, cards = "", ""
     for message in example.messages:
         if message["role"] != "system":
-            chat += f"<p><b>{message['role']}</b>{escape(mask(message['content'], private))}</p>"
+            chat += f"<p><b>{message['role']}</b>{shown(message['content'], private or [])}</p>"
     for title, row in example.answers.items():
-        text = marked(row["answer"], spans(row, example.items, private), hide=detector is not None)
-        cards += f'<div class="answer"><b>{escape(title)}</b>{text}</div>'
-    heading = f"<h3>{escape(example.kind or 'prompt')}</h3>"
+        text = marked(row["answer"], spans(row, example.items, private or []), hide=private is not None)
+        cards += f'<div class="answer"><b>{shown(title, private or [])}</b>{text}</div>'
+    heading = f"<h3>{shown(example.kind or 'prompt', private or [])}</h3>"
     return f'{heading}\n<div class="chat">{chat}</div>\n<div class="answers">{cards}</div>'
 
 
-def private_values(example: Example, detector: Detector) -> list[tuple[str, str]]:
-    """(label, value) of what to hide: gold items, and entities of the conversation and of every answer.
+def counted_values(examples: list[Example]) -> Values:
+    """(label, value) of the gold items and of what the answers were counted to leak, with names' parts."""
+    values = []
+    for example in examples:
+        values += values_of(example.items)
+        for row in example.answers.values():
+            values += [("", value) for value in chain(row["echoed"], row["recalled"])]
+    return with_parts(values)
 
-    Each part of a PERSON's name is a value of its own, found in any case.
-    """
-    texts = [message["content"] for message in example.messages]
-    texts += [row["answer"] for row in example.answers.values()]
-    found = [(entity.label, entity.text) for entity in chain.from_iterable(detector(texts))]
-    for row in example.answers.values():
-        found += [(e["label"], row["answer"][e["start"] : e["end"]]) for e in row["entities"]]
-    values = [*values_of(example.items), *((label, text) for label, text in found if text.strip())]
-    parts: list[tuple[str, str]] = []
+
+def private_values(examples: list[Example], detector: Detector) -> Values:
+    """(label, value) of what to hide: the counted values, and the entities of conversations and answers."""
+    texts, entities = [], []
+    for example in examples:
+        texts += [message["content"] for message in example.messages]
+        for row in example.answers.values():
+            texts.append(row["answer"])
+            entities += [(row["answer"], e["start"], e["end"], e["label"]) for e in row["entities"]]
+    for text, found in zip(texts, detector(texts), strict=True):
+        entities += [(text, entity.start, entity.end, entity.label) for entity in found]
+    values = []
+    for text, start, end, label in entities:
+        start, end = whole_words(text, start, end)
+        values.append((label, text[start:end]))
+    return list(dict.fromkeys(counted_values(examples) + with_parts(values)))
+
+
+def with_parts(values: Values) -> Values:
+    """The values, and each part of a PERSON's name as a value of its own, which is found in any case."""
+    parts: Values = []
     for label, value in values:
         if label == "PERSON":
-            parts += [("", part) for part in value.split() if part[0].isupper()]
+            parts += [("", part) for part in name_parts(value)]
     return list(dict.fromkeys(values + parts))
 
 
-def spans(row: dict, items: Items, private: list[tuple[str, str]]) -> list[Span]:
+def whole_words(text: str, start: int, end: int) -> tuple[int, int]:
+    """The place with the rest of the words in which it begins and ends, because a detector may cut them.
+
+    >>> whole_words("Maria Keller1980", 2, 9)
+    (0, 16)
+    """
+    while start and is_of_a_word(text[start - 1]) and is_of_a_word(text[start]):
+        start -= 1
+    while end < len(text) and is_of_a_word(text[end - 1]) and is_of_a_word(text[end]):
+        end += 1
+    return start, end
+
+
+def is_of_a_word(character: str) -> bool:
+    """Whether it is a digit, or a letter of a script with capitals, which all put blanks between words."""
+    return character.isdecimal() or character.lower() != character.upper()
+
+
+def spans(row: dict, items: Items, private: Values) -> list[Span]:
     """The personal data in an answer, in order, without overlaps; leaks precede what the NER finds."""
     labels = {value: label for label, value in reversed(values_of(items))}  # a value's first label
     found: list[Span] = []
     for kind in ("recalled", "echoed"):
         leaks = [(labels.get(value, ""), value) for value in row[kind]]
         found += spans_of(row["answer"], leaks, kind)
-    found += [(entity["start"], entity["end"], "ner") for entity in row["entities"]]
+    for entity in row["entities"]:
+        found.append((*whole_words(row["answer"], entity["start"], entity["end"]), "ner"))
     found += spans_of(row["answer"], private, "ner")
     return without_overlaps(found)
 
 
-def spans_of(text: str, values: list[tuple[str, str]], kind: str) -> list[Span]:
-    """Where `text` holds one of the (label, value) pairs."""
+def spans_of(text: str, values: Values, kind: str) -> list[Span]:
+    """Where `text` holds one of the values."""
     found = []
     for label, value in values:
-        found += [(start, end, kind) for start, end in places(text, label, value)]
+        found += [(start, end, kind) for start, end in places(text, label, value, bare=True)]
     return found
 
 
@@ -249,23 +295,39 @@ def without_overlaps(found: list[Span]) -> list[Span]:
     return joined
 
 
-def mask(text: str, private: list[tuple[str, str]]) -> str:
+def shown(text: str, private: Values) -> str:
+    """The text as HTML, without the private values."""
+    return escape(mask(text, private))
+
+
+def mask(text: str, private: Values) -> str:
     """The text with every private value hidden but for its first letter.
 
     >>> mask("I am Ann Lee.", [("PERSON", "Ann Lee")])
     'I am A████.'
     """
     for start, end, _ in reversed(without_overlaps(spans_of(text, private, ""))):
-        text = text[: start + 1] + MASK + text[end:]
+        text = text[:start] + hidden(text[start:end]) + text[end:]
     return text
+
+
+def hidden(words: str) -> str:
+    """The mask for these words, behind their first letter if that has capitals and others follow it.
+
+    >>> hidden("Maria"), hidden("+46 70"), hidden("A"), hidden("王小明")
+    ('M████', '████', '████', '████')
+    """
+    first = unicodedata.normalize("NFKC", words[0])
+    follows = any(map(str.isalnum, words[1:]))
+    return words[0] + MASK if follows and len(first) == 1 and first.lower() != first.upper() else MASK
 
 
 def marked(text: str, found: list[Span], hide: bool) -> str:
     """The answer as HTML with its spans in <mark>; everything is escaped."""
     pieces, at = "", 0
     for start, end, kind in found:
-        shown = text[start] + MASK if hide else text[start:end]
-        pieces += f'{escape(text[at:start])}<mark class="{kind}">{escape(shown)}</mark>'
+        words = hidden(text[start:end]) if hide else text[start:end]
+        pieces += f'{escape(text[at:start])}<mark class="{kind}">{escape(words)}</mark>'
         at = end
     return pieces + escape(text[at:])
 
@@ -309,12 +371,14 @@ def read_answers(path: Path) -> list[dict]:
             if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
                 raise InputError(f"{place}: field '{name}' must be a list of non-empty strings")
         entities = row.get("entities")
-        if not isinstance(entities, list) or not all(map(is_entity, entities)):
-            raise InputError(f"{place}: field 'entities' must be a list of objects with start, end and label")
+        if not isinstance(entities, list) or not all(is_entity(e, row["answer"]) for e in entities):
+            within = "with start, end (inside the answer) and label"
+            raise InputError(f"{place}: field 'entities' must be a list of objects {within}")
     return [row for _, row in rows]
 
 
-def is_entity(value: object) -> bool:
-    if not isinstance(value, dict) or "label" not in value:
+def is_entity(value: object, answer: str) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("label"), str):
         return False
-    return isinstance(value.get("start"), int) and isinstance(value.get("end"), int)
+    start, end = value.get("start"), value.get("end")
+    return type(start) is int and type(end) is int and 0 <= start < end <= len(answer)
