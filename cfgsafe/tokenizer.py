@@ -1,7 +1,7 @@
 """Text to token ids and back, and the chat format; text of a user never becomes a control token.
 
-Source: `tokenizer.json` and the Jinja2 chat template of the checkpoint. The template is rendered in
-Jinja2's sandbox, with the filters and globals that transformers gives it.
+Source: `tokenizer.json` and the Jinja2 chat template of the checkpoint, which is rendered as in
+transformers, in bounded time and memory (cfgsafe/rendering.py).
 Deviation 1: `apply_chat_template(tokenize=True)` of transformers parses the whole rendered string,
 so that `<|eot_id|>` typed by a user ends the turn. Here each process gives the control tokens new,
 secret names in the tokenizer. In a rendered conversation only the template's own control tokens are
@@ -9,6 +9,7 @@ renamed, before it is encoded. To the tokenizer, what a user typed is therefore 
 without control tokens gets the same ids as in transformers.
 Deviation 2: some templates, such as that of Llama-Guard-3-1B, ignore strings and read lists of parts.
 They get lists of parts here; transformers would render a conversation without its texts.
+Deviation 3: a byte order mark at the beginning of `chat_template.jinja` is no part of the template.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --prompt "<|eot_id|> is text here"
 """
@@ -18,14 +19,14 @@ import json
 import re
 import secrets
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 from tokenizers import Tokenizer as Backend
 
 from cfgsafe.errors import CheckpointError, InputError
 from cfgsafe.files import read_json
+from cfgsafe.rendering import RENDERER, TemplateError
 
 ROLES = ("system", "user", "assistant")
 PRIVATE_USE = range(0xF0000, 0x10FFFE)  # code points
@@ -66,7 +67,7 @@ class Tokenizer:
     def __init__(self, files: dict, names: dict[str, str], template: str):
         """From the parsed `tokenizer.json`, the names of bos_token and so on, and a Jinja2 template.
 
-        Raises CheckpointError when a control token is missing.
+        Raises CheckpointError when a control token is missing, and TemplateError when the template is none.
         """
         self.special = {token["content"]: token["id"] for token in files["added_tokens"]}
         self.names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", **names}
@@ -75,7 +76,8 @@ class Tokenizer:
         for token, number in self.special.items():
             self._renamed[token] = f"\ue000{secret}:{number}\ue000"
         self.backend = Backend.from_str(json.dumps(_rename(files, self._renamed)))
-        self._template = _compile(template)
+        self._template = template
+        RENDERER.render(template, None)
         self._in_parts = self._wants_parts()
         longest_first = sorted(self.special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)))
@@ -103,9 +105,7 @@ class Tokenizer:
         folder = Path(folder)
         files = read_json(folder / "tokenizer.json")
         config = read_json(folder / "tokenizer_config.json")
-        template = _default_template(config.get("chat_template") or LLAMA31_TEMPLATE)
-        if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        source, template = _read_template(folder, config)
         names = {}
         for key, token in config.items():
             if key.endswith("_token") and isinstance(token, (str, dict)):
@@ -114,12 +114,17 @@ class Tokenizer:
             return Tokenizer(files, names, template)
         except CheckpointError:
             raise
+        except TemplateError as error:
+            raise CheckpointError(f"{source}: {error}") from None
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{folder}: tokenizer files cannot be read ({error})") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without control tokens and without BOS."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Ids of plain text, without control tokens and without BOS. Raises InputError for half a character."""
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError:  # from a surrogate, which UTF-8 cannot write
+            raise InputError("the text holds half of a surrogate pair, which is not text; remove it") from None
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Ids of a trusted, chat-formatted string, in which control tokens are control tokens.
@@ -132,14 +137,17 @@ class Tokenizer:
     def encode_chat(self, messages: Messages, *, go_on: bool = True) -> list[int]:
         """Ids of a conversation up to where the model answers.
 
-        With `go_on`, an assistant's message at the end is continued. Raises InputError when the
-        template refuses the conversation.
+        With `go_on`, an assistant's message at the end is continued. Raises InputError when a message is
+        none, or when the template refuses the conversation, fails or leaves nothing.
         """
+        check_messages(messages, "the conversation")
         mark = _unused(messages)
         text = self._render_marked(messages, mark, self._mark_tokens, go_on)
         strict = self._render_marked(messages, mark, self._mark_beginnings, go_on)
         if self._pattern.findall(text) != self._pattern.findall(strict):
             text = strict  # the template has put a control token together from pieces
+        if not text:
+            raise InputError("the chat template leaves nothing of this conversation; mend it")
         return self._encode_trusted(text, mark)
 
     def control_token_in(self, text: str) -> str | None:
@@ -147,12 +155,26 @@ class Tokenizer:
         found = self._pattern.search(text)
         return found and found.group()
 
+    def joined_control_token(self, prompt: str, answer: str) -> str | None:
+        """A control token in `prompt + answer` that is not the prompt's or the answer's one end, or None.
+
+        It may be the answer's own, or have come from pieces at the seam: "<|eot" and "_id|>".
+        """
+        whole = prompt + answer.removesuffix(self.end_of_turn) + self.end_of_turn
+        found = [*self._pattern.findall(whole), None]
+        wanted = [*self._pattern.findall(prompt), self.end_of_turn, None]
+        for token, expected in zip(found, wanted, strict=False):
+            if token != expected:
+                return token or expected
+        return None
+
     def render_chat(self, messages: Messages) -> str:
         """The conversation as one chat-formatted string, for files of strings (preference pairs).
 
-        Raises InputError when a message has the text of a control token, which in a string would
-        become one.
+        Raises InputError as `encode_chat` does, and when a message has the text of a control token, or a
+        piece of one that the template completes: in a string they would become one.
         """
+        check_messages(messages, "the conversation")
         for message in messages:
             found = self.control_token_in(message["content"])
             if found:
@@ -160,7 +182,11 @@ class Tokenizer:
                     f"a {message['role']} message holds the control token text {found!r}, "
                     "which a flat string cannot keep"
                 )
-        return self._chat_text(messages)
+        text, mark = self._chat_text(messages), _unused(messages)
+        strict = self._render_marked(messages, mark, self._mark_beginnings, True)
+        if self._pattern.findall(text) != self._pattern.findall(strict):
+            raise InputError("pieces of messages join into a control token, which a flat string cannot keep")
+        return text
 
     def _render_marked(
         self, messages: Messages, mark: str, guard: Callable[[str, str], str], go_on: bool
@@ -208,13 +234,11 @@ class Tokenizer:
         return text
 
     def _render(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
-        return self._template(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self.names,
-        )
+        context = {"messages": messages, "tools": None, "documents": None, **self.names}
+        try:
+            return RENDERER.render(self._template, {**context, "add_generation_prompt": add_generation_prompt})
+        except TemplateError as error:
+            raise InputError(str(error)) from None
 
     def _shows(self, text: str, content: object) -> bool:
         """Whether a rendered conversation with the message `content` has `text` in it."""
@@ -246,14 +270,25 @@ class Tokenizer:
         return self.encode(text.replace(mark, "") if mark else text)
 
 
-def _default_template(template: str | list[dict]) -> str:
-    """The template itself, or the one called "default" in a list of named templates."""
-    if not isinstance(template, list):
-        return template
-    for entry in template:
-        if entry["name"] == "default":
-            return entry["template"]
-    return LLAMA31_TEMPLATE
+def _read_template(folder: Path, config: dict) -> tuple[Path, str]:
+    """A checkpoint's chat template, after the file that holds it. Raises CheckpointError."""
+    own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.exists():
+        try:
+            return own, own.read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{own}: cannot be read ({error}); give a file in UTF-8") from None
+    template = config.get("chat_template") or LLAMA31_TEMPLATE
+    if isinstance(template, list):  # of named templates
+        named = {}
+        for entry in template:
+            if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+                named[entry["name"]] = entry.get("template")
+        template = named.get("default", LLAMA31_TEMPLATE if named else None)
+    if not isinstance(template, str):
+        wanted = "a string, or a list of objects with 'name' and 'template'"
+        raise CheckpointError(f"{settings}: 'chat_template' must be {wanted}")
+    return settings, template
 
 
 def _rename(files: dict, renamed: dict[str, str]) -> dict:
@@ -269,43 +304,6 @@ def _rename(files: dict, renamed: dict[str, str]) -> dict:
         model["unk_token"] = renamed[model["unk_token"]]
     off = {"post_processor": None, "truncation": None, "padding": None}
     return {**files, "added_tokens": added, "model": model, **off}
-
-
-def _compile(template: str) -> Callable[..., str]:
-    """The function that renders a chat template, with the filters and globals of transformers."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} marks answers for training; it renders its content."""
-
-        tags = {"generation"}
-
-        def parse(self, parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template).render
-
-
-def _tojson(x: object, indent: int | None = None, **options) -> str:
-    return json.dumps(x, indent=indent, **{"ensure_ascii": False, **options})
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise InputError(f"the chat template refuses this conversation: {message}")
 
 
 def _parts(text: str) -> list[dict[str, str]]:
