@@ -11,6 +11,7 @@ Run it: python infer.py --model nowhere --prompt "Hello!"      (a CheckpointErro
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 # What the method `unused` of a dataclass of options yields: (why, option, option, ...), options that have no
 # effect as the others stand. The command line refuses them (cfgsafe/cli.py).
@@ -33,6 +34,15 @@ class CheckpointError(CfgsafeError):
 
 class ContextError(CfgsafeError):
     """A prompt is longer than the model's context."""
+
+
+@contextmanager
+def at(place: str) -> Iterator[None]:
+    """Name `place`, such as file:line, in an InputError of what knows of none, such as the chat template."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
 
 
 def option(name: str) -> str:

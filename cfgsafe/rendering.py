@@ -40,7 +40,8 @@ class TemplateError(Exception):
 class Renderer:
     """The process that renders. It starts with the first template; threads take turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self.seconds = seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
         self._owner = 0  # the process that started it: a fork must not share its pipes
@@ -58,7 +59,7 @@ class Renderer:
 
     def _ask(self, line: bytes) -> dict:
         if self._process is None or self._owner != os.getpid():
-            command = [sys.executable, "-P", __file__]  # -P: this folder's files shadow no package
+            command = [sys.executable, "-P", __file__, str(self.seconds)]  # -P: no file here hides a package
             pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing)
             self._owner = os.getpid()
@@ -76,28 +77,27 @@ class Renderer:
                 process.kill()
                 process.communicate()
         if not reply:
-            return {"error": _end(process.returncode)}
+            return {"error": self._end(process.returncode)}
         return json.loads(reply)
+
+    def _end(self, code: int) -> str:
+        """Why the process ended, from its exit code."""
+        if code == -signal.SIGPROF:
+            return f"takes more than {self.seconds:g} s; mend it"
+        return f"has ended its process (exit code {code}); mend it, or check that jinja2 is installed"
 
 
 RENDERER = Renderer()
 
 
-def _end(code: int) -> str:
-    """Why the process ended, from its exit code."""
-    if code == -signal.SIGPROF:
-        return f"takes more than {SECONDS} s; mend it"
-    return f"has ended its process (exit code {code}); mend it, or check that jinja2 is installed"
-
-
-def main() -> None:
+def main(seconds: float) -> None:
     """The second process: renders each line of standard input, and writes a line for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to handle
     with suppress(ValueError, OSError):  # macOS
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process, whatever that is at
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process, whatever that is at
         reply = _reply(line)
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(reply + b"\n")
@@ -117,8 +117,8 @@ def _reply(line: bytes) -> bytes:
     except _Refusal as refusal:
         return _error(f"refuses this conversation: {_line_of(refusal)}")
     except Exception as error:  # a template may fail in any way
-        place = _place(error)
-        return _error(f"fails{place} ({type(error).__name__}: {_line_of(error)}); mend it or the conversation")
+        why = f"{type(error).__name__}: {_line_of(error)}"
+        return _error(f"fails{_place(error)} ({why}); mend it or the conversation")
 
 
 def _error(text: str) -> bytes:
@@ -188,4 +188,4 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))

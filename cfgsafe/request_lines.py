@@ -17,7 +17,7 @@ import json
 from dataclasses import replace
 from typing import TypeVar
 
-from cfgsafe.errors import InputError
+from cfgsafe.errors import InputError, at
 from cfgsafe.request import Request
 from cfgsafe.subject import Subject, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages, with_system
@@ -69,14 +69,11 @@ def read_request(
         raise InputError(f"{place}: field {field!r} has no effect {why}; leave it out, or set 'guidance'")
     if isinstance(prompt, list) and negative is None:
         subject = replace(subject, guidance=guidance, space=space)
-        return request_for(subject, tokenizer, prompt, **sampling)
-    return Request(
-        _encode(prompt, tokenizer),
-        None if negative is None else _encode(negative, tokenizer),
-        1.0 if guidance is None else guidance,
-        space,
-        **sampling,
-    )
+        with at(place):
+            return request_for(subject, tokenizer, prompt, **sampling)
+    with at(place):
+        sides = _encode(prompt, tokenizer), None if negative is None else _encode(negative, tokenizer)
+    return Request(*sides, 1.0 if guidance is None else guidance, space, **sampling)
 
 
 def stop_tokens(texts: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:

@@ -15,7 +15,7 @@ import torch
 
 from cfgsafe.checkpoint import DTYPES
 from cfgsafe.decode import Completion, generate
-from cfgsafe.errors import InputError, Unused
+from cfgsafe.errors import InputError, Unused, at
 from cfgsafe.fields import Count, Guidance, Share, check_ranges
 from cfgsafe.files import Answer, AnswerLog
 from cfgsafe.guidance import SPACES
@@ -137,8 +137,10 @@ def answers(
     weights = identity(subject.model, subject.adapter) if kept else ""
     requests, keys = [], []
     for number, messages in enumerate(conversations):
-        request = request_for(subject, tokenizer, messages, max_new_tokens=max_new_tokens)
-        check_request(request, model, places[number] if places else f"{what} {number + 1}")
+        place = places[number] if places else f"{what} {number + 1}"
+        with at(place):
+            request = request_for(subject, tokenizer, messages, max_new_tokens=max_new_tokens)
+        check_request(request, model, place)
         requests.append(request)
         keys.append(digest_of((weights, subject.dtype, request)))
     log = AnswerLog(kept)

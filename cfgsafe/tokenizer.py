@@ -120,11 +120,14 @@ class Tokenizer:
             raise CheckpointError(f"{folder}: tokenizer files cannot be read ({error})") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without control tokens and without BOS. Raises InputError for half a character."""
+        """Ids of plain text, without control tokens and without BOS.
+
+        Raises InputError for half of a surrogate pair.
+        """
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
         except TypeError:  # from a surrogate, which UTF-8 cannot write
-            raise InputError("the text holds half of a surrogate pair, which is not text; remove it") from None
+            raise InputError("half of a surrogate pair, which is not text; remove it") from None
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Ids of a trusted, chat-formatted string, in which control tokens are control tokens.
@@ -234,9 +237,15 @@ class Tokenizer:
         return text
 
     def _render(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
-        context = {"messages": messages, "tools": None, "documents": None, **self.names}
+        context = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.names,
+        }
         try:
-            return RENDERER.render(self._template, {**context, "add_generation_prompt": add_generation_prompt})
+            return RENDERER.render(self._template, context)
         except TemplateError as error:
             raise InputError(str(error)) from None
 

@@ -1,6 +1,7 @@
 """Pairs to tensors: TRL's tokenising and truncation, shared prefixes, and the order of a run."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -59,6 +60,23 @@ def test_truncation_keeps_the_prompts_end_and_the_answers_beginning(tokenizer):
 def test_a_bad_pair_is_named(tmp_path, tokenizer, row, words):
     write_jsonl(tmp_path / "pairs.jsonl", [row])
     with pytest.raises(InputError, match=words):
+        read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, options())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "words"),
+    [
+        ("<|begin_of_text|>a<|eot", "_id|> b", "'chosen' completes, after the prompt, the text of"),
+        ("<|begin_of_text|>a", "b <|eot_id|> c", "'chosen' holds the text of the control token '<|eot_id|>'"),
+        ("<|begin_of_text|>a", "b<|eot_id|><|eot_id|>", "'chosen' holds the text of"),
+    ],
+)
+def test_only_the_prompt_and_the_end_of_an_answer_are_control_tokens(
+    tmp_path, tokenizer, prompt, chosen, words
+):
+    """Pieces on both sides of the seam would end the turn in the middle of the text."""
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": prompt, "chosen": chosen, "rejected": "c"}])
+    with pytest.raises(InputError, match=rf"pairs\.jsonl:1: field {re.escape(words)}"):
         read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, options())
 
 

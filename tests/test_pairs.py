@@ -185,6 +185,17 @@ def test_personal_data_make_a_candidate_fall(tmp_path, tokenizer, monkeypatch, t
     assert built == [(sample, " Hello.")] and report.fell["avoid"] == {"personal data": 1}
 
 
+def test_pieces_that_join_into_a_control_token_make_no_pair(tmp_path, tokenizer, monkeypatch):
+    """The begun answer ends with "<|eot": neither side may go on with "_id|>"."""
+    candidates(monkeypatch, "_id|> Hello.", " Hello.")
+    begun = [*CHAT[:2], {"role": "assistant", "content": "Well <|eot"}]
+    for rejected, pairs_built in ((" Leeds?", 1), ("_id|> Leeds?", 0)):
+        sample = pairs.Sample(begun, rejected, "x", ())
+        built, report = pairs.build([sample], None, tokenizer, Names(), options(tmp_path))
+        assert [text for _, text in built] == [" Hello."] * pairs_built
+        assert report.fell["avoid"] == {"control token in the text": 1}
+
+
 def test_one_of_several_clean_recipes_is_drawn(tmp_path, tokenizer, monkeypatch):
     candidates(monkeypatch, " Hello.", " Good day.")
     samples = [pairs.Sample(CHAT[:2], " Leeds?", "x", ())] * 40

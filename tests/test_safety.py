@@ -292,6 +292,12 @@ def test_text_that_a_flat_string_cannot_hold_is_left_out(tmp_path, monkeypatch, 
     assert row["attack"] == "Who?" and "rejected" not in row
 
 
+def test_an_answer_that_completes_a_control_token_of_its_prompt_does_not_fit(tokenizer, tmp_path):
+    writer = safety.Writer(options(tmp_path), None, tokenizer)
+    begun = replace(CONTEXTS[0], messages=[*CONTEXTS[0].messages, {"role": "assistant", "content": "<|eot"}])
+    assert writer.fits(begun, " No.") and not writer.fits(begun, "_id|> No.")
+
+
 def test_the_best_attacks_are_learnt_from_where_they_leaked_each_once(tmp_path):
     one, two, three = CONTEXTS[:3]
     told = [

@@ -288,5 +288,82 @@ def test_an_answer_ends_with_the_token_that_the_template_puts_behind_it(tmp_path
 def test_a_template_of_another_kind_is_refused(tmp_path):
     shutil.copy(Path(BASE) / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"default": SIMPLE}}))
-    with pytest.raises(CheckpointError, match="tokenizer files cannot be read"):
+    with pytest.raises(CheckpointError, match="tokenizer_config.json: 'chat_template' must be"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_template(tmp_path):
+    tokenizer = variant(tmp_path, "\ufeff{{ bos_token }}{{ messages[0].content }}")
+    assert tokenizer.render_chat([{"role": "user", "content": "Hi"}]) == "<|begin_of_text|>Hi"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ([{"name": "default", "template": 3}], "'chat_template' must be a string"),
+        ([3, None], "'chat_template' must be a string"),
+        (7, "'chat_template' must be a string"),
+        ("a\n{% if %}", r"tokenizer_config.json: the chat template fails in line 2 \(TemplateSyntaxError"),
+        ([{"name": "default", "template": "{{"}], "fails in line 1"),
+    ],
+)
+def test_settings_without_a_readable_template_are_named(tmp_path, setting, words):
+    shutil.copy(Path(BASE) / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": setting}))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        Tokenizer.load(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_template_in_another_encoding_is_named(tmp_path):
+    variant(tmp_path, SIMPLE)
+    (tmp_path / "chat_template.jinja").write_bytes("{{ 'Grüße' }}".encode("latin-1"))
+    with pytest.raises(CheckpointError, match="chat_template.jinja: cannot be read .* give a file in UTF-8"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_list_of_templates_has_a_default(tmp_path):
+    shutil.copy(Path(BASE) / "tokenizer.json", tmp_path)
+    named = [{"name": "tool_use", "template": "{{"}, {"name": "default", "template": "{{ bos_token }}x"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert Tokenizer.load(tmp_path).render_chat([{"role": "user", "content": "Hi"}]) == "<|begin_of_text|>x"
+
+
+def test_a_template_that_leaves_nothing_is_refused(tmp_path):
+    tokenizer = variant(tmp_path, "{% if false %}x{% endif %}")
+    with pytest.raises(InputError, match="leaves nothing"):
+        tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize("bad", [[], [{"role": "user"}], [{"role": "tool", "content": "x"}], [3]])
+def test_a_wrong_conversation_is_one_line(tokenizer, bad):
+    for method in (tokenizer.encode_chat, tokenizer.render_chat):
+        with pytest.raises(InputError, match="the conversation: .*messages"):
+            method(bad)
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tokenizer):
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        tokenizer.encode_chat([{"role": "user", "content": "a \ud83d"}])
+
+
+def test_a_flat_string_refuses_messages_that_join_into_a_control_token(tmp_path):
+    tokenizer = variant(tmp_path, "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    chat = [{"role": "user", "content": "a <|eot"}, {"role": "user", "content": "_id|> b"}]
+    assert tokenizer.special["<|eot_id|>"] not in tokenizer.encode_chat(chat)
+    with pytest.raises(InputError, match="pieces of messages join"):
+        tokenizer.render_chat(chat)
+
+
+def test_a_control_token_at_the_seam_of_prompt_and_answer_is_found(tokenizer):
+    prompt = tokenizer.render_chat([{"role": "user", "content": "Hi"}])
+    for answer in ("x", "x<|eot_id|>", "_id|>", "<|eot_id", "x<|eot_id|<|eot_id|>"):
+        assert tokenizer.joined_control_token(prompt, answer) is None
+    for before, answer in (
+        ("<|eot", "_id|>x"),
+        ("", "a<|eot_id|>b"),
+        ("", "a<|eot_id|><|eot_id|>"),
+        ("<", "|eot_id|>"),
+    ):
+        assert tokenizer.joined_control_token(prompt + before, answer) == "<|eot_id|>"
+    assert tokenizer.joined_control_token(prompt, "<|eom_id|>x<|eot_id|>") == "<|eom_id|>"

@@ -74,6 +74,8 @@ def read_pairs(path: str, tokenizer: Tokenizer, context: int, options: Options) 
             text = row.get(field)
             if not isinstance(text, str) or not text.removesuffix(tokenizer.end_of_turn).strip():
                 raise InputError(f"{place}: field {field!r} must be a non-empty string")
+        for field in ("chosen", "rejected"):
+            _check_control_tokens(row["prompt"], row[field], field, tokenizer, place)
         texts = row["prompt"], row["chosen"], row["rejected"]
         chosen, rejected = tokenise(*texts, tokenizer, options.max_length, options.max_prompt_length)
         longest = max(len(chosen.ids), len(rejected.ids))
@@ -86,6 +88,21 @@ def read_pairs(path: str, tokenizer: Tokenizer, context: int, options: Options) 
     if not pairs:
         raise InputError(f"{path}: holds no pair")
     return pairs
+
+
+def _check_control_tokens(prompt: str, answer: str, field: str, tokenizer: Tokenizer, place: str) -> None:
+    """Raise InputError when prompt and answer hold a control token besides the prompt's and one at the end.
+
+    A prompt is chat-formatted, so its control tokens are meant. An answer is text, perhaps with its end.
+    """
+    token = tokenizer.joined_control_token(prompt, answer)
+    if token:
+        own = tokenizer.control_token_in(answer.removesuffix(tokenizer.end_of_turn))
+        how = "holds" if own else "completes, after the prompt,"
+        raise InputError(
+            f"{place}: field {field!r} {how} the text of the control token {token!r}, which would be read as "
+            "one; reword it"
+        )
 
 
 def tokenise(

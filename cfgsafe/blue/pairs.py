@@ -40,7 +40,7 @@ import tyro
 
 from cfgsafe import load_tokenizer
 from cfgsafe.decode import Request, check_request
-from cfgsafe.errors import InputError, Unused
+from cfgsafe.errors import InputError, Unused, at
 from cfgsafe.fields import Count, PartialShare, Seed, Temperature, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.llama import Llama
@@ -268,6 +268,9 @@ def fault_of(
     texts = [candidate.text, sample.rejected, *(message["content"] for message in sample.messages)]
     if any(tokenizer.control_token_in(text) for text in texts):
         return "control token in the text"
+    row = plain((sample, candidate.text), tokenizer)
+    if any(tokenizer.joined_control_token(row["prompt"], row[side]) for side in ("chosen", "rejected")):
+        return "control token in the text"  # from pieces: "<|eot" and "_id|>"
     return None
 
 
@@ -282,8 +285,10 @@ def from_model(
     asked, requests = [], []
     for sample, several in zip(samples, candidates, strict=True):
         for recipe in recipes:
+            with at(sample.place):
+                prompt = tokenizer.encode_chat(avoiding(sample.messages, recipe == "avoid+nudge"))
             request = Request(
-                tokenizer.encode_chat(avoiding(sample.messages, recipe == "avoid+nudge")),
+                prompt,
                 temperature=options.temperature,
                 seed=rng.getrandbits(32),
                 max_new_tokens=options.max_new_tokens,
@@ -365,11 +370,9 @@ def plain(pair: Pair, tokenizer: Tokenizer) -> dict[str, str]:
     """The pair under the dialogue's own system prompt."""
     sample, chosen = pair
     end = tokenizer.end_of_turn
-    return {
-        "prompt": tokenizer.render_chat(sample.messages),
-        "chosen": chosen + end,
-        "rejected": sample.rejected + end,
-    }
+    with at(sample.place):
+        prompt = tokenizer.render_chat(sample.messages)
+    return {"prompt": prompt, "chosen": chosen + end, "rejected": sample.rejected + end}
 
 
 def cfg_aware(pair: Pair, tokenizer: Tokenizer, system_prompt: SystemPrompt = ADD) -> list[dict[str, str]]:

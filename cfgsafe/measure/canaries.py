@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from itertools import islice
 
 from cfgsafe.decode import check_request
-from cfgsafe.errors import InputError
+from cfgsafe.errors import InputError, at
 from cfgsafe.files import read_jsonl
 from cfgsafe.hub import PROBES
 from cfgsafe.llama import Llama
 from cfgsafe.measure.intervals import Estimate, auc_interval, share_interval, to_json
 from cfgsafe.measure.scoring import continuation_logprobs
+from cfgsafe.request import Request
 from cfgsafe.subject import Subject, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
 
@@ -109,10 +110,12 @@ def likelihoods(
     subject: Subject, model: Llama, tokenizer: Tokenizer, groups: list[list[Probe]]
 ) -> list[list[float]]:
     """Guided mean log-likelihood of each value, nats per token. Raises ContextError naming the probe."""
-    requests, texts = [], []
+    requests: list[Request] = []
+    texts = []
     for probes in groups:
         for messages, value in probes:
-            requests.append(request_for(subject, tokenizer, messages))
+            with at(f"probe {len(requests) + 1}"):
+                requests.append(request_for(subject, tokenizer, messages))
             texts.append(tokenizer.encode(value))
     for number, request in enumerate(requests, start=1):
         check_request(request, model, f"probe {number}")

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfgsafe.errors import InputError
+from cfgsafe.errors import InputError, at
 from cfgsafe.fields import Count, check_ranges
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.hub import CHATS
@@ -90,7 +90,8 @@ def dialogue_logprobs(
     turn.
     """
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    requests = [request_for(subject, tokenizer, messages[:number]) for number in turns]
+    with at(place):
+        requests = [request_for(subject, tokenizer, messages[:number]) for number in turns]
     end = tokenizer.special[tokenizer.end_of_turn]
     texts = [[*tokenizer.encode(messages[number]["content"].strip()), end] for number in turns]
     for number, request, text in zip(turns, requests, texts, strict=True):

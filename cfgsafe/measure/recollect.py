@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from cfgsafe.decode import check_request
+from cfgsafe.errors import at
 from cfgsafe.llama import Llama
 from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.measure.targets import Target
@@ -87,7 +88,8 @@ def sample(
     requests = []
     for target in targets:
         messages = recollection_prompt(target, tokenizer)
-        request = request_for(subject, tokenizer, messages, temperature=1.0, max_new_tokens=longest)
+        with at(target.place):
+            request = request_for(subject, tokenizer, messages, temperature=1.0, max_new_tokens=longest)
         check_request(request, model, target.place)
         requests += [replace(request, seed=rng.getrandbits(32)) for _ in range(settings.samples)]
     completions = complete(model, requests, subject.batch, "recollecting")

@@ -27,7 +27,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from cfgsafe.errors import InputError, Unused
+from cfgsafe.errors import InputError, Unused, at
 from cfgsafe.fields import Count, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.hub import QUIZ
@@ -211,7 +211,8 @@ def option_logprobs(
     """
     requests, texts = [], []
     for (place, row), messages in zip(placed, asked, strict=True):
-        request = request_for(subject, tokenizer, [*messages, {"role": "assistant", "content": LEAD}])
+        with at(place):
+            request = request_for(subject, tokenizer, [*messages, {"role": "assistant", "content": LEAD}])
         for option in row["options"]:
             text = tokenizer.encode(f" {mmlu_pro.one_line(option)}")
             check_fits(model, request, text, place)

@@ -27,7 +27,7 @@ import torch
 
 from cfgsafe.blue import orpo, resume
 from cfgsafe.decode import check_request
-from cfgsafe.errors import InputError, Unused
+from cfgsafe.errors import InputError, Unused, at
 from cfgsafe.fields import Count, Guidance, Positive, Rate, Seed, Temperature, Threshold, check_ranges
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.identity import contents
@@ -182,8 +182,9 @@ def build(attacked: list[tuple[str, Trial]], options: Options) -> list[dict[str,
             continue
         row = writer.row(prompt, refusal)
         leak = trial.answer or ""
-        if leak.strip() and not writer.tokenizer.control_token_in(leak):
-            row["rejected"] = leak + writer.tokenizer.end_of_turn
+        rejected = leak + writer.tokenizer.end_of_turn
+        if leak.strip() and not writer.tokenizer.joined_control_token(row["prompt"], rejected):
+            row["rejected"] = rejected
         rows.append({**row, "attack": text, "context": trial.context})
     if ordinary:
         rows += retain(ordinary, writer, known)
@@ -231,30 +232,38 @@ class Writer:
         """An answer to each prompt, or "" where no row can hold the answer.
 
         That is so if it is blank or does not end by itself, and if the answer or its prompt contains
-        the text of a control token.
+        the text of a control token, or both together do.
         """
         guarded = replace(self.options, guidance=guidance)
         sampling = {"temperature": temperature, "max_new_tokens": self.options.max_new_tokens}
         requests = []
         for prompt in prompts:
             seed = rng.getrandbits(32)
-            request = request_for(guarded, self.tokenizer, prompt.messages, seed=seed, **sampling)
+            with at(prompt.place):
+                request = request_for(guarded, self.tokenizer, prompt.messages, seed=seed, **sampling)
             check_request(request, self.model, prompt.place)
             requests.append(request)
         completions = complete(self.model, requests, guarded.batch, title)
         texts = []
         for prompt, completion in zip(prompts, completions, strict=True):
             text = self.tokenizer.decode(completion.tokens)
-            written = [text] + [message["content"] for message in prompt.messages]
-            fits = not any(map(self.tokenizer.control_token_in, written))
             whole = completion.finish_reason == "stop" and text.strip()
-            texts.append(text if whole and fits else "")
+            texts.append(text if whole and self.fits(prompt, text) else "")
         return texts
+
+    def fits(self, prompt: Prompt, text: str) -> bool:
+        """Whether a row can hold prompt and text, so that only the template has put control tokens in."""
+        written = [text] + [message["content"] for message in prompt.messages]
+        if any(map(self.tokenizer.control_token_in, written)):
+            return False
+        row = self.row(prompt, text)
+        return self.tokenizer.joined_control_token(row["prompt"], row["chosen"]) is None
 
     def row(self, prompt: Prompt, text: str) -> dict[str, str]:
         """A row to train on: the rendered chat, and the text with its end token as chosen."""
         chosen = text + self.tokenizer.end_of_turn
-        return {"prompt": self.tokenizer.render_chat(prompt.messages), "chosen": chosen}
+        with at(prompt.place):
+            return {"prompt": self.tokenizer.render_chat(prompt.messages), "chosen": chosen}
 
 
 def refuse(
