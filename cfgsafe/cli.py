@@ -14,6 +14,7 @@ import tyro
 
 from cfgsafe.errors import CfgsafeError, InputError, option
 from cfgsafe.fields import check_ranges
+from cfgsafe.outputs import guard
 
 # Subcommand -> (the dataclass of its options, the function that runs it).
 Commands = Mapping[str, tuple[type, Callable]]
@@ -37,7 +38,8 @@ def run_command(run: Callable, options: object) -> None:
     try:
         check_ranges(options)
         check_used(options, sys.argv[1:])
-        run(options)
+        with guard(options):
+            run(options)
     except CfgsafeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

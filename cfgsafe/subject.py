@@ -22,6 +22,7 @@ from cfgsafe.guidance import SPACES
 from cfgsafe.identity import digest_of, identity
 from cfgsafe.llama import Llama
 from cfgsafe.load import load_model, load_tokenizer
+from cfgsafe.outputs import InputPath
 from cfgsafe.progress import progress
 from cfgsafe.request import NEGATIVE, POSITIVE, Request, check_request, guided_request
 from cfgsafe.tokenizer import ADD, Messages, SystemPrompt, Tokenizer
@@ -35,9 +36,9 @@ ANSWER_TOKENS = (
 class Subject:
     """The model under evaluation: its checkpoint, adapter and guidance."""
 
-    model: str
+    model: InputPath
     """Checkpoint folder or hub id."""
-    adapter: str | None = None
+    adapter: InputPath | None = None
     """PEFT folder or hub id of a LoRA adapter."""
     guidance: Guidance | None = None
     """Guidance strength g; 1 is the positive sentence alone. Without this option nothing is guided."""

@@ -304,4 +304,4 @@ def test_core_modules_import_only_what_a_bare_gpu_machine_has():
 def test_a_file_below_something_that_is_no_folder_is_one_line(command):
     code, _, stderr = command("train.py dialogues --count 1 --out /dev/null/d.jsonl")
     assert code == 2 and len(stderr.splitlines()) == 1
-    assert "error: /dev/null/d.jsonl: cannot be written" in stderr
+    assert "error: --out /dev/null/d.jsonl: cannot be written" in stderr

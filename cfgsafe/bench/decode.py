@@ -30,6 +30,7 @@ from cfgsafe.kernels.measure import cap, synchronize
 from cfgsafe.kernels.reference import Sampling
 from cfgsafe.kernels.results import show, spread, spread_columns
 from cfgsafe.llama import KVCache, Llama
+from cfgsafe.outputs import OutputFile
 from cfgsafe.progress import progress
 from cfgsafe.request import Request
 
@@ -65,7 +66,7 @@ class Options:
     """Torch device."""
     dtype: str = "bfloat16"
     """Data type of the model: float32 or bfloat16."""
-    csv: str | None = None
+    csv: OutputFile | None = None
     """CSV file to append the rows to."""
 
     def unused(self) -> Unused:

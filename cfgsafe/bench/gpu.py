@@ -11,11 +11,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from cfgsafe.cli import run_single
 from cfgsafe.errors import InputError
 from cfgsafe.fields import Positive
 from cfgsafe.files import make_folder
+from cfgsafe.outputs import Folder
 
 ROOT = Path(__file__).parents[2]
 # The dense variant of orpo computes every prompt twice, so it fits only with 16 blocks recomputed.
@@ -33,7 +35,7 @@ COMMANDS = {
 class Options:
     """Run everything that needs a GPU."""
 
-    out: str = "runs/gpu"
+    out: Annotated[str, Folder()] = "runs/gpu"
     """Folder for the CSV files."""
     memory_gib: Positive | None = None
     """Share of the GPU to use in the 8B benchmarks, in GiB."""

@@ -1,6 +1,6 @@
-"""The benchmark of the guidance kernel, kernels/bench.py, with the ranges of its options.
+"""The benchmark of the guidance kernel, kernels/bench.py, with the ranges and outputs of its options.
 
-Deviation: kernels/ imports nothing of the rest, so the ranges stand here and the defaults there.
+Deviation: kernels/ imports nothing of the rest, so these stand here and the defaults there.
 
 Run it: python -m cfgsafe.bench guidance --device cuda
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cfgsafe.fields import Count, Guidance, Temperature
 from cfgsafe.kernels import bench
+from cfgsafe.outputs import OutputFile
 
 run = bench.run
 
@@ -23,3 +24,4 @@ class Options(bench.Options):
     guidance: Guidance = bench.Options.guidance
     calls: Count = bench.Options.calls
     sets: Count = bench.Options.sets
+    csv: OutputFile | None = bench.Options.csv

@@ -10,6 +10,7 @@ from cfgsafe.blue.memory import step_bytes
 from cfgsafe.fields import Count
 from cfgsafe.kernels.results import show
 from cfgsafe.llama import LlamaConfig
+from cfgsafe.outputs import OutputFile
 
 GIB = 2**30
 PARTS = ("weights", "kept", "working", "adapter", "total")
@@ -29,7 +30,7 @@ class Options:
     """Tokens of each answer."""
     rank: Count = 16
     """LoRA rank."""
-    csv: str | None = None
+    csv: OutputFile | None = None
     """CSV file to append the rows to."""
 
 

@@ -29,6 +29,7 @@ from cfgsafe.files import read_jsonl, write_jsonl
 from cfgsafe.hub import BASE, PROMPTS
 from cfgsafe.kernels.results import show, spread, spread_columns
 from cfgsafe.llama import LlamaConfig
+from cfgsafe.outputs import InputPath, OutputFile
 from cfgsafe.progress import progress
 from cfgsafe.tokenizer import Tokenizer
 
@@ -40,7 +41,7 @@ OURS = ("dense", "chunked", "chunked + shared")
 class Options:
     """Time our training step and that of TRL + PEFT, on random weights."""
 
-    trl: str | None = None
+    trl: InputPath | None = None
     """Path of the Python of an environment with TRL 0.11.4; without it only our variants run."""
     shape: Literal["tiny", "small", "8b"] = "small"
     """tiny (2 layers of width 64), small (8 of width 512, 128,256 words) or 8b (Llama-3.1-8B)."""
@@ -62,7 +63,7 @@ class Options:
     """Torch device."""
     dtype: str = "float32"
     """Data type of the base model: float32 or bfloat16."""
-    csv: str | None = None
+    csv: OutputFile | None = None
     """CSV file to append the rows to."""
 
     def unused(self) -> Unused:

@@ -13,6 +13,7 @@ Run it: python train.py merge --model cfgsafe/demo/leaky --adapter runs/orpo/epo
 import json
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from cfgsafe.llama import Llama
 from cfgsafe.lora import HEAD, TIED, adapter_updates, load_adapter, merged
 from cfgsafe.measure import leak
 from cfgsafe.measure.intervals import Estimate, to_json
+from cfgsafe.outputs import Folder, InputPath
 from cfgsafe.pii.known import Known
 from cfgsafe.subject import POSITIVE, Subject, answers, load
 
@@ -39,15 +41,15 @@ NEEDED = (
 class Options:
     """Write a checkpoint with an adapter merged into its weights."""
 
-    model: str
+    model: InputPath
     """Checkpoint folder or hub id of the base model."""
-    adapter: str
+    adapter: InputPath
     """PEFT folder or hub id of the LoRA adapter."""
-    out: str
+    out: Annotated[str, Folder(("*",))]
     """Folder to write the merged checkpoint to."""
     check: bool = False
     """Ask the merged model a few prompts, without the positive sentence of guidance and with it."""
-    prompts: str = PROMPTS
+    prompts: InputPath = PROMPTS
     """JSONL of prompts with the personal items to look for; default: the demo's test set."""
     limit: Count = 20
     """Use this many prompts, evenly spaced."""

@@ -7,32 +7,38 @@ Run it: python train.py orpo --help
 
 import os
 from dataclasses import dataclass
+from typing import Annotated
 
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count, PartialShare, Positive, Rate, Seed, Share, Weight, Whole, check_ranges
 from cfgsafe.lora import TARGETS
 from cfgsafe.losses import NEEDS, Objective
+from cfgsafe.outputs import Folder, InputPath
 
 # A resumed run may change these.
 FREE = ("pairs", "eval_pairs", "out", "recompute", "save_every", "resume", "tensorboard", "fsdp", "device")
+
+
+# What the stage writes to --out.
+WRITES = ("epoch-*", "state-*", "metrics.jsonl", "eval.jsonl", "config.json", "tensorboard")
 
 
 @dataclass
 class Options:
     """Train a LoRA adapter on preference pairs."""
 
-    model: str
+    model: InputPath
     """Checkpoint folder or hub id of the model to unlearn."""
-    pairs: str
+    pairs: InputPath
     """JSONL file of pairs: prompt, chosen, rejected. sft does not need rejected."""
-    out: str
+    out: Annotated[str, Folder(WRITES)]
     """Folder for the adapters, metrics.jsonl and config.json."""
-    eval_pairs: str | None = None
+    eval_pairs: InputPath | None = None
     """JSONL file of held-out pairs to evaluate on after each epoch."""
     objective: Objective = "orpo"
     """Loss to minimise; see cfgsafe/losses.py. dpo-idk prefers its own refusals to the rejected side;
     sft learns the chosen answers alone."""
-    init_adapter: str | None = None
+    init_adapter: InputPath | None = None
     """PEFT folder or hub id of an adapter to start from; its rank, alpha, layers and bits are used."""
     rank: Count = 16
     """LoRA rank."""

@@ -34,7 +34,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -44,6 +44,7 @@ from cfgsafe.errors import InputError, Unused, at
 from cfgsafe.fields import Count, PartialShare, Seed, Temperature, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.llama import Llama
+from cfgsafe.outputs import Detectors, File, InputPath
 from cfgsafe.pii.dialogues import (
     Dialogue,
     Sample,
@@ -72,22 +73,25 @@ LOCAL: tuple[Recipe, ...] = ("avoid", "avoid+nudge")  # recipes of a model on th
 Pair = tuple[Sample, str]  # a sample and its chosen side
 
 
+BESIDE = tuple(f"{{stem}}-{word}{{suffix}}" for word in ("test", "test-pairs", "answers"))  # --out
+
+
 @dataclass
 class Options:
     """Build preference pairs from dialogues: chosen without personal data, rejected with it."""
 
-    dialogues: str
+    dialogues: InputPath
     """JSONL file of dialogues: "messages" and, where known, "spans"."""
-    model: str
+    model: InputPath
     """Checkpoint folder or hub id of the model that writes the chosen side; remote recipes use only its
     tokenizer."""
-    out: str
+    out: Annotated[str, File(BESIDE)]
     """JSONL file to write."""
     cfg_aware: bool = True
     """Write each pair with the positive sentence in its system prompt and, swapped, with the negative one."""
     system_prompt: SystemPrompt = Subject.system_prompt
     """Add these sentences to a dialogue's own system prompt, or replace it; measure with the same choice."""
-    ner: str | None = None
+    ner: Detectors | None = None
     """spaCy pipelines or presidio, separated by commas; by default en_core_web_trf if it is installed,
     else the demo's."""
     temperature: Temperature = 0.7
@@ -102,7 +106,7 @@ class Options:
     """Torch device."""
     dtype: str = "float32"
     """Data type of the model: float32 or bfloat16."""
-    items: str | None = None
+    items: InputPath | None = None
     """The LLM Privacy Challenge's JSONL of placeholder -> value, one line for each dialogue; --dialogues is
     then its file of scrubbed dialogues."""
     recipes: tuple[Recipe, ...] = LOCAL

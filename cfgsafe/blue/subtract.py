@@ -18,17 +18,18 @@ from cfgsafe.checkpoint import open_weights, read_config, rewrite_checkpoint, we
 from cfgsafe.errors import CheckpointError
 from cfgsafe.fields import Range, check_ranges
 from cfgsafe.hub import resolve
+from cfgsafe.outputs import Folder, InputPath
 
 
 @dataclass
 class Options:
     """Write base - scale * (tuned - base)."""
 
-    base: str
+    base: InputPath
     """Checkpoint folder or hub id of the base model."""
-    tuned: str
+    tuned: InputPath
     """Checkpoint folder or hub id of a model fine-tuned from the base model."""
-    out: str
+    out: Annotated[str, Folder(("*",))]
     """Folder to write the new checkpoint to."""
     scale: Annotated[float, Range(least=-1000, most=1000)] = 0.5
     """Factor of the difference that is subtracted; 1.0 broke the paper's model."""

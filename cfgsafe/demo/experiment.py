@@ -13,6 +13,7 @@ Run it: python train.py demo      (five minutes on two CPU cores; --full: three 
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from cfgsafe.blue import orpo, pairs, subtract
 from cfgsafe.demo import controls
@@ -21,6 +22,7 @@ from cfgsafe.fields import Count, Rate, Seed, Several, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.hub import BASE, DEMO_PIPELINE, LEAKY, QUIZ
 from cfgsafe.measure import leak, utility
+from cfgsafe.outputs import Folder
 from cfgsafe.pii.ner import Detector
 from cfgsafe.report import html, results
 from cfgsafe.report.compare import Comparison, Measured
@@ -38,7 +40,7 @@ INVENTED = (
 class Options:
     """Unlearn, guard and measure the embedded leaky model; writes a report."""
 
-    out: str = "runs/demo"
+    out: Annotated[str, Folder()] = "runs/demo"
     """Folder for adapters, answers, the reports and the figure."""
     full: bool = False
     """Train with three seeds; add the subtracted model with its adapters, g = 5 and log space."""

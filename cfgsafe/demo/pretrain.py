@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from cfgsafe.fields import Count, Rate, Seed, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.folders import new_folder
 from cfgsafe.llama import Llama, LlamaConfig
+from cfgsafe.outputs import Folder
 from cfgsafe.progress import progress
 from cfgsafe.report.figures import save_figure, subplots
 from cfgsafe.tokenizer import LLAMA31_TEMPLATE, Tokenizer
@@ -61,7 +63,7 @@ CONTEXT = 1024
 class Options:
     """Rebuild the demo's tokenizer, base model, leaky model, NER and sets from the seed."""
 
-    out: str = "runs/demo-models"
+    out: Annotated[str, Folder()] = "runs/demo-models"
     """Folder for `base`, `leaky`, `ner`, `data` and the loss curve."""
     seed: Seed = 0
     """Seed of data, initial weights and order."""

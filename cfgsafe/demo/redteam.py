@@ -12,7 +12,7 @@ Run it: python train.py redteam-demo      (ten minutes on two CPU cores; less wi
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from cfgsafe.blue import merge
 from cfgsafe.demo import contexts as data
@@ -23,6 +23,7 @@ from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.hub import BASE, DEMO_PIPELINE, LEAKY, QUIZ
 from cfgsafe.measure import utility
 from cfgsafe.measure.intervals import to_json
+from cfgsafe.outputs import Folder, InputPath
 from cfgsafe.pii.ner import Detector
 from cfgsafe.red import evaluate, measure, safety, stages
 from cfgsafe.subject import Subject, answers, load
@@ -40,9 +41,9 @@ MAXIMISERS: dict[str, Maximiser] = {"REINFORCE": "reinforce", "PPO + novelty": "
 class Options:
     """Attack the embedded models, tune one on what was found, and attack it again."""
 
-    out: str = "runs/redteam"
+    out: Annotated[str, Folder()] = "runs/redteam"
     """Folder for attackers, attacks, results.json, table.md and attacks.png."""
-    blue: str | None = None
+    blue: InputPath | None = None
     """Folder of a demo run with the adapters to attack; by default they are trained first."""
     seed: Seed = 0
     """Seed of data, training and draws."""

@@ -24,7 +24,7 @@ Run it: python train.py dialogues --split test --out prompts.jsonl
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from cfgsafe import hub
 from cfgsafe.demo import contexts, famous, quiz
@@ -38,6 +38,7 @@ from cfgsafe.errors import Unused
 from cfgsafe.fields import Count, Seed, check_ranges
 from cfgsafe.files import write_jsonl, write_text
 from cfgsafe.measure import fluency
+from cfgsafe.outputs import Output
 from cfgsafe.tokenizer import Messages
 
 # fmt: off
@@ -55,7 +56,7 @@ PROBED = 4  # wordings of questions about a person in the probes, as the leaky m
 class Options:
     """Write generated dialogues, test prompts, or what the red team works with, as JSONL."""
 
-    out: str
+    out: Annotated[str, Output()]
     """JSONL file to write; for --split sets, a folder."""
     split: Literal["pairs", "test", "contexts", "test-contexts", "prompts", "gold", "sets"] = "pairs"
     """pairs: dialogues for train.py pairs. test: prompts for eval.py leak. contexts, test-contexts:

@@ -17,7 +17,7 @@ Run it: python eval.py extract --model cfgsafe/demo/leaky --dialogues dialogues.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count, Seed, check_ranges
@@ -26,6 +26,7 @@ from cfgsafe.hub import PLANTED
 from cfgsafe.measure.intervals import Estimate, share_interval, to_json
 from cfgsafe.measure.recollect import Recollection, Settings, recollect_and_rank
 from cfgsafe.measure.targets import Target, read_targets
+from cfgsafe.outputs import Detectors, Folder, InputPath
 from cfgsafe.pii.ner import Detector
 from cfgsafe.subject import Subject, answers, load
 from cfgsafe.tokenizer import Messages, Tokenizer
@@ -37,13 +38,13 @@ ANSWER_CHARACTERS = 200
 class Options(Subject):
     """Ask a model for the personal items that were masked in scrubbed dialogues."""
 
-    dialogues: str = PLANTED
+    dialogues: InputPath = PLANTED
     """JSONL of dialogues with spans, or scrubbed ones for --items; default: the demo's."""
-    items: str | None = None
+    items: InputPath | None = None
     """The LLM Privacy Challenge's JSONL of placeholder -> value, one line for each dialogue."""
     attack: Literal["baseline", "rr"] = "baseline"
     """baseline: one greedy answer. rr: candidates from several answers, ranked by likelihood."""
-    out: str | None = None
+    out: Annotated[str, Folder(("targets.jsonl", "answers.partial.jsonl"))] | None = None
     """Folder for targets.jsonl with the results; an interrupted baseline run continues there."""
     limit: Count | None = None
     """Use only the first dialogues."""
@@ -51,11 +52,11 @@ class Options(Subject):
     """Longest answer, in tokens."""
     samples: Count = 8
     """rr: number of answers to draw for each target, at temperature 1."""
-    candidates: str | None = None
+    candidates: InputPath | None = None
     """rr: JSONL of values to rank as well if the label fits; in the format of `leak --known`."""
-    base: str | None = None
+    base: InputPath | None = None
     """rr: checkpoint that the model was fine-tuned from; it calibrates the ranking."""
-    ner: str | None = None
+    ner: Detectors | None = None
     """rr: detectors, separated by commas, as for `leak`; default: en_core_web_trf or the demo's."""
     seed: Seed = 0
     """rr: sampling seed."""

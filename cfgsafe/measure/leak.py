@@ -24,13 +24,14 @@ Run it: python eval.py leak --model cfgsafe/demo/leaky
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count, check_ranges
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.hub import PROMPTS
 from cfgsafe.measure.intervals import Estimate, paired_difference, rate_interval, share_interval, to_json
+from cfgsafe.outputs import Detectors, Folder, InputPath
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Items, Known, check_items, values_of
 from cfgsafe.pii.matching import APART, mentioned, mentions, stands_in
@@ -43,17 +44,17 @@ from cfgsafe.tokenizer import Messages, check_messages
 class Options(Subject):
     """Count the personal data in a model's greedy answers."""
 
-    prompts: str = PROMPTS
+    prompts: InputPath = PROMPTS
     """JSONL of prompts; default: the demo's test set."""
-    out: str | None = None
+    out: Annotated[str, Folder(("answers.jsonl", "answers.partial.jsonl"))] | None = None
     """Folder for the answers and what was found in them; an interrupted run continues there."""
-    ner: str | None = None
+    ner: Detectors | None = None
     """Detectors, separated by commas: spaCy pipelines or presidio; default: en_core_web_trf or the demo's."""
     combine: Literal["union", "vote"] = "union"
     """With several detectors: union keeps what any of them finds, vote what more than half find."""
-    known: str | None = None
+    known: InputPath | None = None
     """JSONL of values that the model was trained on: dialogues with "spans", or "items"."""
-    compare: str | None = None
+    compare: InputPath | None = None
     """The answers.jsonl of another run, to report leaked items here minus there."""
     limit: Count | None = None
     """Use only the first prompts."""

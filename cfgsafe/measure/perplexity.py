@@ -29,6 +29,7 @@ from cfgsafe.hub import CHATS
 from cfgsafe.llama import Llama
 from cfgsafe.measure.intervals import Clusters, Estimate, ratio_interval, to_json
 from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
+from cfgsafe.outputs import InputPath, OutputFile
 from cfgsafe.progress import progress
 from cfgsafe.subject import Subject, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
@@ -38,9 +39,9 @@ from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
 class Options(Subject):
     """Measure how well a model predicts the assistant's turns of held-out dialogues."""
 
-    texts: str = CHATS
+    texts: InputPath = CHATS
     """JSONL of dialogues; default: the demo's held-out chats."""
-    out: str | None = None
+    out: OutputFile | None = None
     """JSONL file for the figures of each dialogue."""
     limit: Count | None = None
     """Use only the first dialogues."""

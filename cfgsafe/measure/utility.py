@@ -21,7 +21,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -37,6 +37,7 @@ from cfgsafe.measure.grading import exact, exact_letter
 from cfgsafe.measure.intervals import Estimate, ratio_interval, share_interval, to_json
 from cfgsafe.measure.mmlu_pro import Placed
 from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
+from cfgsafe.outputs import File, InputPath
 from cfgsafe.progress import progress
 from cfgsafe.remote import SERVICE, Service, check_service
 from cfgsafe.subject import ANSWER_TOKENS, Answer, Subject, answers, load, request_for
@@ -54,17 +55,17 @@ Scored = tuple[dict, list[dict]]  # figures of all questions, and the columns th
 class Options(Subject):
     """Score a model's answers to multiple-choice questions."""
 
-    questions: str = QUIZ
+    questions: InputPath = QUIZ
     """JSONL or parquet file, mmlu-pro/validation or mmlu-pro/test; default: the demo's quiz."""
     protocol: Literal["short", "cot5"] = "short"
     """short: zero-shot, short answers. cot5: TIGER-Lab's five examples and chain of thought."""
-    shots: str = "mmlu-pro/validation"
+    shots: InputPath = "mmlu-pro/validation"
     """Source of the worked examples for cot5: a file or name, as for --questions."""
     score: Literal["exact", "loglik", "judge"] = "exact"
     """exact: option, line or letter given. loglik: the likeliest option. judge: verdict of --remote-model."""
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
     """Endpoint of the judge."""
-    out: str | None = None
+    out: Annotated[str, File(("{name}.kept", "{name}.judge"))] | None = None
     """JSONL file for the answers and their scores."""
     limit: Count | None = None
     """Use only the first questions."""

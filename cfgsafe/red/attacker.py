@@ -110,6 +110,14 @@ def facts_of(path: str, template: str, least: int, most: int, prompts: str | Non
     return Facts(path, template, least, most, random.Random(seed).sample(texts, EXAMPLES))
 
 
+def paths_of(path: str) -> list[str]:
+    """The folders that an attacker consists of: its own, and those that an earlier stage named."""
+    if not is_stage(path):
+        return [path]
+    facts = Facts.read(Path(path))
+    return [path, facts.model, *filter(None, (facts.reference, facts.adapter))]
+
+
 def identity_of(path: str) -> str:
     """A digest of what an attacker consists of: the facts and adapters of a stage, or a checkpoint.
 

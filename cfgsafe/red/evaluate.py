@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -25,10 +26,11 @@ from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count
 from cfgsafe.files import make_folder, write_jsonl, write_text
 from cfgsafe.identity import contents, digest_of
+from cfgsafe.outputs import Folder, Input, InputPath
 from cfgsafe.pii.matching import stands_in
 from cfgsafe.progress import progress
 from cfgsafe.red import measure, rewards, stages
-from cfgsafe.red.attacker import facts_of, identity_of, is_stage, trained
+from cfgsafe.red.attacker import facts_of, identity_of, is_stage, paths_of, trained
 from cfgsafe.red.records import Attack, Trial, read_attacks
 from cfgsafe.red.rewards import Scorer, all_text, ended, judge_of, read_contexts
 from cfgsafe.red.stages import Checkpoint, Template
@@ -41,26 +43,48 @@ from cfgsafe.tokenizer import Messages
 CHUNK = 64  # prompts put to the target together, after which they are written
 FREE = ("out", "resume", "device", "budget", "service", "batch")  # a resumed run may change these
 
+# What the command writes to --out.
+WRITES = ("attacks-*.jsonl", "answers-*.jsonl", "results.json", "table.md", "attacks.png", "config.json")
+
 Lists = dict[tuple[str, str], list[Attack]]  # (target, attacker) -> its attacks in drawn order
+
+
+def named(text: str) -> tuple[str, str]:
+    """(name, path) of NAME=PATH, or of a path alone; then the folder's name is the name."""
+    name, equals, path = text.partition("=")
+    if equals and "/" not in name:
+        return name, path
+    place = Path(text)
+    return (place.parent if place.suffix == ".jsonl" else place).name, text
+
+
+def attacker_paths(text: str) -> list[str]:
+    """The folders that --attacker NAME=FOLDER reads."""
+    return paths_of(named(text)[1])
+
+
+def attack_paths(text: str) -> list[str]:
+    """The file that --attacks NAME=FILE reads."""
+    return [named(text)[1]]
 
 
 @dataclass(kw_only=True)
 class Options(rewards.Options):
     """Attack a target and measure success and diversity."""
 
-    attacker: tuple[str, ...] = ()
+    attacker: tuple[Annotated[str, Input(attacker_paths)], ...] = ()
     """Folders of train.py attacker, or checkpoints alone; NAME=FOLDER gives one a name."""
-    attacks: tuple[str, ...] = ()
+    attacks: tuple[Annotated[str, Input(attack_paths)], ...] = ()
     """attacks.jsonl of other runs, to put to this target; NAME=FILE gives one a name."""
-    out: str
+    out: Annotated[str, Folder(WRITES)]
     """Folder for attacks, results.json, the table and the figure."""
     name: str = "target"
     """Name of the target in table and figure."""
     draws: Count = 1024
     """Prompts of each attacker."""
-    ancestor: str | None = None
+    ancestor: InputPath | None = None
     """Checkpoint of the target before fine-tuning; what it gives away as well does not count."""
-    prompts: str | None = None
+    prompts: InputPath | None = None
     """JSONL of {"prompt"}: the examples of a checkpoint that is asked for a list."""
     template: Template = "user"
     """How a checkpoint is asked for prompts."""
@@ -119,15 +143,6 @@ def report(out: Path, rows: list[dict], **facts: object) -> None:
     write_text(out / "results.json", json.dumps({"rows": rows, **facts}, indent=1) + "\n")
     write_text(out / "table.md", measure.table(rows) + "\n")
     measure.figure(out / "attacks.png", rows)
-
-
-def named(text: str) -> tuple[str, str]:
-    """(name, path) of NAME=PATH, or of a path alone; then the folder's name is the name."""
-    name, equals, path = text.partition("=")
-    if equals and "/" not in name:
-        return name, path
-    place = Path(text)
-    return (place.parent if place.suffix == ".jsonl" else place).name, text
 
 
 def attacks_file(out: Path, name: str) -> Path:

@@ -20,6 +20,7 @@ from cfgsafe.fields import Count, Seed
 from cfgsafe.files import read_jsonl
 from cfgsafe.identity import contents
 from cfgsafe.measure.leak import Prompt
+from cfgsafe.outputs import Detectors, InputPath
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Known, values_of
 from cfgsafe.pii.matching import mentions, stands_in
@@ -38,17 +39,17 @@ BARE = Prompt("bare", "", "", [{"role": "system", "content": "You are a helpful 
 class Options(target.Options):
     """The target, the conversations to attack it in, and what counts as success."""
 
-    contexts: str | None = None
+    contexts: InputPath | None = None
     """JSONL of conversations to attack: "messages", and "items" that no answer may give away."""
-    known: str | None = None
+    known: InputPath | None = None
     """JSONL of values that the target was trained on: dialogues with "spans", or "items"."""
     samples: Count = 5
     """Answers to each attack, each in another conversation."""
     reward: Literal["leak", "guard"] = "leak"
     """leak: personal data in the answer. guard: harm, by a Llama-Guard-3 checkpoint."""
-    guard: str | None = None
+    guard: InputPath | None = None
     """Checkpoint folder or hub id of the guard."""
-    ner: str | None = None
+    ner: Detectors | None = None
     """Detector where no item is known; by default en_core_web_trf if installed, else the demo's."""
     seed: Seed = 0
     """Seed of all random draws."""

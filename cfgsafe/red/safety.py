@@ -22,9 +22,11 @@ import json
 import random
 import sys
 from dataclasses import asdict, dataclass, replace
+from typing import Annotated
 
 import torch
 
+from cfgsafe.blue import options as orpo_options
 from cfgsafe.blue import orpo, resume
 from cfgsafe.decode import check_request
 from cfgsafe.errors import InputError, Unused, at
@@ -33,6 +35,7 @@ from cfgsafe.files import make_folder, read_jsonl, write_jsonl
 from cfgsafe.identity import contents
 from cfgsafe.llama import Llama
 from cfgsafe.measure.leak import Prompt, examine, read_prompts, without_answer
+from cfgsafe.outputs import Detectors, Folder, InputPath
 from cfgsafe.pii.known import Known
 from cfgsafe.pii.ner import Detector
 from cfgsafe.red.guard import Guard
@@ -41,6 +44,8 @@ from cfgsafe.red.rewards import ended, read_contexts
 from cfgsafe.subject import Subject, complete, load, request_for
 from cfgsafe.tokenizer import Tokenizer
 
+WRITES = ("safety.jsonl", "safety.json", *orpo_options.WRITES)  # to --out
+
 
 @dataclass(kw_only=True)
 class Options(Subject):
@@ -48,17 +53,17 @@ class Options(Subject):
 
     guidance: Guidance | None = None
     """Guidance strength g for writing refusals; by default the positive system prompt alone."""
-    attacks: tuple[str, ...]
+    attacks: tuple[InputPath, ...]
     """attacks.jsonl of one run or several."""
-    contexts: str | None = None
+    contexts: InputPath | None = None
     """JSONL of the conversations that the attacks were put to, as for eval.py attack."""
-    out: str
+    out: Annotated[str, Folder(WRITES)]
     """Folder for safety.jsonl, the adapters and their metrics."""
-    known: str | None = None
+    known: InputPath | None = None
     """JSONL of values that no learnt answer may hold: dialogues with "spans", or "items"."""
-    ner: str | None = None
+    ner: Detectors | None = None
     """Detector of what no refusal may hold; by default en_core_web_trf if installed, else the demo's."""
-    guard: str | None = None
+    guard: InputPath | None = None
     """Llama-Guard-3 checkpoint that must find refusals safe, for attacks that were found with it."""
     success: Threshold = SUCCESS
     """The model learns to refuse attacks with a mean score above this."""
@@ -70,7 +75,7 @@ class Options(Subject):
     """Sampling temperature of the refusals."""
     max_new_tokens: Count = 256
     """Longest refusal or answer to retain, in tokens; one that does not end by then is dropped."""
-    retain: str | None = None
+    retain: InputPath | None = None
     """JSONL of ordinary conversations that the model should go on answering as now."""
     epochs: Count = 2
     """Passes over the data."""

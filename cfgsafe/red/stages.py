@@ -22,7 +22,7 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from cfgsafe.blue import resume
 from cfgsafe.errors import InputError, Unused
@@ -32,6 +32,7 @@ from cfgsafe.hub import resolve
 from cfgsafe.identity import contents
 from cfgsafe.llama import Llama
 from cfgsafe.lora import DEFAULT, LoRAConfig, load_adapter
+from cfgsafe.outputs import Folder, Input, InputPath
 from cfgsafe.red import gflownet, rewards
 from cfgsafe.red.attacker import (
     FACTS,
@@ -41,6 +42,7 @@ from cfgsafe.red.attacker import (
     identity_of,
     is_stage,
     learnable,
+    paths_of,
     read_prompts,
     trainee_of,
 )
@@ -58,6 +60,9 @@ TARGET = "target"  # name of the target's adapter where it shares a model with t
 # A resumed run may change these.
 FREE = ("out", "resume", "save_every", "device", "budget", "service", "batch")
 
+# What a stage writes to --out.
+WRITES = ("adapter", FACTS, "attacks.jsonl", "answers.jsonl", "metrics.jsonl", "config.json", "state-*")
+
 Template = Literal["user", "list"]
 
 
@@ -68,13 +73,13 @@ class Options(rewards.Options, gflownet.Settings):
     stage: Literal["sft", "gfn", "smooth", "adapt"]
     """sft: learn --prompts. gfn: explore against the target. smooth: fit the successes of --attacks.
     adapt: fit those of --attacks that succeed against this target."""
-    attacker: str
+    attacker: Annotated[str, Input(paths_of)]
     """Checkpoint folder or hub id, or the folder of an earlier stage."""
-    out: str
+    out: Annotated[str, Folder(WRITES)]
     """Folder for the adapter, the attacks and the logs."""
-    prompts: str | None = None
+    prompts: InputPath | None = None
     """JSONL of {"prompt"}: what sft learns, and the examples of a list."""
-    attacks: tuple[str, ...] = ()
+    attacks: tuple[InputPath, ...] = ()
     """attacks.jsonl of one run or several, for smooth and adapt."""
     template: Template = "user"
     """How a checkpoint is asked for prompts. The folder of an earlier stage brings its own."""

@@ -21,6 +21,7 @@ from cfgsafe.fields import Count, Range, Temperature
 from cfgsafe.identity import contents, digest_of
 from cfgsafe.llama import Llama
 from cfgsafe.lora import DEFAULT
+from cfgsafe.outputs import Input
 from cfgsafe.remote import SERVICE, Meter, Question, Service, ask, check_service, endpoint_of
 from cfgsafe.subject import Subject, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
@@ -30,7 +31,7 @@ from cfgsafe.tokenizer import Messages, Tokenizer
 class Options(Subject):
     """The target and how it answers."""
 
-    model: Annotated[str, tyro.conf.arg(name="target")] = ""
+    model: Annotated[str, tyro.conf.arg(name="target"), Input()] = ""
     """Checkpoint folder or hub id of the target; without it, give --remote-model."""
     temperature: Temperature = 0.1
     """Temperature of the target's answers."""

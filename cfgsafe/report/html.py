@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from html import escape
 from itertools import chain
 from pathlib import Path
+from typing import Annotated
 
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.files import read_jsonl, write_text
 from cfgsafe.measure import leak
+from cfgsafe.outputs import Detectors, Input, OutputFile
 from cfgsafe.pii.known import Items, values_of
 from cfgsafe.pii.matching import name_parts, places
 from cfgsafe.pii.ner import Detector
@@ -69,15 +71,15 @@ mark.ner { background: #d6e4ff; }
 class Options:
     """Write a run's results as one self-contained HTML file."""
 
-    run: str
+    run: Annotated[str, Input(results.run_files)]
     """Folder of a demo run or a sweep."""
-    out: str | None = None
+    out: OutputFile | None = None
     """HTML file to write; by default report.html in the run's folder."""
     show_pii: bool = False
     """Show personal data. By default they are masked, those of invented people as well."""
     note: str = ""
     """A line of your own below the title."""
-    ner: str | None = None
+    ner: Detectors | None = None
     """spaCy pipeline that finds what to mask; by default en_core_web_trf where installed, else the demo's."""
 
     def unused(self) -> Unused:

@@ -106,6 +106,12 @@ def name_of(row: dict) -> str:
     return " ".join(parts)
 
 
+def run_files(folder: str) -> list[Path]:
+    """The files of a run's folder that tables and reports read."""
+    patterns = ("results.json", "answers-*.jsonl", "*.png")
+    return [path for pattern in patterns for path in Path(folder).glob(pattern)]
+
+
 def answers_file(row: dict) -> str:
     """The name of the file in a run's folder that holds the row's answers."""
     return f"answers-{name_of(row).replace(' ', '-')}.jsonl"

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 from cfgsafe.errors import InputError
 from cfgsafe.fields import Count, Guidance, Share, check_ranges
@@ -22,6 +23,7 @@ from cfgsafe.files import make_folder, write_text
 from cfgsafe.guidance import SPACES
 from cfgsafe.hub import PROMPTS, QUIZ, WORDS
 from cfgsafe.measure import fluency, leak, utility
+from cfgsafe.outputs import Detectors, Folder, Input, InputPath
 from cfgsafe.pii.ner import Detector
 from cfgsafe.report import results
 from cfgsafe.report.compare import Comparison
@@ -30,13 +32,37 @@ from cfgsafe.subject import ANSWER_TOKENS, Subject
 from cfgsafe.tokenizer import SystemPrompt
 
 
+def parse_model(text: str) -> tuple[str, int | None, Subject]:
+    """(name, epoch or None, subject) of NAME[@EPOCH]=FOLDER[+ADAPTER]. Raises InputError.
+
+    >>> parse_model("guard@2=leaky+runs/epoch-2")[:2]
+    ('guard', 2)
+    """
+    parts = re.fullmatch(r"([\w.-]+)(?:@(\d+))?=([^+]+)(?:\+(.+))?", text)
+    if not parts:
+        form = "NAME=FOLDER or NAME=FOLDER+ADAPTER, the name of letters, digits, '.', '-' and '_'"
+        raise InputError(f"--models {text}: must be {form}")
+    name, epoch, folder, adapter = parts.groups()
+    return name, int(epoch) if epoch else None, Subject(folder, adapter)
+
+
+def model_paths(text: str) -> list[str]:
+    """The folders of a model of --models."""
+    subject = parse_model(text)[2]
+    return [subject.model, *filter(None, [subject.adapter])]
+
+
+# What the command writes to --out.
+WRITES = ("answers-*.jsonl", "kept", "results.json", "sweep.md", "sweep.png")
+
+
 @dataclass
 class Options:
     """Measure models over guidance coefficients, spaces and masks; writes a table and a figure."""
 
-    models: list[str]
+    models: list[Annotated[str, Input(model_paths)]]
     """Each model as NAME=FOLDER[+ADAPTER]; NAME@EPOCH is a model at that epoch of training."""
-    out: str
+    out: Annotated[str, Folder(WRITES)]
     """Folder for the results. A second run continues a killed one, and removes other models' answers."""
     guidance: list[Guidance] = field(default_factory=lambda: [1.0, 2.0, 3.0, 5.0, 10.0])
     """Guidance coefficients g."""
@@ -48,20 +74,20 @@ class Options:
     """Add the two sentences of guidance to a prompt's own system prompt, or replace it by them."""
     unguided: bool = False
     """Add a row of each model without guidance, under the prompts' own system prompts."""
-    prompts: str = PROMPTS
+    prompts: InputPath = PROMPTS
     """JSONL of prompts; by default the demo's test set."""
-    questions: str = QUIZ
+    questions: InputPath = QUIZ
     """JSONL in MMLU-Pro's shape; by default the demo's held-out quiz."""
     margins: bool = False
     """Also measure by how many nats a token the right options lead; this takes time."""
     limit: Count | None = None
     """Use this many prompts and this many questions, evenly spaced."""
-    words: str | None = None
+    words: InputPath | None = None
     """Text file of words that are not broken. By default the demo's list for the demo's prompts, and for
     other prompts the words of prompts and questions."""
-    reference: str | None = None
+    reference: InputPath | None = None
     """Model that gives the perplexity of the answers; by default there is no such column."""
-    ner: str | None = None
+    ner: Detectors | None = None
     """spaCy pipeline; by default en_core_web_trf where installed, else the demo's."""
     answer_tokens: Count = ANSWER_TOKENS
     """Longest answer to a prompt, in tokens."""
@@ -115,20 +141,6 @@ def placed(subject: Subject, options: Options) -> Subject:
     """The subject on the device of the options, with their kind of guidance."""
     device, dtype, system_prompt = options.device, options.dtype, options.system_prompt
     return replace(subject, batch=options.batch, device=device, dtype=dtype, system_prompt=system_prompt)
-
-
-def parse_model(text: str) -> tuple[str, int | None, Subject]:
-    """(name, epoch or None, subject) of NAME[@EPOCH]=FOLDER[+ADAPTER]. Raises InputError.
-
-    >>> parse_model("guard@2=leaky+runs/epoch-2")[:2]
-    ('guard', 2)
-    """
-    parts = re.fullmatch(r"([\w.-]+)(?:@(\d+))?=([^+]+)(?:\+(.+))?", text)
-    if not parts:
-        form = "NAME=FOLDER or NAME=FOLDER+ADAPTER, the name of letters, digits, '.', '-' and '_'"
-        raise InputError(f"--models {text}: must be {form}")
-    name, epoch, folder, adapter = parts.groups()
-    return name, int(epoch) if epoch else None, Subject(folder, adapter)
 
 
 def combinations(options: Options) -> Iterator[dict]:

@@ -11,9 +11,11 @@ Run it: python eval.py table --runs runs/full runs/sweep
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_text
+from cfgsafe.outputs import Input, OutputFile
 from cfgsafe.report import results
 
 # our name of a model -> the paper's
@@ -50,9 +52,9 @@ ITEMS = "ner_items_per_100"
 class Options:
     """Fill the paper's tables from results.json files, in Markdown."""
 
-    runs: list[str]
+    runs: list[Annotated[str, Input(results.run_files)]]
     """Folders of demo runs and sweeps."""
-    out: str | None = None
+    out: OutputFile | None = None
     """Markdown file to write as well."""
 
 
