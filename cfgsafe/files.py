@@ -6,8 +6,10 @@ Run it: python train.py pairs --help      (every command reads and writes throug
 """
 
 import json
+import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Self, TextIO
 
 from cfgsafe.errors import CfgsafeError, CheckpointError, InputError
+
+MOST_JSON = 2**27  # bytes of a file of JSON; the largest tokenizer.json have a quarter of it
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -64,11 +68,56 @@ def read_json_value(path: Path, error_class: type[CfgsafeError], unreadable: str
     not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        check_regular(path, MOST_JSON)
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise error_class(f"{path}: {unreadable} ({_reason(error)}); {advice}") from None
     except ValueError as error:
         raise error_class(f"{path}: not JSON ({error})") from None
+
+
+def check_regular(path: str | Path, most: float = math.inf) -> None:
+    """Raise OSError unless `path` is a regular file of at most `most` bytes.
+
+    To read a pipe or a device may never end.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("a folder, pipe or device, not a file")
+    if found.st_size > most:
+        raise OSError(f"{found.st_size:,} bytes, more than the {most:,} that are read")
+
+
+def parse_json(text: str) -> object:
+    """The value of a JSON text.
+
+    Raises ValueError, also for what Python's reader lets pass: NaN and Infinity, numbers too large for
+    a float, a key that stands twice in an object, and lists inside lists beyond Python's stack.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_no_twins)
+    except RecursionError:
+        raise ValueError("too many lists and objects inside each other") from None
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+def _no_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:100]!r} stands twice in an object")
+        found[key] = value
+    return found
 
 
 def write_text(path: str | Path, text: str) -> None:

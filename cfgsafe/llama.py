@@ -11,7 +11,7 @@ Run it: python infer.py --model cfgsafe/demo/leaky --prompt "What is the capital
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,109 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cfgsafe.errors import CheckpointError
+from cfgsafe.config import LlamaConfig
 from cfgsafe.kernels.reference import widen
-
-SUPPORTED = {"model_type": "llama", "hidden_act": "silu", "quantization_config": None}
-SCALING_FIELDS = {
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "linear": ("factor",),
-}
-OLD_ROPE_THETA = 10000.0  # of Llama 1 and 2, whose config.json leaves it out
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """The fields of a Hugging Face `LlamaConfig` that we read.
-
-    Two configs are equal when the weights of one fit the other.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int = field(compare=False)
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 500000.0
-    rope_scaling: dict | None = None  # {"rope_type": ..., and the fields of SCALING_FIELDS}
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    bos_token_id: int | None = field(default=None, compare=False)
-    eos_token_id: int | list[int] | None = field(default=None, compare=False)
-    extra: dict = field(default_factory=dict, compare=False)  # config.json's other keys
-
-    @staticmethod
-    def from_dict(raw: dict) -> "LlamaConfig":
-        """Read a `config.json`, with either spelling of RoPE (`rope_scaling` or `rope_parameters`).
-
-        Raises CheckpointError naming the field.
-        """
-        raw = dict(raw)
-        for name, supported in SUPPORTED.items():
-            if raw.get(name, supported) != supported:
-                raise CheckpointError(
-                    f"config.json: {name} {raw[name]!r} is not supported, only {supported!r} is"
-                )
-        rope = raw.pop("rope_parameters", None)
-        if rope:
-            raw["rope_theta"] = rope.get("rope_theta", OLD_ROPE_THETA)
-            raw["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        raw["rope_scaling"] = _read_scaling(raw.get("rope_scaling"))
-        raw.setdefault("rope_theta", OLD_ROPE_THETA)
-        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw.get("num_attention_heads")
-        for field_ in fields(LlamaConfig)[:5]:
-            if not isinstance(raw.get(field_.name), int):
-                raise CheckpointError(f"config.json: field {field_.name!r} is missing or not an integer")
-        raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-        raw.setdefault("max_position_embeddings", 2048)
-        if raw["head_dim"] % 2 or raw["num_attention_heads"] % raw["num_key_value_heads"]:
-            raise CheckpointError(
-                "config.json: head_dim must be even and num_attention_heads a multiple of num_key_value_heads"
-            )
-        names = {field_.name for field_ in fields(LlamaConfig)} - {"extra"}
-        known = {key: value for key, value in raw.items() if key in names}
-        extra = {key: value for key, value in raw.items() if key not in names}
-        return LlamaConfig(**known, extra=extra)
-
-    def to_dict(self) -> dict:
-        """The `config.json` that `transformers` and we read back."""
-        own = asdict(self)
-        extra = own.pop("extra")
-        kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-        return {**kind, **extra, **own}
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Every token id that ends an answer."""
-        if self.eos_token_id is None:
-            return frozenset()
-        if isinstance(self.eos_token_id, int):
-            return frozenset([self.eos_token_id])
-        return frozenset(self.eos_token_id)
-
-
-def _read_scaling(scaling: dict | None) -> dict | None:
-    """The `rope_scaling` of a config.json; None when it asks for no scaling.
-
-    Raises CheckpointError naming the type or the field.
-    """
-    if scaling is None:
-        return None
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in SCALING_FIELDS:
-        known = ", ".join(SCALING_FIELDS)
-        raise CheckpointError(f"config.json: rope_type {kind!r} is not supported; {known} and default are")
-    for name in SCALING_FIELDS[kind]:
-        if not isinstance(scaling.get(name), (int, float)):
-            raise CheckpointError(f"config.json: rope_scaling of type {kind!r} needs the number {name!r}")
-    return {**scaling, "rope_type": kind}
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
@@ -368,3 +267,17 @@ class Llama(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each parameter of a `Llama`, a tied one once; told from a model of one layer."""
+    with torch.device("meta"):
+        small = Llama(replace(config, num_hidden_layers=1))
+    first, shapes = "model.layers.0.", {}
+    for name, parameter in small.named_parameters():
+        if not name.startswith(first):
+            shapes[name] = tuple(parameter.shape)
+            continue
+        for number in range(config.num_hidden_layers):
+            shapes[f"model.layers.{number}.{name.removeprefix(first)}"] = tuple(parameter.shape)
+    return shapes

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from cfgsafe.checkpoint import read_config, read_model
+from cfgsafe.checkpoint import read_model
+from cfgsafe.config import read_config
 from cfgsafe.errors import CheckpointError
 from cfgsafe.hub import resolve
 from cfgsafe.llama import Llama

@@ -14,76 +14,25 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cfgsafe.checkpoint import open_weights
 from cfgsafe.errors import CheckpointError
-from cfgsafe.files import read_json
 from cfgsafe.folders import new_folder
 from cfgsafe.llama import Llama
-from cfgsafe.ternary import pack, ternary, unpack
+from cfgsafe.lora_config import CONFIG, HEAD, LoRAConfig, config_json, read_adapter_config
+from cfgsafe.settings import shown
+from cfgsafe.ternary import is_packed, pack, ternary, unpack
+from cfgsafe.weights import Stored, check_finite, check_floats, check_shapes, read_header, read_tensors
 
-T = TypeVar("T")
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-HEAD = "lm_head"
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DEFAULT = "default"
 TIED = "the adapter sits on lm_head, which is tied to the embedding; it cannot be merged"
-# Settings of adapter_config.json that we follow, and others that change nothing. Any other one is an error.
-FOLLOWED = set(
-    "peft_type r lora_alpha lora_dropout target_modules use_rslora rank_pattern alpha_pattern cfgsafe_bits "
-    "init_lora_weights".split()
-)
-HARMLESS = set(
-    "task_type base_model_name_or_path revision inference_mode auto_mapping peft_version megatron_core "
-    "qalora_group_size runtime_config eva_config layers_pattern ensure_weight_tying".split()
-)
-INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change the base
 PARTS = ("lora_A", "lora_B")
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Rank R, alpha and dropout of an adapter, and the linear layers that carry it."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    # Ends of layer names, or one regular expression for whole names.
-    targets: tuple[str, ...] | str = TARGETS
-    rslora: bool = False
-    # Regular expression for the end of a layer's name -> the rank or alpha of that layer.
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    bits: float | None = None  # 1.58: ternary weights
-
-    def covers(self, name: str) -> bool:
-        """Whether the layer `name` ("model.layers.0.self_attn.q_proj") carries this adapter."""
-        if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in self.targets)
-
-    def shape(self, name: str) -> tuple[int, float]:
-        """(rank, scale) of the layer `name`."""
-        rank = _first_match(self.rank_pattern, name, self.rank)
-        alpha = _first_match(self.alpha_pattern, name, self.alpha)
-        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
-
-
-def _first_match(patterns: dict[str, T], name: str, default: T) -> T:
-    """The value of the first pattern that matches the end of a layer's name."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            return value
-    return default
 
 
 class Update(nn.Module):
@@ -172,33 +121,44 @@ def attach(
     """Put a fresh adapter on the layers that `config` covers, in place; all rows use it.
 
     Returns its parameters, the only ones that stay trainable. They are on `device`, by default on
-    that of each layer. Raises CheckpointError when the name is taken or no layer is covered.
+    that of each layer. Raises CheckpointError when the name is taken or no layer is covered; the
+    model is then as it was.
     """
-    model.requires_grad_(False)
-    layers = adapted_layers(model)
+    return _attach(model, config, name, covered_layers(model, config, name), device)
+
+
+def covered_layers(model: Llama, config: LoRAConfig, name: str) -> dict[str, tuple[int, float]]:
+    """Layer -> (rank, scale) of an adapter that is to be attached as `name`. Raises as `attach` does."""
     if not re.fullmatch(r"[\w-]+", name):
         raise CheckpointError(f"an adapter cannot be called {name!r}: letters, digits, - and _ only")
     if name in model.shares:
         raise CheckpointError(
             f"the model already carries an adapter {name!r}; detach it first or choose another name"
         )
+    covered = config.layers(list(linear_layers(model)))
+    if not covered:
+        raise CheckpointError(
+            "no linear layer of the model is called as the adapter's target_modules "
+            f"{shown(config.targets)} say"
+        )
+    return covered
+
+
+def _attach(
+    model: Llama, config: LoRAConfig, name: str, covered: dict[str, tuple[int, float]], device: str | None
+) -> list[nn.Parameter]:
+    model.requires_grad_(False)
+    layers, linear = adapted_layers(model), linear_layers(model)
     parameters: list[nn.Parameter] = []
-    for path, module in list(model.named_modules()):
-        path = path.removesuffix(".base")
-        if not isinstance(module, nn.Linear) or not config.covers(path):
-            continue
+    for path, (rank, scale) in covered.items():
+        module = linear[path]
         if path not in layers:
             layers[path] = LoRALinear(module, model.shares)
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layers[path])
-        rank, scale = config.shape(path)
         update = Update(module, rank, scale, config, torch.device(device or module.weight.device))
         layers[path].updates[name] = update
         parameters += [update.lora_A, update.lora_B]
-    if not parameters:
-        raise CheckpointError(
-            f"no linear layer of the model is called as the adapter's target_modules {config.targets} say"
-        )
     model.shares[name] = 1.0
     return parameters
 
@@ -225,6 +185,15 @@ def set_adapters(model: Llama, names: list[str | None] | None) -> None:
 def adapter_names(model: Llama) -> list[str]:
     """Names of the attached adapters, sorted."""
     return sorted(model.shares)
+
+
+def linear_layers(model: Llama) -> dict[str, nn.Linear]:
+    """Layer name -> linear layer, with or without adapters."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[path.removesuffix(".base")] = module
+    return found
 
 
 def adapted_layers(model: Llama) -> dict[str, LoRALinear]:
@@ -292,15 +261,17 @@ def write_adapter(
 ) -> None:
     """Write `weights`, named as in `adapter_parameters`, as a PEFT folder, whole or not at all.
 
-    PEFT itself does not read ternary weights. Raises InputError when the folder cannot be written.
+    PEFT itself does not read ternary weights. Raises InputError when the folder cannot be written, and
+    CheckpointError when a weight is not finite.
     """
     tensors: dict[str, Tensor] = {}
     for key, weight in weights.items():
         weight = weight.detach().cpu()
+        check_finite(key, weight, f"{folder} is not written")
         tensors |= pack(key, weight) if config.bits else {f"{key}.weight": weight.contiguous()}
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(_config_json(config, base), indent=2) + "\n")
+        (temporary / CONFIG).write_text(json.dumps(config_json(config, base), indent=2) + "\n")
 
 
 def load_adapter(
@@ -308,108 +279,70 @@ def load_adapter(
 ) -> LoRAConfig:
     """Attach the adapter of a PEFT folder to `model`, on `device` as in `attach`.
 
-    Raises CheckpointError naming the setting or tensor that does not fit.
+    Raises CheckpointError naming the setting or tensor that does not fit; the model is then as it was.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
-    found = read_adapter_tensors(folder)
-    attach(model, config, name, device=device)
+    try:
+        covered = covered_layers(model, config, name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    stored = stored_adapter(folder)
+    check_shapes(stored, _stored_shapes(model, config, covered), folder, "the base model")
+    weights = read_adapter_tensors(folder)
+    _attach(model, config, name, covered, device)
     for path, update in adapter_updates(model, name).items():
         for part in PARTS:
-            key = f"{PREFIX}{path}.{part}"
-            _fill(update.get_parameter(part), found, key, update.ternary, folder)
-    if found:
-        name = min(found)
-        raise CheckpointError(f"{folder}: unexpected tensor {name!r}; the adapter is for another base model")
+            parameter, key = update.get_parameter(part), f"{PREFIX}{path}.{part}"
+            if update.ternary:
+                weight = unpack(weights[f"{key}.ternary"], weights[f"{key}.scale"], parameter.shape)
+            else:
+                weight = weights[f"{key}.weight"]
+            parameter.data.copy_(weight)
     model.requires_grad_(False).eval()
     return config
 
 
-def _fill(
-    parameter: nn.Parameter, found: dict[str, Tensor], key: str, is_ternary: bool, folder: Path
-) -> None:
-    """Move one stored weight from `found` into `parameter`. Raises CheckpointError naming the tensor."""
-    names = [f"{key}.ternary", f"{key}.scale"] if is_ternary else [f"{key}.weight"]
-    for name in names:
-        if name not in found:
-            raise CheckpointError(f"{folder}: missing tensor {name!r}")
-    stored = [found.pop(name) for name in names]
-    weight = unpack(stored[0], stored[1], parameter.shape) if is_ternary else stored[0]
-    if weight is None or weight.shape != parameter.shape:
-        shape, asked = tuple(stored[0].shape), tuple(parameter.shape)
-        raise CheckpointError(
-            f"{folder}: tensor {names[0]!r} has shape {shape}, the base model asks for {asked}"
-        )
-    parameter.data.copy_(weight)
+def _stored_shapes(
+    model: Llama, config: LoRAConfig, covered: dict[str, tuple[int, float]]
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each tensor in the file of an adapter on the layers `covered` of `model`."""
+    linear = linear_layers(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, (rank, _) in covered.items():
+        sizes = ((rank, linear[path].in_features), (linear[path].out_features, rank))
+        for part, (rows, columns) in zip(PARTS, sizes, strict=True):
+            key = f"{PREFIX}{path}.{part}"
+            if config.bits is None:
+                shapes[f"{key}.weight"] = (rows, columns)
+            else:
+                shapes |= {f"{key}.ternary": (-(-rows * columns // 4),), f"{key}.scale": (1,)}
+    return shapes
+
+
+def stored_adapter(folder: Path) -> dict[str, Stored]:
+    """Name -> how it is stored, of a PEFT folder's tensors: floats, and bytes for ternary weights.
+
+    Raises CheckpointError.
+    """
+    path = folder / WEIGHTS
+    if not path.exists():
+        raise CheckpointError(f"{path}: not found; only safetensors adapters are read")
+    stored = read_header(path)
+    floats = {}
+    for name, place in stored.items():
+        if not (name.endswith(".ternary") and place.dtype == "U8"):
+            floats[name] = place
+    check_floats(floats)
+    return stored
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    """Name -> tensor of a PEFT folder. Raises CheckpointError."""
-    if not (folder / WEIGHTS).exists():
-        raise CheckpointError(f"{folder / WEIGHTS}: not found; only safetensors adapters are read")
-    with open_weights(folder / WEIGHTS) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
-
-
-def read_adapter_config(folder: Path) -> LoRAConfig:
-    """The settings of a PEFT folder. Raises CheckpointError naming one that is missing or not supported."""
-    path = folder / CONFIG
-    raw = read_json(path)
-    if raw.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported, only 'LORA' is")
-    if raw.get("init_lora_weights") not in INITIALISATIONS:
-        kind = raw["init_lora_weights"]
-        raise CheckpointError(
-            f"{path}: init_lora_weights={kind!r} changes the base's weights; "
-            "convert the adapter to plain LoRA"
-        )
-    for name, value in raw.items():
-        known = name in FOLLOWED or name in HARMLESS or (name, value) == ("bias", "none")
-        if value and not known:
-            raise CheckpointError(f"{path}: {name}={value!r} is not supported")
-    rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
-        raise CheckpointError(f"{path}: fields 'r' and 'lora_alpha' must be numbers")
-    if targets == "all-linear":
-        targets = list(TARGETS)
-    if not isinstance(targets, (list, str)):
-        raise CheckpointError(
-            f"{path}: 'target_modules' must be a list of layer names or a regular expression"
-        )
-    for target in targets if isinstance(targets, list) else ():
-        if target.split(".")[-1] not in (*TARGETS, HEAD):
-            supported = ", ".join((*TARGETS, HEAD))
-            raise CheckpointError(f"{path}: target_modules names {target!r}; supported are {supported}")
-    return LoRAConfig(
-        rank=rank,
-        alpha=alpha,
-        dropout=raw.get("lora_dropout") or 0.0,
-        targets=targets if isinstance(targets, str) else tuple(targets),
-        rslora=bool(raw.get("use_rslora")),
-        rank_pattern=raw.get("rank_pattern") or {},
-        alpha_pattern=raw.get("alpha_pattern") or {},
-        bits=raw.get("cfgsafe_bits"),
-    )
-
-
-def _config_json(config: LoRAConfig, base: str) -> dict:
-    """The `adapter_config.json` of an adapter, as PEFT reads it."""
-    written = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": config.targets if isinstance(config.targets, str) else list(config.targets),
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-        "bias": "none",
-        "inference_mode": True,
-        "use_rslora": config.rslora,
-        "use_dora": False,
-        "modules_to_save": None,
-    }
-    if config.bits:
-        written["cfgsafe_bits"] = config.bits
-    return written
+    """Name -> tensor of a PEFT folder, float32 but for packed ones. Raises CheckpointError."""
+    weights = {}
+    for name, tensor in read_tensors(stored_adapter(folder)):
+        weights[name] = tensor.float() if tensor.is_floating_point() else tensor
+        check_finite(name, weights[name], folder / WEIGHTS)
+        if name.endswith(".ternary") and not is_packed(tensor):
+            raise CheckpointError(f"{folder / WEIGHTS}: tensor {name!r} holds what is no ternary weight")
+    return weights

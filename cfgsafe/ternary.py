@@ -45,10 +45,13 @@ def pack(key: str, weight: Tensor) -> dict[str, Tensor]:
     return {f"{key}.ternary": packed, f"{key}.scale": scale.reshape(1)}
 
 
-def unpack(packed: Tensor, scale: Tensor, shape: torch.Size) -> Tensor | None:
-    """The ternary weight of that shape; None when there are too few or too many bytes."""
-    if len(packed) != -(-shape.numel() // 4):
-        return None
+def is_packed(packed: Tensor) -> bool:
+    """Whether each two bits hold a trit: three of the four codes are used."""
+    return not bool((packed & packed >> 1 & 0b01010101).any())
+
+
+def unpack(packed: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
+    """The ternary weight of that shape, from what `pack` has stored for it."""
     codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], 1).flatten()
     trits = codes[: shape.numel()].to(torch.float32) - 1
     return trits.view(shape) * scale

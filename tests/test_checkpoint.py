@@ -1,6 +1,7 @@
 """Checkpoints: round trips, strictness, and nothing half-written."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ from conftest import random_model
 from safetensors.torch import load_file, save_file
 
 from cfgsafe import load_model, load_tokenizer
-from cfgsafe.checkpoint import save_checkpoint
+from cfgsafe.checkpoint import rewrite_checkpoint, save_checkpoint
 from cfgsafe.errors import CheckpointError
 from cfgsafe.hub import BASE, LEAKY
+from cfgsafe.llama import Llama
 
 
 def rewrite(folder, change) -> None:
@@ -92,7 +94,8 @@ def test_shards_load_and_a_missing_or_truncated_one_is_named(folder):
         load_model(folder)
     shard.unlink()
     with pytest.raises(
-        CheckpointError, match="names the shard 'model-00002-of-00003.safetensors', which is not there"
+        CheckpointError,
+        match="names the shard 'model-00002-of-00003.safetensors', which is not in its folder",
     ):
         load_model(folder)
 
@@ -105,10 +108,149 @@ def test_an_index_cannot_point_outside_the_folder(folder):
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "",
+        "..",
+        "x/y.safetensors",
+        "a\0.safetensors",
+        3,
+        None,
+        "x" * 5000,
+    ],
+)
+def test_a_shard_that_is_no_file_name_is_refused(folder, shard):
+    sharded(folder, 1)
+    index = folder / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"]["model.norm.weight"] = shard
+    index.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="index.json: .*(names the shard|'weight_map')") as error:
+        load_model(folder)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda raw: raw.pop("weight_map"), "field 'weight_map' is missing"),
+        (lambda raw: raw.update(weight_map=["model.norm.weight"]), "field 'weight_map' is"),
+        (lambda raw: raw["weight_map"].pop("model.norm.weight"), "holds tensor 'model.norm.weight', which"),
+        (
+            lambda raw: raw["weight_map"].update({"model.norm.weight": "model-00001-of-00003.safetensors"}),
+            "'model.norm.weight', which model.safetensors.index.json (does not place|places) there",
+        ),
+        (
+            lambda raw: raw["weight_map"].update(x="model-00001-of-00003.safetensors"),
+            "model-00001-of-00003.safetensors: tensor 'x', which .* places there, is missing",
+        ),
+    ],
+)
+def test_an_index_and_its_shards_must_agree(folder, change, words):
+    sharded(folder)
+    index = folder / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    change(raw)
+    index.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=words):
+        load_model(folder)
+
+
+def with_config(folder, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"num_hidden_layers": 10_000},
+            "missing tensor 'model.layers.10.input_layernorm.weight' and 89,981 more",
+        ),
+        ({"num_hidden_layers": 1}, "unexpected tensor 'model.layers.1."),
+        ({"hidden_size": 2**20}, "has shape .*, config.json asks for .*1048576"),
+        ({"intermediate_size": 2**22}, "asks for .*4194304"),
+        ({"vocab_size": 2**24}, "asks for .16777216, 32."),
+        ({"head_dim": 2**14}, "asks for .32768, 32."),
+        ({"num_attention_heads": 2**14}, "asks for .32, 131072."),
+        ({"attention_bias": True}, "missing tensor 'model.layers.0.self_attn.k_proj.bias' and 7 more"),
+    ],
+)
+def test_sizes_are_compared_before_anything_is_built(folder, changes, words, monkeypatch):
+    built = []
+    real = Llama.__init__
+    monkeypatch.setattr(Llama, "__init__", lambda self, c: (built.append(c), real(self, c))[1])
+    with_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=words):
+        load_model(folder)
+    assert [config.num_hidden_layers for config in built] == [1]  # the one that tells the shapes
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.bool])
+def test_weights_that_are_no_floats_are_refused(folder, kind):
+    rewrite(folder, lambda t: t.update({"model.norm.weight": torch.ones(32).to(kind)}))
+    with pytest.raises(CheckpointError, match="model.safetensors: tensor 'model.norm.weight' is stored as "):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_other_floats_are_converted(folder, kind):
+    rewrite(folder, lambda t: t.update({"model.norm.weight": torch.full((32,), 0.5).to(kind)}))
+    assert torch.equal(load_model(folder).model.norm.weight, torch.full((32,), 0.5))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_named_and_never_written(folder, tmp_path, bad):
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = bad
+
+    rewrite(folder, spoil)
+    words = "model.safetensors: tensor 'model.layers.1.mlp.up_proj.weight' holds numbers that are not finite"
+    with pytest.raises(CheckpointError, match=words):
+        load_model(folder)
+    with pytest.raises(CheckpointError, match=words):
+        rewrite_checkpoint(folder, tmp_path / "copy", lambda name, tensor: tensor)
+    model = random_model()
+    model.model.norm.weight[0] = bad
+    with pytest.raises(CheckpointError, match="new is not written: tensor 'model.norm.weight' holds"):
+        save_checkpoint(tmp_path / "new", model, tokenizer_from=BASE, dtype=torch.float32)
+    assert not (tmp_path / "copy").exists() and not (tmp_path / "new").exists()
+
+
+def test_a_weight_that_becomes_infinite_when_it_is_rounded_is_named(folder):
+    rewrite(folder, lambda t: t["model.norm.weight"].fill_(torch.finfo(torch.float32).max))
+    load_model(folder)
+    with pytest.raises(CheckpointError, match="'model.norm.weight' holds numbers that are not finite"):
+        load_model(folder, dtype=torch.bfloat16)
+
+
+def test_a_change_that_is_not_finite_is_never_written(folder, tmp_path):
+    with pytest.raises(CheckpointError, match="model.safetensors is not written: tensor '.*' holds"):
+        rewrite_checkpoint(folder, tmp_path / "copy", lambda name, tensor: tensor / 0)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_pipes_in_place_of_files_are_not_waited_for(folder):
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        kept = folder / f"{name}.kept"
+        if (folder / name).exists():
+            (folder / name).rename(kept)
+        os.mkfifo(folder / name)
+        with pytest.raises(CheckpointError, match=f"{name}: .*pipe"):
+            load_model(folder)
+        (folder / name).unlink()
+        if kept.exists():
+            kept.rename(folder / name)
+
+
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(folder):
     raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": 2000}))
-    with pytest.raises(CheckpointError, match="2048 tokens, the model's embedding only 2000 rows"):
+    (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": 2047}))
+    with pytest.raises(CheckpointError, match="2048 tokens, the model's embedding only 2047 rows"):
         load_tokenizer(folder)
 
 

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from conftest import random_model
+from safetensors.torch import load_file, save_file
 
+from cfgsafe import patterns
 from cfgsafe.errors import CheckpointError
 from cfgsafe.lora import (
-    TARGETS,
-    LoRAConfig,
     LowRank,
     adapted_layers,
     adapter_names,
@@ -22,7 +22,8 @@ from cfgsafe.lora import (
     set_adapters,
     unmerge,
 )
-from cfgsafe.ternary import pack, quantise, ternary, unpack
+from cfgsafe.lora_config import TARGETS, LoRAConfig
+from cfgsafe.ternary import is_packed, pack, quantise, ternary, unpack
 
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -182,7 +183,7 @@ def test_merged_equals_attached_and_unmerges_to_the_bit(dtype):
         ({"peft_type": "IA3"}, "IA3"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "all"}, "'bias' is 'all'"),
         ({"target_modules": ["q_proj"]}, "unexpected tensor"),
         ({"target_modules": r"x\d"}, "target_modules"),
     ],
@@ -200,9 +201,93 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
     model, config = trained(model=random_model(hidden_size=64))
     save_adapter(tmp_path / "a", model, config, base="b")
     with pytest.raises(
-        CheckpointError, match=r"q_proj.lora_A.weight' has shape \(4, 64\), the base model asks for \(4, 32\)"
+        CheckpointError,
+        match=r"'.*down_proj.lora_B.weight' has shape \(64, 4\), the base model asks for \(32, 4\)",
     ):
         load_adapter(tmp_path / "a", random_model())
+
+
+def saved(tmp_path, **settings):
+    """The folder of a random adapter."""
+    model, config = trained(**settings)
+    save_adapter(tmp_path / "a", model, config, base="b")
+    return tmp_path / "a"
+
+
+def with_tensors(folder, change) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+KEY = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: t[KEY].view(-1)[0].fill_(float("nan")),
+            "up_proj.lora_A.weight' holds numbers that are not",
+        ),
+        (
+            lambda t: t[KEY].view(-1)[-1].fill_(float("inf")),
+            "up_proj.lora_A.weight' holds numbers that are not",
+        ),
+        (lambda t: t.update({KEY: torch.ones(4, 32, dtype=torch.int8)}), "lora_A.weight' is stored as I8"),
+        (lambda t: t.update({KEY: torch.full((4, 32), 1e300, dtype=torch.float64)}), "not finite"),
+        (
+            lambda t: t.update({KEY: torch.ones(32, 4)}),
+            r"has shape \(32, 4\), the base model asks for \(4, 32\)",
+        ),
+        (lambda t: t.pop(KEY), "missing tensor '.*up_proj.lora_A.weight'"),
+        (lambda t: t.update(x=torch.ones(1)), "unexpected tensor 'x'"),
+    ],
+)
+def test_a_wrong_tensor_is_named_and_the_model_stays_as_it_was(tmp_path, change, words):
+    folder, model = saved(tmp_path), random_model()
+    with_tensors(folder, change)
+    with pytest.raises(CheckpointError, match=words):
+        load_adapter(folder, model)
+    assert adapted_layers(model) == {} and adapter_names(model) == []
+    assert torch.equal(model(TOKENS), random_model()(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"r": 2**16}, r"has shape .*, the base model asks for \(.*65536"),
+        ({"rank_pattern": {"up_proj": 2**16}}, r"has shape .*, the base model asks for \(.*65536"),
+        ({"target_modules": "(([a-z._0-9])+)+!"}, "a: pattern .* does not end within 0.5 seconds"),
+        ({"rank_pattern": {"(([a-z._0-9])+)+!": 4}}, "a: pattern .* does not end within 0.5 seconds"),
+        ({"target_modules": "("}, "a: pattern '.' *: no regular expression"),
+    ],
+)
+def test_sizes_and_patterns_from_elsewhere_are_bounded(tmp_path, monkeypatch, change, words):
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    folder, model = saved(tmp_path), random_model()
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=words):
+        load_adapter(folder, model)
+    assert adapted_layers(model) == {}
+
+
+def test_packed_weights_must_hold_ternary_codes(tmp_path):
+    folder = saved(tmp_path, bits=1.58)
+    with_tensors(folder, lambda t: t[KEY.replace(".weight", ".ternary")].fill_(0b11))
+    with pytest.raises(CheckpointError, match="lora_A.ternary' holds what is no ternary weight"):
+        load_adapter(folder, random_model())
+
+
+def test_an_adapter_that_is_not_finite_is_never_written(tmp_path):
+    model, config = trained()
+    next(iter(adapter_updates(model).values())).lora_B[0, 0] = float("nan")
+    with pytest.raises(
+        CheckpointError, match="a is not written: tensor '.*lora_B' holds numbers that are not"
+    ):
+        save_adapter(tmp_path / "a", model, config, base="b")
+    assert not (tmp_path / "a").exists()
 
 
 def test_one_name_twice_is_refused():
@@ -226,7 +311,7 @@ def test_packed_weights_come_back_to_the_bit(shape):
     back = unpack(stored["k.ternary"], stored["k.scale"], weight.shape)
     assert torch.equal(back, ternary(weight)) and torch.equal(ternary(back), back)
     assert torch.equal(quantise(back)[0], quantise(weight)[0])
-    assert unpack(stored["k.ternary"][:-1], stored["k.scale"], weight.shape) is None
+    assert is_packed(stored["k.ternary"]) and not is_packed(stored["k.ternary"] | 3)
 
 
 def test_a_ternary_adapter_loads_exactly_and_an_8b_one_is_small(tmp_path):

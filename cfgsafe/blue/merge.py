@@ -15,15 +15,13 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 from cfgsafe.blue.origin import is_cfg_aware
-from cfgsafe.checkpoint import read_config, rewrite_checkpoint
+from cfgsafe.checkpoint import empty_model, rewrite_checkpoint
 from cfgsafe.errors import CheckpointError, InputError, Unused
 from cfgsafe.fields import Count, check_ranges
 from cfgsafe.hub import PROMPTS, resolve
-from cfgsafe.llama import Llama
 from cfgsafe.lora import HEAD, TIED, adapter_updates, load_adapter, merged
 from cfgsafe.measure import leak
 from cfgsafe.measure.intervals import Estimate, to_json
@@ -70,8 +68,7 @@ def run(options: Options) -> None:
     check_ranges(options)
     prompts = read_prompts(options) if options.check else []
     base = resolve(options.model)
-    with torch.device("meta"):  # shapes without memory
-        skeleton = Llama(read_config(base))
+    skeleton, _ = empty_model(base)
     load_adapter(resolve(options.adapter), skeleton, device="cpu")
     updates = {f"{path}.weight": update for path, update in adapter_updates(skeleton).items()}
     if f"{HEAD}.weight" in updates and skeleton.config.tie_word_embeddings:

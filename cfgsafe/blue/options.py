@@ -11,7 +11,7 @@ from typing import Annotated
 
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count, PartialShare, Positive, Rate, Seed, Share, Weight, Whole, check_ranges
-from cfgsafe.lora import TARGETS
+from cfgsafe.lora_config import TARGETS
 from cfgsafe.losses import NEEDS, Objective
 from cfgsafe.outputs import Folder, InputPath
 

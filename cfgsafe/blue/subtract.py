@@ -14,11 +14,13 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from cfgsafe.checkpoint import open_weights, read_config, rewrite_checkpoint, weight_files
+from cfgsafe.checkpoint import rewrite_checkpoint, stored_tensors
+from cfgsafe.config import read_config
 from cfgsafe.errors import CheckpointError
 from cfgsafe.fields import Range, check_ranges
 from cfgsafe.hub import resolve
 from cfgsafe.outputs import Folder, InputPath
+from cfgsafe.weights import check_finite, check_floats, read_tensors
 
 
 @dataclass
@@ -45,14 +47,16 @@ def run(options: Options) -> None:
             f"{options.tuned}: its config.json differs from that of {options.base}; "
             "both must be of one architecture"
         )
-    files = weight_files(tuned)
-    unmatched = sorted(set(weight_files(base)) ^ set(files))
+    stored = stored_tensors(tuned)
+    check_floats(stored)
+    unmatched = sorted(set(stored_tensors(base)) ^ set(stored))
     if unmatched:
         raise CheckpointError(f"tensor {unmatched[0]!r} is in only one of {options.base} and {options.tuned}")
 
     def change(name: str, tensor: Tensor) -> Tensor:
-        with open_weights(files[name]) as file:
-            return subtract(name, tensor, file.get_tensor(name), options.scale, options.relu)
+        ((_, other),) = read_tensors({name: stored[name]})
+        check_finite(name, other, stored[name].path)
+        return subtract(name, tensor, other, options.scale, options.relu)
 
     count = rewrite_checkpoint(base, options.out, change)
     print(f"{options.out}: {count} tensors")
