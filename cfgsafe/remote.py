@@ -1,9 +1,8 @@
 """Questions to an OpenAI-compatible endpoint: answers are kept, failed requests are repeated.
 
-Source: OpenAI's HTTP API, chat and completions, through the `openai` client. The base URL and the
-key come from OPENAI_BASE_URL and OPENAI_API_KEY only, and no message shows them.
-Deviation: the client's own retries are off. They do not cover unreadable and empty answers, and
-they hide the number of requests.
+Source: OpenAI's HTTP API, chat and completions; one request is cfgsafe/endpoint.py. An answer costs
+money, so it is kept as soon as it comes. Where it cannot be written (a full disk), nothing more is
+asked, and what came is written once more at the end.
 
 Run it: OPENAI_API_KEY=... python train.py pairs --recipes remote --remote-model gpt-4o-mini \\
             --dialogues D.jsonl --model M --out pairs.jsonl
@@ -15,15 +14,14 @@ import os
 import random
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+from cfgsafe.endpoint import Endpoint, Failed, Refused, open_client
 from cfgsafe.errors import InputError
 from cfgsafe.fields import Count, Range, Seconds, Weight, check_ranges
 from cfgsafe.files import Answer, AnswerLog, make_folder
@@ -33,7 +31,6 @@ from cfgsafe.tokenizer import Messages
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
 LONGEST_WAIT = 300.0  # seconds, whatever Retry-After says
 OUTAGE = 8  # failed questions in a row that mean that the endpoint is down
-QUESTION_REFUSED = (400, 413, 422)  # HTTP statuses that concern one question, not the key or the model
 
 
 @dataclass
@@ -91,18 +88,6 @@ class Meter:
             return True
 
 
-class _Refused(InputError):
-    """The endpoint will not answer this question; it may answer others."""
-
-
-class _Failed(Exception):
-    """An attempt gave no answer; `wait` is the number of seconds that the endpoint asks to wait."""
-
-    def __init__(self, why: str, wait: float | None = None):
-        super().__init__(why)
-        self.wait = wait
-
-
 def check_service(service: Service) -> None:
     """Raise InputError when nothing could be asked: no model, key or client, or a number out of range."""
     check_ranges(service)
@@ -110,7 +95,7 @@ def check_service(service: Service) -> None:
         raise InputError("--price-in and --price-out go together")
     if not service.remote_model:
         raise InputError("a remote endpoint needs --remote-model NAME")
-    _client(service).close()
+    open_client(None)
 
 
 def ask(
@@ -176,10 +161,11 @@ class _Run:
 
     def __init__(self, service: Service, log: AnswerLog, meter: Meter | None):
         self.service, self.log, self.meter = service, log, meter
-        self.client = _client(service)
+        self.endpoint = Endpoint(str(service.remote_model), service.timeout)
         self.lock = threading.Lock()
         self.stop = threading.Event()  # set when no further request may be made
-        self.errors: list[InputError | _Failed] = []
+        self.errors: list[InputError | Failed] = []
+        self.unwritten: dict[str, Answer] = {}
         self.failed_in_a_row = 0
 
     def answer(self, key: str, question: Question, bar: Bar) -> None:
@@ -188,33 +174,47 @@ class _Run:
             return
         try:
             text = _patiently(partial(self.attempt, question), self.service.attempts, self.stop)
-        except (InputError, _Failed) as error:
+        except (InputError, Failed) as error:
             with self.lock:
                 self.note(error)
             return
         if text is not None:
             with self.lock:
-                self.log.keep(key, Answer(text))
                 self.failed_in_a_row = 0
+                self.keep(key, Answer(text))
                 bar.update()
+
+    def keep(self, key: str, answer: Answer) -> None:
+        """Write an answer. Where that fails the run stops, and the answer waits for `keep_rest`."""
+        try:
+            self.log.keep(key, answer)
+        except InputError as error:
+            self.unwritten[key] = answer
+            self.note(error)
+
+    def keep_rest(self) -> None:
+        """Try once more to write the answers that came and could not be written."""
+        waiting, self.unwritten = self.unwritten, {}
+        for key, answer in waiting.items():
+            self.keep(key, answer)
 
     def attempt(self, question: Question) -> str | None:
         """Ask once, and count it; None when the meter does not allow it."""
         if self.meter is not None and not self.meter.take():
             self.stop.set()
             return None
-        return _attempt(self.client, self.service, question)
+        return self.endpoint.ask(_settings(question))
 
-    def note(self, error: InputError | _Failed) -> None:
+    def note(self, error: InputError | Failed) -> None:
         """Remember an error; the run stops when it is fatal, or when the endpoint is down."""
         self.errors.append(error)
-        self.failed_in_a_row = 0 if isinstance(error, _Refused) else self.failed_in_a_row + 1
+        self.failed_in_a_row = 0 if isinstance(error, Refused) else self.failed_in_a_row + 1
         if self.is_fatal(error) or self.failed_in_a_row >= OUTAGE:
             self.stop.set()
 
-    def is_fatal(self, error: InputError | _Failed) -> bool:
+    def is_fatal(self, error: InputError | Failed) -> bool:
         """Whether an error ends the run: a refusal does, but with a meter not that of a single question."""
-        refused_one = self.meter is not None and isinstance(error, _Refused)
+        refused_one = self.meter is not None and isinstance(error, Refused)
         return isinstance(error, InputError) and not refused_one
 
 
@@ -223,7 +223,7 @@ def _ask_all(
 ) -> None:
     """Ask the questions of `todo` in parallel, and put the answers into `log`. Raises as `ask` does."""
     run = _Run(service, log, meter)
-    with log, progress(total=len(todo), desc=what) as bar:
+    with run.endpoint, log, progress(total=len(todo), desc=what) as bar:
         with ThreadPoolExecutor(service.concurrency) as pool:
             try:
                 futures = [pool.submit(run.answer, key, question, bar) for key, question in todo.items()]
@@ -232,12 +232,13 @@ def _ask_all(
             except BaseException:  # such as an interrupt: running requests end, and their answers are kept
                 run.stop.set()
                 raise
-    run.client.close()
+        run.keep_rest()
     remain = sum(key not in log.known for key in todo)
+    lost = f"{len(run.unwritten)} answers that came are lost, " if run.unwritten else ""
     for error in run.errors:
-        if run.is_fatal(error):
+        if remain and run.is_fatal(error):
             raise InputError(
-                f"{what}: {error}; {remain} of {len(todo)} questions remain, running again resumes"
+                f"{what}: {error}; {lost}{remain} of {len(todo)} questions remain, running again resumes"
             ) from None
     if meter is not None and run.errors:
         last = run.errors[-1]
@@ -249,8 +250,22 @@ def _ask_all(
         )
 
 
+def _settings(question: Question) -> dict[str, Any]:
+    """A question as the endpoint's API names its parts."""
+    settings: dict[str, Any] = {"max_tokens": question.max_tokens, "temperature": question.temperature}
+    if question.messages is None:
+        settings["prompt"] = question.prompt
+    else:
+        settings["messages"] = question.messages
+    if question.seed is not None:
+        settings["seed"] = question.seed
+    if question.top_p is not None:
+        settings["top_p"] = question.top_p
+    return settings
+
+
 def _patiently(attempt: Callable[[], str | None], attempts: int, stop: threading.Event) -> str | None:
-    """The result of `attempt`, called again when it raises _Failed; None once `stop` is set.
+    """The result of `attempt`, called again when it raises Failed; None once `stop` is set.
 
     The waits are 0.5 s, 1 s, 2 s ..., each times a random factor from 0.5 to 1.5, or what
     Retry-After says.
@@ -258,106 +273,14 @@ def _patiently(attempt: Callable[[], str | None], attempts: int, stop: threading
     for number in range(attempts):
         try:
             return attempt()
-        except _Failed as error:
+        except Failed as error:
             if number + 1 == attempts:
                 raise
             jitter = random.uniform(0.5, 1.5)
             if error.wait is None:
-                wait = FIRST_WAIT * 2**number * jitter
+                wait = FIRST_WAIT * 2 ** min(number, 20) * jitter
             else:
                 wait = error.wait + 0.1 * jitter
             if stop.wait(min(wait, LONGEST_WAIT)):
                 return None
     return None
-
-
-def _attempt(client, service: Service, question: Question) -> str:
-    """The answer to one request. Raises _Failed when asking again may help, and InputError when it cannot."""
-    import openai
-
-    settings = {
-        "model": service.remote_model,
-        "max_tokens": question.max_tokens,
-        "temperature": question.temperature,
-    }
-    if question.seed is not None:
-        settings["seed"] = question.seed
-    if question.top_p is not None:
-        settings["top_p"] = question.top_p
-    try:
-        if question.messages is None:
-            response = client.completions.create(prompt=question.prompt, **settings)
-        else:
-            response = client.chat.completions.create(messages=question.messages, **settings)
-    except openai.APITimeoutError:
-        raise _Failed(f"no answer within {service.timeout:g} s") from None
-    except openai.APIConnectionError:
-        raise _Failed("no connection; is OPENAI_BASE_URL right?") from None
-    except openai.APIStatusError as error:
-        status = error.status_code
-        if status in (408, 409, 429) or status >= 500:
-            raise _Failed(f"HTTP {status}", _retry_after(error.response.headers.get("retry-after"))) from None
-        error_class = _Refused if status in QUESTION_REFUSED else InputError
-        raise error_class(_refusal(status, str(service.remote_model))) from None
-    except (openai.APIResponseValidationError, ValueError):
-        raise _Failed("an answer that is not JSON") from None
-    text = _text_of(response, chat=question.messages is not None)
-    if text is None:
-        raise _Failed("an answer without text")
-    return text.encode(errors="replace").decode()  # half of a surrogate pair is not text
-
-
-def _text_of(response: object, chat: bool) -> str | None:
-    """The text of a response; None when it has none, or only white space."""
-    choices = getattr(response, "choices", None)
-    first = choices[0] if isinstance(choices, list) and choices else None
-    holder, name = (getattr(first, "message", None), "content") if chat else (first, "text")
-    text = getattr(holder, name, None)
-    return text if isinstance(text, str) and text.strip() else None
-
-
-def _retry_after(header: str | None) -> float | None:
-    """Seconds to wait, from a header with a number of seconds or a date; None when it has neither."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(header).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(seconds, 0.0) if seconds < float("inf") else None
-
-
-def _refusal(status: int, model: str) -> str:
-    if status in (401, 403):
-        advice = f"set OPENAI_API_KEY to one that may use {model!r}"
-        return f"the endpoint refuses the key (HTTP {status}); {advice}"
-    if status == 404:
-        return (
-            f"the endpoint knows no model {model!r}, or no such path (HTTP 404); check --remote-model and "
-            "OPENAI_BASE_URL (mostly .../v1)"
-        )
-    return (
-        f"the endpoint refuses the question (HTTP {status}); check that {model!r} takes max_tokens, "
-        "temperature and prompts of this length"
-    )
-
-
-def _client(service: Service):
-    """An `openai.OpenAI`. Raises InputError when the package, the key or a usable URL is missing."""
-    try:
-        import openai
-    except ImportError:
-        raise InputError("a remote endpoint needs the openai client: pip install 'cfgsafe[remote]'") from None
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    url = os.environ.get("OPENAI_BASE_URL", "").strip()
-    if not (key and key.isascii() and key.isprintable()):
-        raise InputError("set OPENAI_API_KEY to the endpoint's key (any word where it needs none)")
-    if url and not url.startswith(("http://", "https://")):
-        raise InputError("OPENAI_BASE_URL must begin with http:// or https://")
-    try:
-        return openai.OpenAI(api_key=key, base_url=url or None, timeout=service.timeout, max_retries=0)
-    except Exception:  # the client's URL parser has its own exception, and its message would show the URL
-        raise InputError("OPENAI_BASE_URL is not a URL such as http://localhost:8000/v1") from None

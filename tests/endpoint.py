@@ -3,6 +3,7 @@
 The first attempts at a question may fail, at random; the third never does.
 """
 
+import gzip
 import json
 import random
 import time
@@ -11,6 +12,31 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+LATER = b"HTTP/1.1 429 No\r\nRetry-After: "
+# What an endpoint may write instead of an answer: (bytes, how often the last of them come, seconds between).
+HOSTILE = {
+    "trickle": ((OK, b"Content-Length: 999999\r\n\r\n", b" "), 10**6, 0.05),
+    "trickled head": ((OK, b"X: ", b"x"), 10**6, 0.05),
+    "endless continues": ((b"HTTP/1.1 100 Continue\r\n\r\n",), 10**6, 0.05),
+    "endless": ((OK, b"\r\n", b"[" * 2**16), 10**6, 0.0),
+    "endless error": ((b"HTTP/1.1 500 No\r\n\r\n", b"[" * 2**16), 10**6, 0.0),
+    "endless head": ((OK, b"X: " + b"x" * 2**12 + b"\r\n"), 10**6, 0.0),
+    "cut": ((OK, b'Content-Length: 999\r\n\r\n{"choices": ['), 1, 0.0),
+    "no HTTP": ((b"\x16\x03\x01 what?\r\n\r\n",), 1, 0.0),
+    "gzip": ((OK, b"Content-Encoding: gzip\r\n\r\n", gzip.compress(b"[" * 2**20)), 1, 0.0),
+    "deep": ((OK, b"\r\n", b'{"a":' * 10**5), 1, 0.0),
+    "deep lists": ((OK, b"\r\n", b"[" * 10**5 + b"]" * 10**5), 1, 0.0),
+    "NaN": ((OK, b'\r\n{"choices": [{"message": NaN, "text": NaN}]}'), 1, 0.0),
+    "not text": ((OK, b'\r\n{"choices": [{"message": {"content": 7}, "text": [7]}]}'), 1, 0.0),
+    "no object": ((OK, b"\r\n[3]"), 1, 0.0),
+    "strange choices": ((OK, b'\r\n{"choices": {"0": {"text": "x"}}}'), 1, 0.0),
+    "not UTF-8": ((OK, b'\r\n{"choices": [{"text": "\xff\xfe"}]}'), 1, 0.0),
+    "nothing": ((OK, b"\r\n"), 1, 0.0),
+    "no content": ((b"HTTP/1.1 204 No Content\r\n\r\n",), 1, 0.0),
+    "wait for ever": ((LATER, b"99999999999999999999\r\n\r\n"), 1, 0.0),
+    "wait for a strange time": ((LATER, b"Mon, 99 Xyz 99999 99:99:99\r\n\r\n"), 1, 0.0),
+}
 FAULTS = ("error", "stall", "rate limit", "drop", "not JSON", "no choices", "empty")
 
 
@@ -23,13 +49,14 @@ class Endpoint(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, reply, faults=FAULTS, share=0.4, stall=1.0, delay=0.0, last_fault=2):
+    def __init__(self, reply, faults=FAULTS, share=0.4, stall=1.0, delay=0.0, last_fault=2, redirect=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply, self.faults, self.share = reply, faults, share
         self.stall, self.delay, self.last_fault = stall, delay, last_fault
         self.asked, self.answered, self.failed = Counter(), Counter(), Counter()
         self.lock, self.rng = Lock(), random.Random(5)
-        self.bodies, self.status = [], None
+        self.redirect = redirect  # (status, URL)
+        self.bodies, self.status, self.closing = [], None, False
 
     @property
     def url(self) -> str:
@@ -52,6 +79,9 @@ class Handler(BaseHTTPRequestHandler):
             fault = server.rng.choice(server.faults) if faulty else None
             server.failed[fault] += 1
         time.sleep(server.delay)
+        if server.redirect:
+            status, url = server.redirect
+            return self.send(status, b"", [("Location", url + "/chat/completions")])
         if server.status:
             return self.refuse(server.status)
         if fault == "stall":
@@ -63,6 +93,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(500, b"oops")
         if fault == "rate limit":
             return self.send(429, b'{"error": {"message": "slow down"}}', [("Retry-After", "0")])
+        if fault in HOSTILE:
+            return self.write_hostile(*HOSTILE[fault])
         if fault == "not JSON":
             return self.send(200, b'{"choices": [')
         if fault == "no choices":
@@ -80,6 +112,16 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, status):
         message = f"refused: {self.headers['authorization']}"
         self.send(status, json.dumps({"error": {"message": message}}).encode())
+
+    def write_hostile(self, parts, times, pause):
+        self.close_connection = True
+        self.wfile.write(b"".join(parts[:-1]))
+        for _ in range(times):
+            if self.server.closing:
+                return
+            self.wfile.write(parts[-1])
+            self.wfile.flush()
+            time.sleep(pause)
 
     def send(self, status, body, headers=()):
         self.send_response(status)
@@ -102,4 +144,5 @@ def running(reply, **settings):
         try:
             yield endpoint
         finally:
+            endpoint.closing = True
             endpoint.shutdown()

@@ -15,8 +15,9 @@ from conftest import KEY
 
 from cfgsafe import remote
 from cfgsafe.blue import pairs
+from cfgsafe.endpoint import retry_after
 from cfgsafe.errors import InputError
-from cfgsafe.files import read_answers, write_jsonl
+from cfgsafe.files import AnswerLog, read_answers, write_jsonl
 from cfgsafe.hub import BASE
 from cfgsafe.remote import Meter, Question, Service, ask
 
@@ -143,10 +144,10 @@ def test_the_estimate_comes_before_the_first_call(serve, tmp_path, capsys):
 
 
 def test_retry_after_is_waited_for():
-    assert remote._retry_after("7") == 7.0 and remote._retry_after("-1") == 0.0
-    assert remote._retry_after(None) is remote._retry_after("soon") is remote._retry_after("nan") is None
+    assert retry_after("7") == 7.0 and retry_after("-1") == 0.0
+    assert retry_after(None) is retry_after("soon") is retry_after("nan") is None
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
-    assert 0 < remote._retry_after(date) <= 30
+    assert 0 < retry_after(date) <= 30
 
 
 @pytest.mark.parametrize(
@@ -161,9 +162,9 @@ def test_waits_grow_or_follow_the_endpoint(monkeypatch, told, least, most):
             waited.append(seconds)
 
     def attempt():
-        raise remote._Failed("x", told)
+        raise remote.Failed("x", told)
 
-    with pytest.raises(remote._Failed):
+    with pytest.raises(remote.Failed):
         remote._patiently(attempt, 3, Clock())
     assert len(waited) == 2 and least <= sum(waited) <= most
 
@@ -277,6 +278,65 @@ def test_with_a_meter_an_outage_is_left_alone_and_a_refused_key_still_raises(ser
     server.status = 401
     with pytest.raises(InputError, match="set OPENAI_API_KEY"):
         ask(service(), asked, tmp_path / "c.jsonl", "test", meter)
+
+
+class Full:
+    """A disk that is full for the writes of these numbers."""
+
+    def __init__(self, monkeypatch, full):
+        self.full, self.writes = full, 0
+        monkeypatch.setattr(AnswerLog, "keep", self.keep(AnswerLog.keep))
+
+    def keep(self, write):
+        def keep(log, key, answer):
+            self.writes += 1
+            if self.writes - 1 in self.full:
+                raise InputError("c.jsonl: cannot be written (No space left on device)")
+            write(log, key, answer)
+
+        return keep
+
+
+@pytest.mark.parametrize("meter", [None, Meter()], ids=["all", "metered"])
+def test_answers_that_cannot_be_written_stop_the_run_and_are_counted(serve, tmp_path, monkeypatch, meter):
+    server, _ = serve(echo, delay=0.05), Full(monkeypatch, range(5, 999))
+    questions = [chat(str(n)) for n in range(100)]
+    with pytest.raises(InputError) as caught:
+        ask(service(concurrency=4), questions, tmp_path / "c.jsonl", "test", meter)
+    lost = len(server.bodies) - 5
+    assert 1 <= lost <= 8 and len(read_answers(tmp_path / "c.jsonl")) == 5
+    assert str(caught.value) == (
+        "test: c.jsonl: cannot be written (No space left on device); "
+        f"{lost} answers that came are lost, 95 of 100 questions remain, running again resumes"
+    )
+
+
+def test_answers_that_could_not_be_written_are_written_at_the_end(serve, tmp_path, monkeypatch):
+    server, disk = serve(echo), Full(monkeypatch, {3})
+    questions = [chat(str(n)) for n in range(100)]
+    with pytest.raises(InputError, match=r"No space left on device\); \d+ of 100 questions remain"):
+        ask(service(concurrency=4), questions, tmp_path / "c.jsonl", "test")
+    assert len(read_answers(tmp_path / "c.jsonl")) == len(server.bodies) < 100
+    assert ask(service(), questions, tmp_path / "c.jsonl", "test") == [f"re: {n}" for n in range(100)]
+    assert len(server.bodies) == 100  # nothing was paid for twice
+    disk.full = {disk.writes}
+    assert ask(service(), [chat("last")], tmp_path / "c.jsonl", "test") == ["re: last"]
+
+
+def test_many_attempts_are_no_endless_wait(monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.5)
+    waited = []
+
+    class Clock:
+        def wait(self, seconds):
+            waited.append(seconds)
+
+    def attempt():
+        raise remote.Failed("x")
+
+    with pytest.raises(remote.Failed):
+        remote._patiently(attempt, 3000, Clock())
+    assert len(waited) == 2999 and max(waited) == remote.LONGEST_WAIT
 
 
 def test_threads_never_take_more_than_a_meter_has():
