@@ -208,7 +208,7 @@ def test_a_killed_run_goes_on_to_the_same_result(objective, tmp_path):
     assert all(map(torch.equal, weights(whole), weights(again)))
     for name in ("attacks.jsonl", "metrics.jsonl"):
         assert (folders[0] / name).read_text() == (folders[1] / name).read_text()
-    assert not resume.states(folders[1])
+    assert resume.states(folders[1])  # until the caller has written the adapter
 
 
 def test_smoothing_resumes_and_refuses_other_prompts(tmp_path):

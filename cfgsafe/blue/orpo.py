@@ -128,8 +128,7 @@ def train(
     if writer:
         writer.close()
     if world.main:
-        for state in resume.states(out):
-            shutil.rmtree(state)
+        resume.delete_states(out)
         if done < len(steps):
             print(f"{out}: {len(steps)} steps, {loss_and_margin(line)}", file=sys.stderr)
     model.requires_grad_(False).eval()
@@ -226,14 +225,15 @@ def begin(run: Run, settings: dict, held: dict[str, str], out: Path, steps: list
             done = resume.load(out, run.parameters, run.optimiser, held["pairs"], world)
     world.barrier()  # nobody writes before all have read
     if world.main:
+        if not options.resume:
+            (out / resume.CONFIG).unlink(missing_ok=True)  # what is left, if this is killed, is no whole run
         epochs = steps[done].epoch - 1 if done < len(steps) else options.epochs  # complete ones
         complete = [f"epoch-{epoch}" for epoch in range(1, epochs + 1)]
         for path in out.glob("epoch-*/adapter_config.json"):
             if path.parent.name not in complete:  # from an earlier run into this folder
                 shutil.rmtree(path.parent)
         if not done:
-            for state in resume.states(out):
-                shutil.rmtree(state)
+            resume.delete_states(out)
         resume.keep_steps(out / "metrics.jsonl", "step", done)
         resume.keep_steps(out / "eval.jsonl", "epoch", epochs)
         resume.write_config(out / resume.CONFIG, settings | origin.record(options), held)
@@ -262,9 +262,7 @@ def check_finite(what: str, value: float, pairs: list[Pair]) -> None:
     """Raise InputError naming the rows of the file."""
     if not math.isfinite(value):
         rows = ", ".join(pair.place for pair in pairs)
-        raise InputError(
-            f"{what} is {value} (rows {rows}); lower --lr or mend these rows, then go on with --resume"
-        )
+        raise InputError(f"{what} is {value} (rows {rows}); lower --lr or mend these rows, and start anew")
 
 
 def peak_memory(device: str) -> int:

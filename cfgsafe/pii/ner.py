@@ -11,9 +11,11 @@ Run it: python eval.py leak --model cfgsafe/demo/leaky --ner cfgsafe/demo/ner,pr
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 from cfgsafe.errors import InputError
 from cfgsafe.hub import DEMO_PIPELINE
+from cfgsafe.identity import digest_of, file_digest
 from cfgsafe.pii.entities import Entity, merge
 from cfgsafe.pii.presidio import Recognisers
 
@@ -57,6 +59,25 @@ def default_pipeline() -> str:
     import spacy
 
     return PAPER_PIPELINE if spacy.util.is_package(PAPER_PIPELINE) else str(DEMO_PIPELINE)
+
+
+def identity(names: str | None) -> str:
+    """A digest of the detectors that `Detector` loads for `names`: of the files of their pipelines.
+
+    Of what has no files, as presidio, it covers the name; what is unknown `Detector` refuses.
+    """
+    import spacy
+
+    parts: list[object] = []
+    for name in (default_pipeline() if names is None else names).split(","):
+        name = name.strip()
+        folder = Path(name)
+        if not folder.is_dir() and spacy.util.is_package(name):
+            folder = Path(spacy.util.get_package_path(name))
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+        held = [(str(path.relative_to(folder)), file_digest(path)) for path in files]
+        parts.append(held or name)
+    return digest_of(parts)
 
 
 def load_detector(name: str, ignored: frozenset[str]) -> Callable[[list[str]], list[list[Entity]]]:

@@ -31,7 +31,7 @@ from cfgsafe.pii.matching import stands_in
 from cfgsafe.progress import progress
 from cfgsafe.red import measure, rewards, stages
 from cfgsafe.red.attacker import facts_of, identity_of, is_stage, paths_of, trained
-from cfgsafe.red.records import Attack, Trial, read_attacks
+from cfgsafe.red.records import Attack, Trial, answers_in, read_attacks
 from cfgsafe.red.rewards import Scorer, all_text, ended, judge_of, read_contexts
 from cfgsafe.red.stages import Checkpoint, Template
 from cfgsafe.red.target import LocalTarget
@@ -158,10 +158,12 @@ def draw_attacks(name: str, path: str, options: Options, out: Path) -> list[Atta
     scorer = open_scorer(name, options, out, checkpoint)
     agent = trained(facts, checkpoint.model, checkpoint.tokenizer)
     file = attacks_file(out, name)
-    resume.keep_steps(file, "draw", options.draws)
-    found = read_attacks(file) if file.exists() and file.stat().st_size else []
+    found = kept_attacks(file, options.draws)
     generator = torch.Generator().manual_seed(seed_of(options.seed, 0))
     drawn = agent.draw(torch.ones(options.draws), generator)
+    if [attack.tokens for attack in found] != drawn[: len(found)]:
+        raise InputError(f"{file}: holds other prompts than this run draws; start anew without --resume")
+    scorer.target.meter.made = answers_in(found)
     texts = [agent.decode(prompt) for prompt in drawn]
     k = options.samples
     for start in progress(range(len(found), options.draws, CHUNK), desc=name):
@@ -181,6 +183,14 @@ def draw_attacks(name: str, path: str, options: Options, out: Path) -> list[Atta
                 log.write(json.dumps({"draw": number + 1, **attack.to_json()}) + "\n")
                 found.append(attack)
     return found
+
+
+def kept_attacks(file: Path, draws: int) -> list[Attack]:
+    """What a killed run left in an attacker's file, in whole chunks: all of one are asked together."""
+    drawn = resume.keep_steps(file, "draw", draws)
+    if drawn < draws:
+        drawn = resume.keep_steps(file, "draw", drawn // CHUNK * CHUNK)
+    return read_attacks(file) if drawn else []
 
 
 def put_again(name: str, path: str, options: Options, out: Path) -> list[Attack]:

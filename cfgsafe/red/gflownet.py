@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from cfgsafe.blue import resume
-from cfgsafe.errors import Unused
+from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count, Divisor, LogProb, Rate, Share, Weight
 from cfgsafe.files import read_json, read_jsonl, write_text
+from cfgsafe.folders import sync
+from cfgsafe.identity import file_digest
 from cfgsafe.red import objectives
 from cfgsafe.red.buffer import Likeness, ReplayBuffer, edit_distances
 from cfgsafe.red.objectives import schedule
@@ -227,13 +229,14 @@ class Archive:
         self.known: dict[Prompt, Attack] = {}  # attacks with a score
         self.unscorable = 0  # attacks without one
 
-    def load(self, done: int) -> None:
-        """Go back to what the file held after step `done`; later lines are dropped."""
+    def load(self, done: int) -> list[Attack]:
+        """Go back to what the file held after step `done`, and return that; later lines are dropped."""
         resume.keep_steps(self.path, "step", done)
         rows = list(read_jsonl(self.path)) if self.path.exists() else []
         attacks = [Attack.from_json(row, place) for place, row in rows]
         self.known = {attack.tokens: attack for attack in attacks if attack.score is not None}
         self.unscorable = len(attacks) - len(self.known)
+        return attacks
 
     def look_up(self, prompts: list[Prompt], step: int) -> list[Attack]:
         """The attack of each prompt; those without a known score are put to the target."""
@@ -269,13 +272,21 @@ class Exploration:
     meter: Meter
 
     def save(self, folder: Path) -> None:
-        """Write buffer.jsonl and calls.json; attacks.jsonl is there already."""
+        """Write buffer.jsonl and calls.json; attacks.jsonl is there already, and its digest is noted."""
         self.buffer.save(folder / "buffer.jsonl")
-        write_text(folder / "calls.json", json.dumps({"calls": self.meter.made}) + "\n")
+        sync(self.archive.path)
+        facts = {"calls": self.meter.made, "attacks": file_digest(self.archive.path)}
+        write_text(folder / "calls.json", json.dumps(facts) + "\n")
 
     def load(self, folder: Path | None, done: int) -> None:
-        """As training.Memory.load."""
-        if folder:
-            self.buffer = ReplayBuffer.load(folder / "buffer.jsonl")
-            self.meter.made = read_json(folder / "calls.json")["calls"]
+        """As training.Memory.load. Raises InputError when attacks.jsonl has been changed."""
         self.archive.load(done)
+        if folder:
+            facts = read_json(folder / "calls.json")
+            self.buffer, self.meter.made = ReplayBuffer.load(folder / "buffer.jsonl"), facts["calls"]
+            path = self.archive.path
+            if not path.exists() or file_digest(path) != facts["attacks"]:
+                raise InputError(
+                    f"{path}: its attacks up to step {done} are not those of the run; "
+                    "restore it, or start anew without --resume"
+                )

@@ -100,6 +100,14 @@ def _check_text(*values: object) -> None:
         raise TypeError("text, context, answer and found must be text")
 
 
+def answers_in(attacks: list[Attack]) -> int:
+    """How many answers of the target the attacks hold."""
+    count = 0
+    for attack in attacks:
+        count += sum(trial.answer is not None for trial in attack.trials)
+    return count
+
+
 def read_attacks(*paths: str | Path) -> list[Attack]:
     """All attacks of the files. Raises InputError naming the line, or a file without an attack."""
     attacks: list[Attack] = []

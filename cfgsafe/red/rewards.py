@@ -21,6 +21,7 @@ from cfgsafe.files import read_jsonl
 from cfgsafe.identity import contents
 from cfgsafe.measure.leak import Prompt
 from cfgsafe.outputs import Detectors, InputPath
+from cfgsafe.pii import ner
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.known import Known, values_of
 from cfgsafe.pii.matching import mentions, stands_in
@@ -207,14 +208,23 @@ def judge_of(options: Options, contexts: list[Prompt]) -> Judge:
         guard = Subject(options.guard, device=options.device, dtype=options.dtype)
         return GuardJudge(Guard(*load(guard)))
     known = Known.read(options.known) if options.known else Known()
-    nothing_known = not known.values and not any(context.items for context in contexts)
-    return LeakJudge(known, Detector(options.ner) if options.ner or nothing_known else None)
+    return LeakJudge(known, Detector(options.ner) if needs_detector(options, contexts, known) else None)
+
+
+def needs_detector(options: Options, contexts: list[Prompt], known: Known) -> bool:
+    """Whether the judge of leaks looks for what a detector finds: on request, or where nothing is known."""
+    return bool(options.ner) or not (known.values or any(context.items for context in contexts))
 
 
 def contents_of(options: Options) -> dict[str, str]:
     """Option -> digest of what it names, as `identity.contents`: those of the target and its judge."""
     held = target.contents_of(options)
-    return held | contents(options, folders=("guard",), files=("contexts", "known"))
+    held |= contents(options, folders=("guard",), files=("contexts", "known"))
+    if options.reward == "leak" and (options.model or options.remote):
+        known = Known.read(options.known) if options.known else Known()
+        if needs_detector(options, read_contexts(options.contexts), known):
+            held["ner"] = ner.identity(options.ner)
+    return held
 
 
 def check(options: Options) -> None:

@@ -36,6 +36,7 @@ from cfgsafe.identity import contents
 from cfgsafe.llama import Llama
 from cfgsafe.measure.leak import Prompt, examine, read_prompts, without_answer
 from cfgsafe.outputs import Detectors, Folder, InputPath
+from cfgsafe.pii import ner
 from cfgsafe.pii.known import Known
 from cfgsafe.pii.ner import Detector
 from cfgsafe.red.guard import Guard
@@ -105,7 +106,7 @@ class Options(Subject):
 
 
 # Options that have the same name in train.py orpo.
-SHARED = ("lr", "batch_size", "grad_accum", "epochs", "rank", "seed", "resume", "device", "dtype")
+SHARED = ("lr", "batch_size", "grad_accum", "epochs", "rank", "seed", "device", "dtype")
 FREE = ("out", "resume", "device", "batch")  # a resumed run may change these
 
 
@@ -117,10 +118,12 @@ def run(options: Options) -> None:
     held = contents(
         options, folders=("model", "adapter", "guard"), files=("attacks", "contexts", "known", "retain")
     )
+    held["ner"] = ner.identity(options.ner)
     if not options.resume:
-        data.unlink(missing_ok=True)
+        (out / resume.CONFIG).unlink(missing_ok=True)  # of the training of an earlier run
     resume.begin(out, asdict(options), held, FREE, resumed=options.resume, file="safety.json")
-    if not (options.resume and data.exists()):
+    training = options.resume and (out / resume.CONFIG).exists()
+    if not training:
         write_jsonl(data, build(attacked, options))
         torch.cuda.empty_cache()  # free the memory of the model that wrote the answers
     rows = [row for _, row in read_jsonl(data)]
@@ -128,6 +131,7 @@ def run(options: Options) -> None:
     sft.init_adapter, sft.alpha = options.adapter, options.lora_alpha
     for name in SHARED:
         setattr(sft, name, getattr(options, name))
+    sft.resume = training
     orpo.run(sft)
     refusals = sum("attack" in row for row in rows)
     summary = {

@@ -48,7 +48,7 @@ from cfgsafe.red.attacker import (
 )
 from cfgsafe.red.gflownet import Archive, explore
 from cfgsafe.red.policy import Attacker
-from cfgsafe.red.records import Attack, read_attacks
+from cfgsafe.red.records import Attack, answers_in, read_attacks
 from cfgsafe.red.rewards import Scorer, judge_of, read_contexts
 from cfgsafe.red.target import LocalTarget, RemoteTarget, Target
 from cfgsafe.red.training import Training, fit
@@ -57,6 +57,7 @@ from cfgsafe.subject import Subject, load
 from cfgsafe.tokenizer import Tokenizer
 
 TARGET = "target"  # name of the target's adapter where it shares a model with the attacker
+ATTACKS = "attacks.jsonl"
 # A resumed run may change these.
 FREE = ("out", "resume", "save_every", "device", "budget", "service", "batch")
 
@@ -160,13 +161,16 @@ def run(options: Options) -> dict[str, int]:
     out = make_folder(options.out)
     held = {"attacker": identity_of(options.attacker), **rewards.contents_of(options)}
     held |= contents(options, files=("prompts", "attacks"))
+    if not options.resume:  # what an earlier run left here must not pass for this one's
+        for name in (FACTS, ATTACKS):
+            (out / name).unlink(missing_ok=True)
     resume.begin(out, asdict(options), held, FREE, resumed=options.resume)
     if options.resume and (out / FACTS).exists():
+        resume.delete_states(out)
         print(f"{out}: this run has ended", file=sys.stderr)
         return {}
     asked = (options.template, options.least, options.most, options.prompts, options.seed)
     facts = facts_of(options.attacker, *asked)
-    (out / FACTS).unlink(missing_ok=True)  # of an earlier run into this folder
     match options.stage:
         case "sft":
             counts = run_sft(options, facts, out)
@@ -176,6 +180,7 @@ def run(options: Options) -> dict[str, int]:
             counts = run_smooth(options, facts, out)
         case "adapt":
             counts = run_adapt(options, facts, out)
+    resume.delete_states(out)
     print(json.dumps({"stage": options.stage, "out": str(out), **counts}))
     return counts
 
@@ -233,18 +238,21 @@ def put_to_target(
     """Put stored attacks to the target until its budget is spent; each prompt once, the best first.
 
     Writes OUT/attacks.jsonl. An attack that can no longer exceed --success is not asked further.
+    A resumed run puts the last batch of that file again, unless training has begun: it may be incomplete.
     """
     shuffled = random.Random(options.seed).sample(stored, len(stored))
     different = {attack.tokens: attack for attack in shuffled}.values()
     best_first = sorted(different, key=lambda attack: -(attack.score or 0.0))
-    archive = Archive(out / "attacks.jsonl", agent, partial(scorer.race, bar=options.success))
-    archive.load(1 if options.resume else 0)
-    found: list[Attack] = []
-    for start in range(0, len(best_first), options.batch_size):
+    archive = Archive(out / ATTACKS, agent, partial(scorer.race, bar=options.success))
+    last = resume.keep_steps(archive.path, "step", sys.maxsize)
+    done = last if resume.states(out) else max(0, last - 1)
+    found = archive.load(done)
+    scorer.target.meter.made = answers_in(found)
+    for start in range(done * options.batch_size, len(best_first), options.batch_size):
         if scorer.target.spent:
             break
         some = best_first[start : start + options.batch_size]
-        found += archive.look_up([attack.tokens for attack in some], 1)
+        found += archive.look_up([attack.tokens for attack in some], start // options.batch_size + 1)
     return found
 
 

@@ -10,7 +10,7 @@ Run it: python train.py attacker --resume ...
 
 import hashlib
 import json
-import shutil
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cfgsafe.blue import resume
+from cfgsafe.errors import InputError
 from cfgsafe.fields import Count, Rate, Seed
 from cfgsafe.parallel import World
 from cfgsafe.progress import progress
@@ -76,7 +77,7 @@ class Trainer:
                 trainer.finish_step(step, {"loss": value})
 
     `data` identifies the data of a run. A run that is resumed with other data raises InputError.
-    The states are deleted when the block ends without an exception.
+    When the results are written, call `resume.delete_states(out)`.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Trainer:
         if memory:
             memory.load(resume.states(out)[-1] if self.done else None, self.done)
         if not self.done:
-            self._delete_states()  # of an earlier run into this folder
+            resume.delete_states(out)  # of an earlier run into this folder
         resume.keep_steps(out / "metrics.jsonl", "step", self.done)
 
     def __enter__(self) -> "Trainer":
@@ -119,22 +120,26 @@ class Trainer:
         self._log = self._open.enter_context(open(self.out / "metrics.jsonl", "a"))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.close()
-        if kind is None:
-            self._delete_states()
 
     def steps(self) -> range:
         """Numbers, from 0, of the steps that are left."""
         return range(self.done, self.settings.steps)
 
     def update(self, step: int, loss: Tensor) -> float:
-        """One step of the optimiser on `loss`; returns its value."""
+        """One step of the optimiser on `loss`; returns its value.
+
+        Raises InputError, before any weight has changed, when the loss or its gradient is not finite.
+        """
         for group, own in zip(self.optimiser.param_groups, self.groups, strict=True):
             group["lr"] = schedule(step, own.lr, 0.0, self.settings.steps)
         self.optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.clipped, CLIP)
+        norm = nn.utils.clip_grad_norm_(self.clipped, CLIP)
+        for what, value in (("loss", loss.item()), ("gradient's norm", norm.item())):
+            if not math.isfinite(value):
+                raise InputError(f"step {step + 1}: the {what} is {value}; start anew with a lower --lr")
         self.optimiser.step()
         return loss.item()
 
@@ -155,10 +160,6 @@ class Trainer:
         resume.save(self.out, done, self.parameters, self.optimiser, self.data, self.world, save_memory)
         if stop:
             raise resume.Stopped(f"stopped after step {done} of {steps}, which is saved; go on with --resume")
-
-    def _delete_states(self) -> None:
-        for state in resume.states(self.out):
-            shutil.rmtree(state)
 
 
 def fit(attacker: Attacker, prompts: list[Prompt], training: Training, out: Path, title: str) -> None:
