@@ -118,9 +118,10 @@ def read_state(folder: Path) -> dict:
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(f"{folder / STATE}: damaged, or of another version of this program; {advice}")
     step, data, files = facts.get("step"), facts.get("data"), facts.get("files")
-    typed = isinstance(step, int) and isinstance(data, str) and isinstance(files, dict)
-    if not typed or folder.name != f"state-{step:06d}":
+    if not (isinstance(step, int) and isinstance(data, str) and isinstance(files, dict)):
         raise InputError(f"{folder / STATE}: damaged; {advice}")
+    if folder.name != f"state-{step:06d}":
+        raise InputError(f"{folder / STATE}: is of step {step}; {advice}")
     found = digests(folder)
     for name in sorted(files.keys() | found.keys()):
         if files.get(name) != found.get(name):
