@@ -208,8 +208,9 @@ class RedTeam:
             answer_tokens=ANSWER_TOKENS,
             seed=self.options.seed,
         )
-        draws = make_folder(self.out / "attacks")
-        attacks = evaluate.draw_attacks(f"{name}-{folder.name}", str(folder), settings, draws)
+        draws, title = make_folder(self.out / "attacks"), f"{name}-{folder.name}"
+        evaluate.attacks_file(draws, title).unlink(missing_ok=True)  # of an earlier demo into this folder
+        attacks = evaluate.draw_attacks(title, str(folder), settings, draws)
         self.lists[name, method] = attacks
 
 
