@@ -104,6 +104,23 @@ def mend(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def sweep(folder: Path) -> None:
+    """Clear what killed processes left in `folder`; what a live one is writing stays. Raises OSError."""
+    for left in list(folder.iterdir()) if _is_main_process() else ():
+        found = LEFTOVER.fullmatch(left.name)
+        path = folder / found[1] if found else None
+        if path is None or path in _held:
+            continue
+        with suppress(InputError, OSError):  # another process writes there, or it is not ours to delete
+            if left.is_dir():
+                with lock(path):
+                    mend(path)
+            else:
+                descriptor = create(left)
+                left.unlink()
+                os.close(descriptor)
+
+
 def beside(path: Path, kind: str) -> Path:
     """The name of a file or folder that stands beside `path` while that is written."""
     if not path.name:

@@ -59,7 +59,7 @@ MUTANTS = (
            'word.partition("=")[0]', "word", "test_unused.py"),
     Mutant("gap-closed-by-one-row", "cfgsafe/decode.py",
            "starts[number], starts[number] - size)", "starts[number], starts[number] - 1)", "test_engine.py"),
-    Mutant("answers-not-flushed", "cfgsafe/files.py", "self._file.flush()", "pass", "test_scoring.py"),
+    Mutant("answers-not-flushed", "cfgsafe/files.py", '"ab+", buffering=0)', '"ab+")', "test_scoring.py"),
     Mutant("combine-swapped", "cfgsafe/guidance.py",
            "g * wide + (1 - g) *", "(1 - g) * wide + g *", "test_decode.py"),
     Mutant("weights-by-their-date", "cfgsafe/identity.py",

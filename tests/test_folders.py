@@ -2,13 +2,19 @@
 
 import errno
 import os
+import shutil
+import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from kills import every_moment
 
+from cfgsafe import folders
 from cfgsafe.errors import InputError
+from cfgsafe.files import make_folder
 from cfgsafe.folders import lock, new_folder
 
 ROOT = Path(__file__).parents[1]
@@ -136,3 +142,119 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().err == (
         f"warning: {tmp_path}/o: no locks there; start no second run that writes there\n"
     )
+
+
+def fill(folder: Path, content: str) -> None:
+    """A folder of three files, one of them in a folder inside."""
+    with new_folder(folder, replaces=("*",)) as temporary:
+        (temporary / "inside").mkdir()
+        for name in ("a.json", "b.json", "inside/c.json"):
+            (temporary / name).write_text(content)
+
+
+def content_of(folder: Path) -> set[tuple[str, str]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {(str(path.relative_to(folder)), path.read_text()) for path in files}
+
+
+def whole(content: str) -> set[tuple[str, str]]:
+    return {(name, content) for name in ("a.json", "b.json", "inside/c.json")}
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new(tmp_path, monkeypatch, can_exchange):
+    """Without an exchange of names there is a moment without a folder; the next run gives it back."""
+    monkeypatch.setattr(os, "fsync", str)  # a kill needs none, and they take most of the time
+    if not can_exchange:
+        monkeypatch.setattr(folders, "EXCHANGE", 1 << 20)  # a flag that renameat2 refuses
+    folder, seen, gaps = tmp_path / "runs" / "o", set(), 0
+    fill(folder, "old")
+
+    def check(moment):
+        nonlocal gaps
+        if not folder.exists():
+            gaps += 1
+            make_folder(folder.parent)
+        found = content_of(folder)
+        assert found in (whole("old"), whole("new")), moment
+        seen.update(text for _, text in found)
+        fill(folder, "old")
+        assert [path.name for path in folder.parent.iterdir()] == ["o"], moment
+
+    assert every_moment(partial(fill, folder, "new"), check) > 25
+    assert seen == {"old", "new"} and (gaps == 0) == can_exchange
+
+
+def test_a_kill_at_any_moment_leaves_no_part_of_a_first_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", str)
+    out = tmp_path / "runs"
+
+    def check(moment):
+        assert content_of(out / "o") in (set(), whole("new")), moment
+        shutil.rmtree(out / "o", ignore_errors=True)
+        make_folder(out)
+        assert list(out.iterdir()) == [], moment
+
+    assert every_moment(partial(fill, out / "o", "new"), check) > 25
+
+
+def test_what_a_live_process_writes_is_not_cleared(tmp_path, holder):
+    holder(tmp_path / "state-1")
+    theirs = {tmp_path / ".state-1.cfgsafe-lock", tmp_path / ".state-1.cfgsafe-new" / "half"}
+    (tmp_path / ".state-1.cfgsafe-new").mkdir()
+    (tmp_path / ".state-1.cfgsafe-new" / "half").touch()
+    (tmp_path / ".state-2.cfgsafe-new").mkdir()
+    (tmp_path / ".x.json.cfgsafe-new").touch()
+    (tmp_path / ".mine.old").touch()
+    with new_folder(tmp_path / "state-3") as temporary:
+        make_folder(tmp_path)
+        assert temporary.exists()
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == theirs | {tmp_path / ".mine.old"} and not (tmp_path / ".state-2.cfgsafe-new").exists()
+
+
+def test_modes_are_the_umasks_or_those_before(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_folder(tmp_path / "o", "x")
+        file = tmp_path / "o" / "file.json"
+        assert mode_of(tmp_path / "o") == 0o750 and mode_of(file) == 0o640
+        file.chmod(0o600)
+        (tmp_path / "o").chmod(0o700)
+        write_folder(tmp_path / "o", "y")
+        assert mode_of(tmp_path / "o") == 0o700 and mode_of(file) == 0o600 and file.read_text() == "y"
+    finally:
+        os.umask(old)
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_link_stays_and_its_folder_is_replaced(tmp_path):
+    write_folder(tmp_path / "real", "old")
+    for name, target in (("link", "real"), ("dangling", "new")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        write_folder(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink() and (tmp_path / target / "file.json").read_text() == "new"
+
+
+def test_what_is_written_is_on_the_disk_before_the_old_goes(tmp_path, monkeypatch):
+    """Each file and folder is synced, and the names are, before anything is deleted."""
+    fill(tmp_path / "o", "old")
+    done = []
+
+    def sync(descriptor, real=os.fsync):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real(descriptor)
+
+    def delete(path, *arguments, real=shutil.rmtree, **options):
+        done.append("deleted" if Path(path).exists() else "")
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(shutil, "rmtree", delete)
+    fill(tmp_path / "o", "new")
+    steps = [step for step in done if step]
+    assert steps[-2:] == [tmp_path.name, "deleted"]
+    assert set(steps[:-2]) == {".o.cfgsafe-new", "a.json", "b.json", "inside", "c.json"}

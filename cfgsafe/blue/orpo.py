@@ -23,7 +23,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from cfgsafe.blue.batches import Pair, Step
 from cfgsafe.blue.options import FREE, Options, check, unread
 from cfgsafe.blue.step import LOGGED, batch_loss, evaluate, reference_logprobs
 from cfgsafe.errors import InputError
-from cfgsafe.files import make_folder
+from cfgsafe.files import Log, make_folder
 from cfgsafe.hub import resolve
 from cfgsafe.identity import contents
 from cfgsafe.llama import Llama
@@ -99,7 +98,7 @@ def train(
     writer = tensorboard(out) if options.tensorboard and world.main else None
     title = f"{options.objective} {out.name}"
     bar = progress(total=len(steps), initial=done, desc=title, disable=not world.main)
-    with bar, resume.signals() as arrived, open(out / "metrics.jsonl", "a") as log:
+    with bar, resume.signals() as arrived, Log(out / "metrics.jsonl") as log:
         for number, step in enumerate(steps[done:], start=done + 1):
             lr = learning_rate(number - 1, len(steps), options)
             values = take_step(this, step, lr, f"step {number}")
@@ -169,10 +168,9 @@ def take_step(run: Run, step: Step, lr: float, what: str) -> dict[str, float]:
     }
 
 
-def record(line: dict[str, float], log: TextIO, bar: Bar, writer) -> None:
+def record(line: dict[str, float], log: Log, bar: Bar, writer) -> None:
     """Report a step in metrics.jsonl, beside the progress bar and, with a writer, in TensorBoard."""
-    log.write(json.dumps(line) + "\n")
-    log.flush()
+    log.add(line)
     shown = {"loss": f"{line['loss']:.3f}", "margin": f"{line['rewards_margin']:.3f}"}
     bar.set_postfix(shown, refresh=False)
     bar.update()
@@ -243,8 +241,8 @@ def begin(run: Run, settings: dict, held: dict[str, str], out: Path, steps: list
 
 def report(out: Path, epoch: int, values: dict[str, float]) -> None:
     """Write the values of the held-out pairs after an epoch."""
-    with open(out / "eval.jsonl", "a") as log:
-        log.write(json.dumps({"epoch": epoch, **values}) + "\n")
+    with Log(out / "eval.jsonl") as log:
+        log.add({"epoch": epoch, **values})
     print(f"{out}: epoch {epoch}, held-out {loss_and_margin(values)}", file=sys.stderr)
 
 

@@ -11,7 +11,6 @@ Run it: python train.py orpo --resume ...
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cfgsafe.errors import CfgsafeError, InputError, option
-from cfgsafe.files import read_json, read_json_value, read_jsonl, write_bytes, write_text
+from cfgsafe.files import read_json, read_json_value, read_log, write_bytes, write_text
 from cfgsafe.folders import new_folder
 from cfgsafe.identity import file_digest
 from cfgsafe.parallel import World, fill, whole
@@ -238,9 +237,8 @@ def keep_steps(path: Path, key: str, last: int) -> int:
     """
     if not path.exists():
         return 0
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     before = kept = reached = 0
-    for place, row in read_jsonl(path):
+    for place, row in read_log(path, key):
         step = row.get(key)
         if type(step) is not int or step < before:
             raise InputError(f"{place}: {key!r} must be a number, not below that of the line above")

@@ -24,7 +24,7 @@ import torch
 from cfgsafe.blue import resume
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count
-from cfgsafe.files import make_folder, write_jsonl, write_text
+from cfgsafe.files import Log, make_folder, write_jsonl, write_text
 from cfgsafe.identity import contents, digest_of
 from cfgsafe.outputs import Folder, Input, InputPath
 from cfgsafe.pii.matching import stands_in
@@ -175,12 +175,12 @@ def draw_attacks(name: str, path: str, options: Options, out: Path) -> list[Atta
             wanted += [(texts[number], trial) for trial in range(first, first + k)]
         trials = scorer.ask(wanted)
         fluency = agent.fluency([drawn[number] for number in numbers])
-        with open(file, "a", encoding="utf-8") as log:
+        with Log(file) as log:
             for place, number in enumerate(numbers):
                 answers = tuple(trials[place * k : place * k + k])
                 likely, least = fluency[place]
                 attack = Attack(drawn[number], texts[number], likely, answers, least)
-                log.write(json.dumps({"draw": number + 1, **attack.to_json()}) + "\n")
+                log.add({"draw": number + 1, **attack.to_json()})
                 found.append(attack)
     return found
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from cfgsafe.blue import resume
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count, Divisor, LogProb, Rate, Share, Weight
-from cfgsafe.files import read_json, read_jsonl, write_text
+from cfgsafe.files import Log, read_json, read_jsonl, write_text
 from cfgsafe.folders import sync
 from cfgsafe.identity import file_digest
 from cfgsafe.red import objectives
@@ -243,9 +243,9 @@ class Archive:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         unscored: dict[Prompt, Attack] = {}
         asked = self._ask(new) if new else []
-        with open(self.path, "a", encoding="utf-8") as log:
+        with Log(self.path) as log:
             for attack in asked:
-                log.write(json.dumps({"step": step, **attack.to_json()}) + "\n")
+                log.add({"step": step, **attack.to_json()})
                 found = unscored if attack.score is None else self.known
                 found[attack.tokens] = attack
         self.unscorable += len(unscored)

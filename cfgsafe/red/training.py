@@ -9,7 +9,6 @@ Run it: python train.py attacker --resume ...
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from cfgsafe.blue import resume
 from cfgsafe.errors import InputError
 from cfgsafe.fields import Count, Rate, Seed
+from cfgsafe.files import Log
 from cfgsafe.parallel import World
 from cfgsafe.progress import progress
 from cfgsafe.red.objectives import schedule
@@ -117,7 +117,7 @@ class Trainer:
         bar = progress(total=self.settings.steps, initial=self.done, desc=self.title)
         self._bar = self._open.enter_context(bar)
         self._signals = self._open.enter_context(resume.signals())
-        self._log = self._open.enter_context(open(self.out / "metrics.jsonl", "a"))
+        self._log = self._open.enter_context(Log(self.out / "metrics.jsonl"))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -149,8 +149,7 @@ class Trainer:
         Raises resume.Stopped after SIGINT or SIGTERM, unless this was the last step.
         """
         done, steps = step + 1, self.settings.steps
-        self._log.write(json.dumps({"step": done, **metrics}) + "\n")
-        self._log.flush()
+        self._log.add({"step": done, **metrics})
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()}, refresh=False)
         self._bar.update()
         stop = bool(self._signals)
