@@ -115,12 +115,9 @@ def test_what_is_no_file_is_never_replaced(tmp_path):
     except PermissionError:
         device = Path("/dev/null")
     (tmp_path / "link").symlink_to(device)
-    for name, kind in (
-        ("folder", "a folder"),
-        ("pipe", "a device or a pipe"),
-        ("link", "a device or a pipe"),
-    ):
-        with pytest.raises(InputError, match=f"{name}: cannot be written .it is {kind}, not a file.; choose"):
+    what = "a folder, pipe or device, not a file"
+    for name in ("folder", "pipe", "link"):
+        with pytest.raises(InputError, match=f"{name}: cannot be written .{what}.; choose another name"):
             write_bytes(tmp_path / name, b"")
     assert (tmp_path / "pipe").is_fifo() and device.is_char_device()
 
