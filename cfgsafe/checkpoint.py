@@ -72,13 +72,13 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
         for name, place in read_header(folder / shard).items():
             if weight_map.get(name) != shard:
                 raise CheckpointError(
-                    f"{place.path}: holds tensor {name!r}, which {INDEX} does not place there"
+                    f"{place.path}: holds tensor {shown(name)}, which {INDEX} does not place there"
                 )
             stored[name] = place
     for name, shard in weight_map.items():
         if name not in stored:
             raise CheckpointError(
-                f"{folder / shard}: tensor {name!r}, which {INDEX} places there, is missing"
+                f"{folder / shard}: tensor {shown(name)}, which {INDEX} places there, is missing"
             )
     return stored
 

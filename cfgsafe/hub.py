@@ -6,6 +6,7 @@ HF_TOKEN or its login file. The token is never logged. The paths of the embedded
 Run it: python infer.py --model meta-llama/Llama-3.1-8B-Instruct --device cuda --prompt "Hello!"
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -46,9 +47,8 @@ def resolve(
     Without `weights`, no safetensors are downloaded. Raises CheckpointError when there is neither a
     folder nor such a hub id, or the hub refuses it or cannot be reached.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
+    if os.path.isdir(name):  # also tells of names that are too long for a path, where Path.is_dir fails
+        return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
         raise CheckpointError(f"{name}: no such folder, and not the form of a hub id (owner/name)")
     from huggingface_hub import snapshot_download

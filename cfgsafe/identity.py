@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from cfgsafe.errors import InputError
+from cfgsafe.files import check_regular
 from cfgsafe.hub import OTHERS, WEIGHTS, resolve
 
 
@@ -65,11 +66,12 @@ def file_digest(path: str | Path) -> str:
     date of modification, cannot be set.
     """
     try:
+        check_regular(path)
         at = Path(path).stat()
         state = (at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns)
         return _read(str(path), state)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 @cache

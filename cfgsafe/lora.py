@@ -344,5 +344,5 @@ def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
         weights[name] = tensor.float() if tensor.is_floating_point() else tensor
         check_finite(name, weights[name], folder / WEIGHTS)
         if name.endswith(".ternary") and not is_packed(tensor):
-            raise CheckpointError(f"{folder / WEIGHTS}: tensor {name!r} holds what is no ternary weight")
+            raise CheckpointError(f"{folder / WEIGHTS}: tensor {shown(name)} holds what is no ternary weight")
     return weights

@@ -25,8 +25,9 @@ from typing import Literal
 from tokenizers import Tokenizer as Backend
 
 from cfgsafe.errors import CheckpointError, InputError
-from cfgsafe.files import read_json
+from cfgsafe.files import MOST_JSON, check_regular, read_json
 from cfgsafe.rendering import RENDERER, TemplateError
+from cfgsafe.settings import Kind, check_fields, read_settings
 
 ROLES = ("system", "user", "assistant")
 PRIVATE_USE = range(0xF0000, 0x10FFFE)  # code points
@@ -104,16 +105,17 @@ class Tokenizer:
         """
         folder = Path(folder)
         files = read_json(folder / "tokenizer.json")
-        config = read_json(folder / "tokenizer_config.json")
+        config = read_settings(folder / "tokenizer_config.json", {})
         source, template = _read_template(folder, config)
-        names = {}
+        names: dict[str, str] = {}
         for key, token in config.items():
-            if key.endswith("_token") and isinstance(token, (str, dict)):
-                names[key] = token["content"] if isinstance(token, dict) else token
+            if key.endswith("_token") and not isinstance(token, bool):  # add_bos_token is true or false
+                check_fields({key: token}, {key: TOKEN}, folder / "tokenizer_config.json")
+                names[key] = str(_name(token))
         try:
             return Tokenizer(files, names, template)
-        except CheckpointError:
-            raise
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
         except TemplateError as error:
             raise CheckpointError(f"{source}: {error}") from None
         except Exception as error:  # tokenizers raises bare Exception
@@ -279,11 +281,20 @@ class Tokenizer:
         return self.encode(text.replace(mark, "") if mark else text)
 
 
+def _name(token: object) -> object:
+    """The text of a token in tokenizer_config.json, which has it alone or in an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+TOKEN = Kind("a string, or an object with a string 'content'", lambda token: isinstance(_name(token), str))
+
+
 def _read_template(folder: Path, config: dict) -> tuple[Path, str]:
     """A checkpoint's chat template, after the file that holds it. Raises CheckpointError."""
     own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if own.exists():
         try:
+            check_regular(own, MOST_JSON)
             return own, own.read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{own}: cannot be read ({error}); give a file in UTF-8") from None

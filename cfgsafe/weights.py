@@ -21,15 +21,12 @@ from torch import Tensor
 
 from cfgsafe.errors import CheckpointError
 from cfgsafe.files import check_regular, parse_json
-from cfgsafe.settings import Kind, check_fields, integer, list_of
+from cfgsafe.settings import TEXT, check_fields, integer, list_of, shown
 
 FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # data types that weights may have -> bytes of an element
 MOST_HEADER = 2**24  # bytes; 16 MB describe about 150,000 tensors
 LARGEST = 2**40  # of a dimension
-ENTRY = {
-    "dtype": Kind("a string", lambda value: isinstance(value, str)),
-    "shape": list_of(integer(0, LARGEST)),
-}
+ENTRY = {"dtype": TEXT, "shape": list_of(integer(0, LARGEST))}
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         if name == "__metadata__":
             continue
         if not isinstance(entry, dict):
-            raise damaged(path, f"its header describes tensor {name!r} by a {type(entry).__name__}")
-        check_fields(entry, ENTRY, f"{path}: tensor {name!r}", needed=tuple(ENTRY))
+            raise damaged(path, f"its header describes tensor {shown(name)} by a {type(entry).__name__}")
+        check_fields(entry, ENTRY, f"{path}: tensor {shown(name)}", needed=tuple(ENTRY))
         found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]))
     with open_weights(path) as file:  # checks offsets, sizes and the length of the file
         assert set(file.keys()) == set(found), path
@@ -73,7 +70,9 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def damaged(path: Path, reason: object) -> CheckpointError:
-    return CheckpointError(f"{path}: cannot be read ({reason}); it is damaged or was not downloaded whole")
+    """The error for a file that is no whole safetensors file; a reason may quote what the file holds."""
+    short = " ".join(str(reason)[:200].split())
+    return CheckpointError(f"{path}: cannot be read ({short}); it is damaged or was not downloaded whole")
 
 
 @contextmanager
@@ -116,7 +115,7 @@ def check_floats(stored: Mapping[str, Stored]) -> None:
     for name, place in stored.items():
         if place.dtype not in FLOATS:
             raise CheckpointError(
-                f"{place.path}: tensor {name!r} is stored as {place.dtype}; weights must be "
+                f"{place.path}: tensor {shown(name)} is stored as {place.dtype}; weights must be "
                 f"{', '.join(FLOATS)}: give a checkpoint that is not quantised"
             )
 
@@ -130,15 +129,17 @@ def check_shapes(
     """
     for name, place in stored.items():
         if name not in asked:
-            raise CheckpointError(f"{folder}: unexpected tensor {name!r}; {asker} asks for none of that name")
+            raise CheckpointError(
+                f"{folder}: unexpected tensor {shown(name)}; {asker} asks for none of that name"
+            )
         if place.shape != asked[name]:
             raise CheckpointError(
-                f"{folder}: tensor {name!r} has shape {place.shape}, {asker} asks for {asked[name]}"
+                f"{folder}: tensor {shown(name)} has shape {place.shape}, {asker} asks for {asked[name]}"
             )
     missing = sorted(set(asked) - set(stored))
     if missing:
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{folder}: missing tensor {missing[0]!r}{more}, which {asker} asks for")
+        raise CheckpointError(f"{folder}: missing tensor {shown(missing[0])}{more}, which {asker} asks for")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -156,4 +157,6 @@ def is_finite(tensor: Tensor) -> bool:
 def check_finite(name: str, tensor: Tensor, place: str | Path) -> None:
     """Raise CheckpointError, naming place and tensor, for a tensor that holds NaN or infinity."""
     if not is_finite(tensor):
-        raise CheckpointError(f"{place}: tensor {name!r} holds numbers that are not finite (NaN or infinity)")
+        raise CheckpointError(
+            f"{place}: tensor {shown(name)} holds numbers that are not finite (NaN or infinity)"
+        )

@@ -254,7 +254,9 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(folder):
         load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "/no/such/folder", "../x/y/z", "owner/missing-model"])
+@pytest.mark.parametrize(
+    "name", ["nowhere", "/no/such/folder", "../x/y/z", "owner/missing-model", "x" * 5000, "a\0b"]
+)
 def test_what_is_neither_folder_nor_on_the_hub_is_one_error(name):
     with pytest.raises(CheckpointError, match=f"{name}: no such folder"):
         load_model(name)

@@ -9,8 +9,8 @@ import torch
 from conftest import random_model
 
 from cfgsafe import subject
-from cfgsafe.errors import CheckpointError
-from cfgsafe.identity import identity
+from cfgsafe.errors import CheckpointError, InputError
+from cfgsafe.identity import file_digest, identity
 from cfgsafe.lora import LoRAConfig, adapter_parameters, attach, write_adapter
 from cfgsafe.subject import Answer, Subject, answers
 
@@ -91,3 +91,9 @@ def test_an_identity_is_of_contents_not_of_places_and_dates(tmp_path, checkpoint
     assert identity(tmp_path / "moved") != before
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         identity(tmp_path / "nowhere")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: cannot be read .a folder, pipe or device"):
+        file_digest(tmp_path / "pipe")

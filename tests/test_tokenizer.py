@@ -1,6 +1,7 @@
 """Chat encoding against transformers, and user text that stays text."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -289,6 +290,24 @@ def test_a_template_of_another_kind_is_refused(tmp_path):
     shutil.copy(Path(BASE) / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"default": SIMPLE}}))
     with pytest.raises(CheckpointError, match="tokenizer_config.json: 'chat_template' must be"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("token", [3, [], {}, {"content": 3}, {"content": None}])
+def test_a_token_name_that_is_no_string_is_named(tmp_path, token):
+    shutil.copy(Path(BASE) / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": token, "add_bos_token": True}))
+    with pytest.raises(
+        CheckpointError, match="tokenizer_config.json: field 'bos_token' is .*; it must be a string"
+    ):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_pipe_in_place_of_the_template_is_not_waited_for(tmp_path):
+    variant(tmp_path, SIMPLE)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    with pytest.raises(CheckpointError, match="chat_template.jinja: cannot be read .*pipe"):
         Tokenizer.load(tmp_path)
 
 
