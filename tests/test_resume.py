@@ -10,16 +10,17 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_identity import overwrite
 
 from cfgsafe.blue import orpo, resume
 from cfgsafe.blue.orpo import Options
-from cfgsafe.errors import InputError
+from cfgsafe.errors import CfgsafeError, InputError
 from cfgsafe.files import write_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -217,3 +218,136 @@ def test_new_contents_at_the_same_path_are_noticed(
         InputError, match=f"^--{option}.*: holds something else than when the run in .* began"
     ):
         orpo.run(replace(settings, resume=True))
+
+
+# Saved states and logs that are damaged: one line that says what to do.
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, checkpoint, pairs) -> Path:
+    """The folder of a run that ended after step 7, with the state of step 5."""
+    out = tmp_path_factory.mktemp("killed") / "o"
+    real = orpo.take_step
+
+    def dies(run, step, lr, what):
+        if what == "step 8":
+            raise RuntimeError("the power is gone")
+        return real(run, step, lr, what)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(orpo, "take_step", dies)
+        orpo.run(options(checkpoint, pairs, out))
+    return out
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def make_infinite(path: Path) -> None:
+    """Spoil a moment of the optimiser, and write its digest anew."""
+    tensors = load_file(path)
+    next(tensor for name, tensor in tensors.items() if name.endswith(".exp_avg"))[0, 0] = torch.inf
+    save_file(tensors, path)
+    edit_json(path.with_name("state.json"), files=resume.digests(path.parent))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        (
+            "state-000005/state.safetensors",
+            cut,
+            "state.safetensors: not what was saved there; delete .*000005 ",
+        ),
+        (
+            "state-000005/state.safetensors",
+            Path.unlink,
+            "state.safetensors: not what was saved there; delete ",
+        ),
+        ("state-000005/state.safetensors", make_infinite, "exp_avg holds a number that is not finite"),
+        (
+            "state-000005/state.json",
+            Path.unlink,
+            r"state.json: cannot be read \(No such file.*; delete .*000005",
+        ),
+        ("state-000005/state.json", cut, "state.json: not JSON"),
+        ("state-000005/state.json", partial(Path.write_text, data="[]"), "state.json: damaged"),
+        ("state-000005/state.json", partial(edit_json, format=0), "of another version"),
+        ("state-000005/state.json", partial(edit_json, step="5"), "state.json: damaged; delete"),
+        ("state-000005/state.json", partial(edit_json, step=4), "state.json: is of step 4; delete"),
+        ("state-000005/state.json", partial(edit_json, files=None), "state.json: damaged; delete"),
+        (
+            "state-000005/state.json",
+            partial(edit_json, files={}),
+            "state.safetensors: not what was saved there",
+        ),
+        (
+            "config.json",
+            Path.unlink,
+            "config.json: not found, and without it nobody knows what state-000005 ",
+        ),
+        ("config.json", partial(edit_json, format=None), "config.json: damaged, or of another version"),
+        ("config.json", partial(edit_json, contents=[]), "config.json: damaged, or of another version"),
+        ("config.json", partial(edit_json, contents={}), "--model .*: holds something else"),
+        ("metrics.jsonl", partial(Path.write_text, data="3\n"), "metrics.jsonl:1: a JSON int, not an object"),
+        ("metrics.jsonl", partial(Path.write_text, data="{}\n"), "metrics.jsonl:1: 'step' must be a number"),
+        (
+            "metrics.jsonl",
+            partial(Path.write_text, data='{"step": 2}\n{"step": 1}\n'),
+            "metrics.jsonl:2: 'step'",
+        ),
+        ("metrics.jsonl", partial(Path.write_bytes, data=b"\xff\n"), "metrics.jsonl: cannot be read"),
+    ],
+)
+def test_a_damaged_run_is_one_line(tmp_path, checkpoint, pairs, killed, file, damage, words):
+    out = Path(shutil.copytree(killed, tmp_path / "o"))
+    damage(out / file)
+    with pytest.raises(CfgsafeError, match=words) as error:
+        orpo.run(options(checkpoint, pairs, out, resume=True))
+    assert "\n" not in str(error.value)
+
+
+def test_without_its_damaged_state_a_run_goes_on(tmp_path, checkpoint, pairs, killed, uninterrupted):
+    """As the message advises; and a state that a killed process was deleting is none."""
+    out = Path(shutil.copytree(killed, tmp_path / "o"))
+    (out / "state-000005").rename(out / "state-000005.deleted")
+    orpo.run(options(checkpoint, pairs, out, resume=True))
+    assert_same(out, uninterrupted)
+    assert not list(out.glob("state-*"))
+
+
+def test_an_option_that_the_run_began_with_cannot_be_left_out(tmp_path, checkpoint, pairs, killed):
+    """Its path may change, but the held-out pairs are a part of the run."""
+    out = Path(shutil.copytree(killed, tmp_path / "o"))
+    with pytest.raises(InputError, match="--eval-pairs: holds something else than when the run in"):
+        orpo.run(options(checkpoint, pairs, out, resume=True, eval_pairs=None))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, checkpoint, pairs, monkeypatch):
+    """The loss is finite, and the step that follows it spoils the weights."""
+    real = orpo.take_step
+
+    def spoils(run, step, lr, what):
+        values = real(run, step, lr, what)
+        if what == "step 5":
+            next(iter(run.parameters.values())).data[0, 0] = torch.nan
+        return values
+
+    monkeypatch.setattr(orpo, "take_step", spoils)
+    with pytest.raises(InputError, match="after step 5 .*lora_A.* not finite; start anew with a lower --lr"):
+        orpo.run(options(checkpoint, pairs, tmp_path / "o"))
+    assert not resume.states(tmp_path / "o")
+
+
+def test_a_log_is_cut_without_touching_what_stays(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step":1,  "x": 0.10}\n\n{"step":2}\n{"step":2, "y": 1}\n{"step":3}\n{"st')
+    assert resume.keep_steps(path, "step", 2) == 2
+    assert path.read_bytes() == b'{"step":1,  "x": 0.10}\n{"step":2}\n{"step":2, "y": 1}\n'
+    assert resume.keep_steps(path, "step", 0) == 0 and path.read_bytes() == b""
+    assert resume.keep_steps(tmp_path / "none", "step", 3) == 0
