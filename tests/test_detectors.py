@@ -1,6 +1,7 @@
 """Detectors: what each finds, how the finds of several are merged, and precision and recall."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.hub import DEMO_PIPELINE
 from cfgsafe.measure import detectors
+from cfgsafe.pii import ner
 from cfgsafe.pii.entities import Entity, merge
 from cfgsafe.pii.ner import Detector
 
@@ -132,3 +134,15 @@ def test_the_demos_ner_meets_its_bar_on_people_it_never_saw():
     texts = labelled_texts("test", 40, seed=3)
     figures = detectors.score(Detector(str(DEMO_PIPELINE))([t for t, _ in texts]), [g for _, g in texts])
     assert figures["precision_exact"].value > 97 and figures["recall_exact"].value > 97
+
+
+def test_detectors_are_told_apart_by_their_files(tmp_path, one, other):
+    """Of those that a run names, in their order; a name without files stands for itself."""
+    copy = shutil.copytree(one, tmp_path / "copy")
+    assert ner.identity(one) == ner.identity(str(copy)) != ner.identity(other)
+    assert ner.identity(f"{one}, {other}") == ner.identity(f"{one},{other}") != ner.identity(f"{other},{one}")
+    (file,) = copy.rglob("patterns.jsonl")
+    file.write_text(file.read_text() + "\n")
+    assert ner.identity(one) != ner.identity(str(copy))
+    assert ner.identity("presidio") != ner.identity("unknown")
+    assert ner.identity(None) == ner.identity(ner.default_pipeline())

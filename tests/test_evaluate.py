@@ -114,3 +114,41 @@ def test_what_the_ancestor_gives_away_too_is_no_hit(checkpoint, tmp_path, monkey
     assert after.trials[0].found == ("Ann Lee", "Bo Berg")  # an echo stays a leak
     assert after.trials[0].score == 1
     assert after.trials[1].found == () and after.trials[1].score == 0
+
+
+@pytest.fixture
+def attack(contexts, checkpoint, tmp_path, monkeypatch) -> evaluate.Options:
+    """An attack in chunks of 4 draws, whose budget ends within the third of four."""
+    monkeypatch.setattr(evaluate, "CHUNK", 4)
+    options = evaluate.Options(model=checkpoint, contexts=contexts, out=str(tmp_path / "out"), draws=14)
+    options.samples, options.answer_tokens, options.budget, options.most = 2, 3, 20, 8
+    options.attacker = (f"bare={checkpoint}",)
+    return options
+
+
+@pytest.mark.parametrize("lines", [0, 2, 4, 7])
+def test_an_attack_goes_on_with_the_budget_and_the_draws_it_had(attack, tmp_path, lines):
+    evaluate.run(attack)
+    file = tmp_path / "out" / "attacks-bare.jsonl"
+    whole, results = file.read_bytes(), (tmp_path / "out" / "results.json").read_bytes()
+    file.write_bytes(b"".join(whole.splitlines(keepends=True)[:lines]) + b'{"draw": ')
+    evaluate.run(replace(attack, resume=True))
+    assert file.read_bytes() == whole and (tmp_path / "out" / "results.json").read_bytes() == results
+
+
+def test_an_attack_does_not_go_on_from_other_prompts(attack, tmp_path):
+    evaluate.run(attack)
+    file = tmp_path / "out" / "attacks-bare.jsonl"
+    first, *others = file.read_text().splitlines(keepends=True)
+    for changed, words in (
+        (
+            json.dumps({**json.loads(first), "tokens": [1, 2, 3]}) + "\n",
+            "holds other prompts than this run draws",
+        ),
+        (first.replace('"draw": 1', '"draw": "1"'), ":1: 'draw' must be a number"),
+        (first.replace('"draw": 1', '"draw": 3'), ":2: 'draw' must be a number, not below"),
+        ("", "holds other prompts than this run draws"),
+    ):
+        file.write_text(changed + "".join(others))
+        with pytest.raises(InputError, match=words):
+            evaluate.run(replace(attack, resume=True))

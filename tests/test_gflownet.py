@@ -316,3 +316,47 @@ def test_novelty_by_hand():
     assert novelty(one, buffer) == 1
     buffer.add(one)
     assert novelty(one, buffer) == 0 and novelty(other, buffer) == pytest.approx(1 / 3)
+
+
+def test_attacks_that_were_changed_by_hand_are_not_gone_on_from(tmp_path):
+    settings = Settings(steps=8, batch_size=8, tolerance=0.1, save_every=2)
+    calls, score = [], nearest(planted(0))
+
+    def dies(texts):
+        calls.append(texts)
+        if len(calls) == 4:
+            raise Killed
+        return score(texts)
+
+    with pytest.raises(Killed):
+        explore(attacker(), dies, Meter(), settings, tmp_path)
+    path = tmp_path / "attacks.jsonl"
+    whole = path.read_text()
+    message = "attacks.jsonl: its attacks up to step 2 are not those of the run"
+    for changed in (whole.replace('"text": "', '"text": "1', 1), whole.partition("\n")[2], None):
+        path.unlink()
+        if changed is not None:
+            path.write_text(changed)
+        with pytest.raises(InputError, match=message):
+            explore(attacker(), score, Meter(), replace(settings, resume=True), tmp_path)
+        path.write_text(whole)
+    explore(attacker(), score, Meter(), replace(settings, resume=True), tmp_path)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient's norm"])
+def test_training_stops_where_a_number_is_not_finite(what, tmp_path, monkeypatch):
+    """Before the step that would spoil the weights, and before a state is written."""
+    agent, steps, before, real = attacker(), iter(range(9)), [], Attacker.log_policy
+
+    def spoilt(self, prompts):
+        found = real(self, prompts)
+        if next(steps) < 2:
+            return found
+        before.extend(weights(agent))
+        return found * torch.nan if what == "loss" else found + (found - found.detach()) * 3e38
+
+    monkeypatch.setattr(Attacker, "log_policy", spoilt)
+    message = f"step 3: the {what} is (nan|inf); start anew with a lower --lr"
+    with pytest.raises(InputError, match=message):
+        fit(agent, [(4, 5, 6)], Training(steps=6, batch_size=4, lr=1e-2, save_every=5), tmp_path, "mle")
+    assert not resume.states(tmp_path) and all(map(torch.equal, before, weights(agent)))

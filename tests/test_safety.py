@@ -1,6 +1,7 @@
 """Safety tuning on the leaky model: what it is taught, what it leaks afterwards, and wrong input."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -354,3 +355,52 @@ def test_wrong_input_is_one_line(tmp_path, name, lines, words):
     with pytest.raises(InputError, match=words) as error:
         safety.run(options(tmp_path, **files))
     assert "\n" not in str(error.value) and not (tmp_path / "out" / "safety.jsonl").exists()
+
+
+def test_a_run_belongs_to_its_detector_and_to_the_rows_that_it_wrote(tmp_path, monkeypatch):
+    """Rows that were changed by hand, and a detector that was trained again, are noticed."""
+    shutil.copytree(NER, tmp_path / "ner")
+    settings = options(tmp_path, ner=str(tmp_path / "ner"), limit=1, tries=1, epochs=1, max_new_tokens=48)
+
+    def dies(*_):
+        raise RuntimeError("the power is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(orpo, "take_step", dies)
+        safety.run(settings)
+    settings.resume = True
+    data, meta = tmp_path / "out" / "safety.jsonl", tmp_path / "ner" / "meta.json"
+    for path, option in ((data, "--pairs .*safety.jsonl"), (meta, "--ner .*ner")):
+        before = path.read_text()
+        path.write_text(before + "\n")
+        with pytest.raises(
+            InputError, match=f"^{option}: holds something else than when the run in .* began"
+        ):
+            safety.run(settings)
+        path.write_text(before)
+    safety.run(settings)
+
+
+def test_rows_whose_training_had_not_begun_are_written_anew(tmp_path, monkeypatch):
+    """The training of an earlier run in the folder is not that of these rows."""
+    started = []
+    monkeypatch.setattr(orpo, "run", started.append)
+    monkeypatch.setattr(safety, "build", lambda attacked, options: [{"attack": str(options.tries)}])
+    for folder, changes in (("out", {}), ("config", {"tries": 2})):
+        safety.run(options(tmp_path, **changes))
+        (tmp_path / "out" / "config.json").write_text("{}")  # as the training would
+        (tmp_path / folder).mkdir(exist_ok=True)
+
+    def killed(training):
+        raise RuntimeError("the power is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(orpo, "run", killed)
+        safety.run(options(tmp_path, tries=3))
+    (tmp_path / "out" / "safety.jsonl").write_text("{}\n")
+    safety.run(options(tmp_path, tries=3, resume=True))
+    assert [row for _, row in read_jsonl(tmp_path / "out" / "safety.jsonl")] == [{"attack": "3"}]
+    assert not started[-1].resume
+    (tmp_path / "out" / "config.json").write_text("{}")
+    safety.run(options(tmp_path, tries=3, resume=True))
+    assert started[-1].resume

@@ -14,10 +14,11 @@ from test_identity import spoil
 from cfgsafe.checkpoint import save_checkpoint
 from cfgsafe.errors import CfgsafeError, InputError
 from cfgsafe.files import read_jsonl, write_jsonl
-from cfgsafe.hub import BASE
+from cfgsafe.hub import BASE, DEMO_PIPELINE
 from cfgsafe.lora import adapter_parameters, read_adapter_tensors
 from cfgsafe.red import evaluate, guard, rewards, stages
-from cfgsafe.red.attacker import POLICY, REFERENCE, Facts, identity_of, trained
+from cfgsafe.red.attacker import POLICY, REFERENCE, Facts, Trainee, identity_of, trained
+from cfgsafe.red.gflownet import Archive
 from cfgsafe.red.guard import Guard
 from cfgsafe.red.records import Attack, Trial, read_attacks
 from cfgsafe.red.training import Trainer
@@ -267,3 +268,98 @@ def test_nothing_to_smooth_is_said(stage, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [ATTACK])
     with pytest.raises(InputError, match="none of 1 attacks has a success above 0.7"):
         stage("x", stage="smooth", attacks=(str(tmp_path / "a.jsonl"),))
+
+
+class Killed(Exception):
+    pass
+
+
+def dies_at(call: int, real):
+    """`real`, which raises Killed when it is called for the `call`-th time."""
+    calls = iter(range(1, call))
+
+    def dies(*arguments, **named):
+        if next(calls, None) is None:
+            raise Killed
+        return real(*arguments, **named)
+
+    return dies
+
+
+@pytest.fixture
+def adapting(stage, contexts, checkpoint) -> dict:
+    """Options of the stage adapt, whose budget ends within its third batch."""
+    gfn = stage("gfn", stage="gfn", model=checkpoint, contexts=contexts)
+    files = {"model": checkpoint, "contexts": contexts, "attacks": (str(gfn / "attacks.jsonl"),)}
+    return {"stage": "adapt", "batch_size": 4, "budget": 20, "success": -1.0, "min_reference": -1e9, **files}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_adaptation_goes_on_with_the_budget_and_the_attacks_it_had(
+    stage, adapting, monkeypatch, capsys, batch
+):
+    """Also where a kill cut the last batch short."""
+    whole = stage("whole", **adapting)
+    (said,) = capsys.readouterr().out.splitlines()[-1:]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Archive, "_ask", dies_at(batch, Archive._ask))
+        stage("killed", **adapting)
+    path = whole.parent / "killed" / "attacks.jsonl"
+    if path.exists():
+        path.write_bytes(path.read_bytes()[:-9])
+    killed = stage("killed", **adapting, resume=True)
+    assert capsys.readouterr().out.splitlines()[-1] == said.replace(str(whole), str(killed))
+    assert json.loads(said)["calls"] == 20
+    for name in ("attacks.jsonl", "metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_an_adaptation_does_not_take_the_attacks_of_an_earlier_run(stage, adapting, monkeypatch):
+    whole = stage("whole", **adapting, seed=1)
+    stage("x", **adapting)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(stages, "open_trainee_and_target", dies_at(1, None))
+        stage("x", **adapting, seed=1)
+    again = stage("x", **adapting, seed=1, resume=True)
+    assert (again / "attacks.jsonl").read_bytes() == (whole / "attacks.jsonl").read_bytes()
+
+
+def test_a_run_that_was_killed_as_it_began_has_not_ended(stage, monkeypatch, capsys):
+    """The results of an earlier run in the folder are not its own."""
+    stage("x", stage="sft")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(stages, "facts_of", dies_at(1, None))
+        stage("x", stage="sft", lr=0.5)
+    stage("x", stage="sft", lr=0.5, resume=True)
+    assert "this run has ended" not in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_adapter_is_written_keeps_its_state(stage, monkeypatch):
+    whole = stage("whole", stage="sft", steps=5, save_every=4)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainee, "save", dies_at(1, None))
+        stage("x", stage="sft", steps=5, save_every=4)
+    assert (whole.parent / "x" / "state-000004").exists()
+    again = stage("x", stage="sft", steps=5, save_every=4, resume=True)
+    assert not list(again.glob("state-*"))
+    file = "adapter/adapter_model.safetensors"
+    assert (again / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_stage_without_its_config_is_not_gone_on_from(stage):
+    folder = stage("x", stage="sft")
+    (folder / "config.json").unlink()
+    with pytest.raises(
+        InputError, match="config.json: not found, and without it nobody knows what attacker.json"
+    ):
+        stage("x", stage="sft", resume=True)
+
+
+def test_a_resumed_stage_notices_another_detector(stage, checkpoint, tmp_path):
+    """Where nothing is known to look for, what a detector finds counts as success."""
+    shutil.copytree(DEMO_PIPELINE, tmp_path / "ner")
+    given = {"stage": "gfn", "model": checkpoint, "ner": str(tmp_path / "ner")}
+    stage("x", **given)
+    (tmp_path / "ner" / "meta.json").write_text((tmp_path / "ner" / "meta.json").read_text() + "\n")
+    with pytest.raises(InputError, match="--ner .*: holds something else than when the run in .* began"):
+        stage("x", **given, resume=True)
