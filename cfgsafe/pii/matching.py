@@ -24,7 +24,6 @@ Run it: python -m pytest tests/test_matching.py
 """
 
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 
 from cfgsafe.pii.spelling import Spelling, read
@@ -35,7 +34,7 @@ LONG = 6  # letters and digits: from here on separators may come and go
 YEAR = 4  # digits: from here on a number may follow a word directly
 WORD = 3  # letters: from here on a digit may stand directly beside them
 APART = "\0"  # no value reaches over it
-GAP = re.compile(r"[*_~`]*[^\0█!?;|<>{}=]{,3}[*_~`]*")  # between the words of a value; █ is a mask
+GAP = re.compile(r"([*_~`]*[^\0█!?;|<>{}=]){,3}[*_~`]*")  # between the words of a value; █ is a mask
 NUMBER_GAP = re.compile(r"[\s\-./()_:+]{,3}")  # between the digits of a long number
 HYPHEN = re.compile(r"-\s?\n")  # a word goes on in the next line
 IN_A_NUMBER = re.compile(r"[.,/:'-]")  # between two digits of one number
@@ -58,13 +57,13 @@ def places(text: str, label: str, value: str, bare: bool = False) -> list[Place]
     >>> places("Dear Ann, ann_lee", "PERSON", "Ann Lee")
     [(10, 17), (5, 8)]
     """
-    found = list(_whole(text, value, bare))
-    words = value.split()
-    if label == "PERSON" and len(words) > 1:
-        if len(set(words)) > 1:
-            found += _whole(text, " ".join([words[-1], *words[:-1]]), False)
+    given = _spelling_of_text(text)
+    found = _whole(given, value, bare)
+    if label == "PERSON":
+        for turned in _last_name_first(value):
+            found += _whole(given, turned)
         for part in name_parts(value):
-            found += [place for place in _whole(text, part, False) if _is_name(text[slice(*place)], part)]
+            found += [place for place in _whole(given, part) if _is_name(text[slice(*place)], part)]
     return found
 
 
@@ -110,7 +109,7 @@ def _overlaps(place: Place, others: list[Place]) -> bool:
 
 def stands_in(text: str, value: str) -> bool:
     """Whether `text` holds the whole `value`, in any spelling."""
-    return next(_whole(text, value, False), None) is not None
+    return bool(_whole(_spelling_of_text(text), value))
 
 
 def exact_places(text: str, words: str) -> list[Place]:
@@ -127,24 +126,26 @@ _spelling_of_text = lru_cache(maxsize=256)(read)
 _spelling_of_value = lru_cache(maxsize=65536)(read)  # a value is looked for in every text
 
 
-def _whole(text: str, value: str, bare: bool) -> Iterator[Place]:
+def _whole(given: Spelling, value: str, bare: bool = False) -> list[Place]:
     """The places of a whole value, from left to right, without overlaps.
 
     The cheap test comes first, because hardly any of thousands of known values occurs in a given text.
     """
-    wanted, given = _spelling_of_value(value), _spelling_of_text(text)
-    if wanted.letters:
-        at = given.letters.find(wanted.letters)
-        while at >= 0:
+    wanted = _spelling_of_value(value)
+    at = given.letters.find(wanted.letters)
+    if at < 0:
+        return []
+    if not wanted.letters:  # only signs
+        signs = re.escape(value.strip())
+        return [match.span() for match in re.finditer(signs, given.text)] if signs else []
+    found = []
+    while at >= 0:
+        end = at + 1
+        if _is_place(wanted, given, at, bare):
+            found.append(_with_its_ends(wanted, given, at))
             end = at + len(wanted.letters)
-            if _is_place(wanted, given, at, bare):
-                yield _with_its_ends(wanted, given, at)
-            else:
-                end = at + 1
-            at = given.letters.find(wanted.letters, end)
-    elif value.strip():
-        for match in re.finditer(re.escape(value.strip()), text):
-            yield match.span()
+        at = given.letters.find(wanted.letters, end)
+    return found
 
 
 def _is_place(value: Spelling, text: Spelling, at: int, bare: bool) -> bool:
@@ -164,7 +165,7 @@ def _begins(value: Spelling, text: Spelling, at: int) -> bool:
     """Whether a word, and not only a part of one, begins with letter `at` of the text."""
     if at == 0:
         return True
-    before, after = text.letters[at - 1 : at + 1]
+    before, after = text.letters[at - 1], text.letters[at]
     if value.is_number and len(value.letters) < YEAR:
         return _is_apart(before, text.gaps[at], after)
     if text.gaps[at]:
@@ -178,7 +179,7 @@ def _ends(value: Spelling, text: Spelling, at: int) -> bool:
     """Whether a word ends before letter `at` of the text."""
     if at == len(text.letters):
         return True
-    before, after = text.letters[at - 1 : at + 1]
+    before, after = text.letters[at - 1], text.letters[at]
     if value.is_number and len(value.letters) < YEAR:
         return _is_apart(before, text.gaps[at], after)
     if text.gaps[at]:
@@ -193,12 +194,12 @@ def _ends(value: Spelling, text: Spelling, at: int) -> bool:
 def _is_apart(before: str, gap: str, after: str) -> bool:
     """Whether a small number is none of a larger one, and no part of a word."""
     one_number = before.isdecimal() and after.isdecimal() and IN_A_NUMBER.fullmatch(gap)
-    return bool(gap) and not one_number
+    return gap not in ("", "_") and not one_number  # an index: H_2
 
 
 def _is_boundary(value: Spelling, text: Spelling, at: int) -> bool:
     """Whether a word may begin with letter `at`, although another letter stands directly before it."""
-    before, after = text.letters[at - 1 : at + 1]
+    before, after = text.letters[at - 1], text.letters[at]
     if text.starts[at - 1] == text.starts[at] or len(value.letters) == 1:
         return False
     for script in (KATAKANA, KOREAN):
@@ -213,7 +214,7 @@ def _is_boundary(value: Spelling, text: Spelling, at: int) -> bool:
 def _is_same_gap(value: Spelling, k: int, text: Spelling, at: int) -> bool:
     """Whether the text may have its gap before letter `at` where the value has another before letter k."""
     wanted, given = value.gaps[k], text.gaps[at]
-    before, after = value.letters[k - 1 : k + 1]
+    before, after = value.letters[k - 1], value.letters[k]
     is_long = len(value.letters) >= LONG
     if before.isdecimal() and after.isdecimal():
         digits = sum(map(str.isdecimal, value.letters))
@@ -269,14 +270,21 @@ def _with_its_ends(value: Spelling, text: Spelling, at: int) -> Place:
 
 
 @lru_cache(maxsize=65536)
+def _last_name_first(name: str) -> list[str]:
+    """The name with its last word in front, if that is another order."""
+    words = name.split()
+    return [" ".join([words[-1], *words[:-1]])] if len(set(words)) > 1 else []
+
+
+@lru_cache(maxsize=65536)
 def name_parts(name: str) -> tuple[str, ...]:
-    """The words of a name that count on their own: capitalised or without capitals, no initials or titles.
+    """The words of a longer name that count on their own: capitalised or without case, no initials or titles.
 
     >>> name_parts("Dr. Jan de Boer")
     ('Jan', 'Boer')
     """
-    parts = []
-    for word in name.split():
+    words, parts = name.split(), []
+    for word in words if len(words) > 1 else []:
         letters = _spelling_of_value(word).letters
         if not word.endswith(".") and len(letters) > 1 and (word[0].isupper() or _has_no_case(word)):
             parts.append(word)

@@ -17,6 +17,7 @@ from functools import lru_cache
 
 FORMS = str.maketrans(dict.fromkeys("‐‑‒–—―−", "-") | dict.fromkeys("’‘ʼʹ`´", "'") | {"ı": "i"})
 INVISIBLE = "\u0640\u034f\ufe0e\ufe0f"  # besides the category Cf: tatweel, grapheme joiner, forms of emoji
+DOT = "\u0307"  # above an i, it is no accent
 JOINED_MARKS = "\uff9e\uff9f"  # half-width voicing marks
 JAMO = range(0x1160, 0x1200)  # vowels and last consonants of a Korean syllable
 
@@ -92,8 +93,9 @@ def _forms(character: str) -> tuple[tuple[str, bool, bool], ...]:
     seen = "".join(part for part in character if not _is_invisible(part))
     forms: list[tuple[str, bool, bool]] = []
     for part in unicodedata.normalize("NFKC", seen).translate(FORMS):
-        folded = part.casefold().replace("i\u0307", "i").translate(FORMS)
-        for form in folded:
+        for form in part.casefold().translate(FORMS):
+            if form == DOT and forms and forms[-1][0] == "i":
+                continue
             digit = unicodedata.decimal(form, None)
             after_a_letter = bool(forms) and forms[-1][1]
             is_letter = form.isalnum() or (after_a_letter and unicodedata.category(form).startswith("M"))
@@ -103,5 +105,5 @@ def _forms(character: str) -> tuple[tuple[str, bool, bool], ...]:
 
 @lru_cache(maxsize=4096)
 def _gap(between: str) -> str:
-    """The gap with one line break, or one blank, for each run of white space."""
-    return re.sub(r"\s+", lambda run: "\n" if "\n" in run[0] else " ", between)
+    """The gap with one blank for each run of white space, or one line break, with the > of a quoted mail."""
+    return re.sub(r"\s*\n[\s>]*|\s+", lambda run: "\n" if "\n" in run[0] else " ", between)
