@@ -5,29 +5,32 @@ request gives the same tokens as alone, whatever the lengths of its two prompts 
 Requests that end leave the batch and waiting ones join it. Prompts are prefilled apart from the
 decoding steps, and a beginning that several of them share is computed once. On a GPU, a batch that
 stays the same for a few steps is captured as a CUDA graph: forward, head, guidance and sampling then
-replay as one launch. `cfgsafe.request` defines what goes in and out; `cfgsafe.lockstep` and
+replay as one launch. A step that fails costs only the requests that fail alone. `cfgsafe.request` defines what goes in and out; `cfgsafe.lockstep` and
 `cfgsafe.prefill` compute the tokens.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --requests requests.jsonl
 """
 
+import re
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from pathlib import Path
 
 import torch
 
-from cfgsafe.errors import InputError
+from cfgsafe.errors import CfgsafeError, InputError
+from cfgsafe.kernels.reference import NOT_FINITE
 from cfgsafe.llama import KVCache, Llama
-from cfgsafe.lockstep import Batch, Settings
+from cfgsafe.lockstep import Batch, Results, Settings
 from cfgsafe.lora import set_adapters
 from cfgsafe.prefill import Prefill
 from cfgsafe.request import Completion, Request, Running, check_request, slots_for
 
 BATCH = 64  # requests decoded together
-GPU_SHARE = 0.9  # of the free GPU memory that the KV cache may take
+MEMORY_SHARE = 0.9  # of the device's free memory that the KV cache may take
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,19 @@ class Engine:
     """Serves requests as they come: `submit` them, then call `step` while the engine is `busy`.
 
     Invariants between steps:
-        The rows in use are the first rows of the cache, without a gap; `free` counts the others.
-        Rows have the order of the requests in `running`.
-        The positive row of a guided request comes right before its negative row.
+        A running request has rows of the cache that no other one has; a waiting one has none.
+        What the cache holds follows from the tokens of the running requests (`request.Running`).
+        Rows of the cache beyond those, and slots beyond a row's length, are never read before they are
+        written or cleared.
         `batch` holds the tensors of the running requests, or is None after one has joined or left.
 
+    A step computes first and takes the tokens then. Where computing fails, it is tried again with each half
+    of the requests, down to single ones: a request that fails alone ends as "failed", with the reason in
+    its completion, and all others get the tokens that they get alone. `KeyboardInterrupt` and `SystemExit`
+    go through, and the next step goes on from there.
+
     The cache has `rows` of `slots` positions each and is allocated at once. It takes at most
-    `kv_bytes`, by default most of what a GPU has free; `rows` shrinks to fit. `log_path`, `skip`
+    `kv_bytes`, by default most of what the device has free; `rows` shrinks to fit. `log_path`, `skip`
     and `graphs`: see cfgsafe.lockstep.Settings. Raises InputError when not even one row fits.
     """
 
@@ -110,20 +119,21 @@ class Engine:
         graphs: bool = True,
     ):
         row_bytes = slots * KVCache.bytes_a_slot(model.config, model.dtype)
-        if kv_bytes is None and model.device.type == "cuda":
-            kv_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(model.device)[0])
+        free = free_memory(model.device)
+        if kv_bytes is None and free is not None:
+            kv_bytes = int(MEMORY_SHARE * free)
         if kv_bytes is not None:
             rows = min(rows, kv_bytes // row_bytes)
         if rows < 1:
             raise InputError(
                 f"the KV cache of one row of {slots} positions takes {row_bytes:,} bytes, "
-                f"more than the {kv_bytes:,} allowed"
+                f"more than the {kv_bytes:,} allowed; shorten the prompts or lower max_new_tokens"
             )
         self.model, self.slots = model, slots
         self.cache = KVCache.empty(model.config, rows, slots, device=model.device, dtype=model.dtype)
-        self.free = rows
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
+        self.events: list[Event] = []  # that `step` has not returned yet
         self.submitted = 0
         self.settings = Settings(log_path, skip, graphs)
         self.prefill = Prefill(model, self.cache, self.settings)
@@ -132,7 +142,12 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request is waiting or running."""
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.events)
+
+    @property
+    def free(self) -> int:
+        """Number of rows of the cache that no request has."""
+        return len(self._free_rows())
 
     def submit(self, request: Request) -> int:
         """Queue a request; returns its id.
@@ -157,10 +172,7 @@ class Engine:
         for state in [*self.waiting, *self.running]:
             if state.request_id == request_id:
                 state.completion.finish_reason = "cancelled"
-                if state in self.running:
-                    self._leave(state)
-                else:
-                    self.waiting.remove(state)
+                self._forget(state)
                 return state.completion
         return None
 
@@ -170,84 +182,125 @@ class Engine:
 
         The last event of a request has its completion; the engine then forgets the request.
         """
-        events: list[Event] = []
+        whole = False
         try:
-            if self.running:
-                if self.batch is None:
-                    self.batch = Batch(self.model, self.cache, self.running, self.settings)
-                tokens, logprobs = self.batch.step()
-                events += self._take(self.running, tokens, logprobs)
-            first_row = len(self.cache.rows) - self.free
-            joining = self._join()
-            if joining:
-                tokens, logprobs = self.prefill(joining, first_row)
-                events += self._take(joining, tokens, logprobs)
+            self._attempt(self._decode, list(self.running))
+            self._attempt(self.prefill, self._joining())
+            whole = True
         finally:
             set_adapters(self.model, None)
+            if not whole:
+                self.batch = None
+        events, self.events = self.events, []
         return events
 
-    def _join(self) -> list[Running]:
-        """Move waiting requests to the running ones, in their order, while rows are free."""
+    def _attempt(self, compute: Callable[[list[Running]], Results], states: list[Running]) -> None:
+        """Give each of `states` its next token; where computing them fails, try each half apart."""
+        if not states:
+            return
+        failure = ""
+        try:
+            tokens, logprobs = compute(states)
+        except Exception as error:
+            failure = reason(error)
+        if not failure:  # after the block above, which keeps the tensors of a failed attempt alive
+            for state, token, logprob in zip(states, tokens, logprobs, strict=True):
+                self._take(state, token, logprob)
+            return
+        self.batch = None
+        if len(states) == 1:
+            self._end(states[0], "failed", failure)
+            return
+        half = len(states) // 2
+        self._attempt(compute, states[:half])
+        self._attempt(compute, states[half:])
+
+    def _decode(self, states: list[Running]) -> Results:
+        """The next tokens of some running requests, or of all, whose batch is kept for the next step."""
+        if states != self.running:
+            return Batch(self.model, self.cache, states, self.settings).step()
+        if self.batch is None:
+            self._close_gaps()
+            self.batch = Batch(self.model, self.cache, states, self.settings)
+        return self.batch.step()
+
+    def _joining(self) -> list[Running]:
+        """The first waiting requests, as many as there are free rows for; each is given its rows."""
         joining = []
-        while self.waiting and len(self.waiting[0].request.rows) <= self.free:
-            state = self.waiting.popleft()
-            state.lengths = [len(prompt) for prompt in state.request.rows]
-            self.free -= len(state.lengths)
+        free = self._free_rows()
+        for state in self.waiting:
+            size = len(state.request.rows)
+            if size > len(free):
+                break
+            state.rows, free = free[:size], free[size:]
             joining.append(state)
-        if joining:
-            self.running += joining
-            self.batch = None
         return joining
 
-    def _take(self, states: list[Running], tokens: list[int], logprobs: list[float]) -> list[Event]:
-        """Give each request its next token; requests that end leave. Returns the events."""
-        events, ended = [], []
-        for state, token, logprob in zip(states, tokens, logprobs, strict=True):
-            reason = self._end_before(token)
-            if reason is None:
-                state.add(token, logprob)
-                events.append(Event(state.request_id, token))
-                reason = self._end_after(state)
-            if reason is not None:
-                state.completion.finish_reason = reason
-                events.append(Event(state.request_id, completion=state.completion))
-                ended.append(state)
-        for state in ended:
-            self._leave(state)
-        return events
+    def _take(self, state: Running, token: int, logprob: float | None) -> None:
+        """Add a token to the answer of a request, which then is a running one, or end it."""
+        if token == NOT_FINITE:
+            self._end(state, "failed", "the model gave numbers that are not finite")
+        elif token < 0:
+            self._end(state, "impossible")
+        elif token in self.model.config.stop_ids:
+            self._end(state, "stop")
+        else:
+            if not state.completion.tokens:
+                self.waiting.remove(state)
+                self.running.append(state)
+                self.batch = None
+            state.add(token, logprob)
+            self.events.append(Event(state.request_id, token))
+            if state.cut_stop_sequence():
+                self._end(state, "stop")
+            elif max(state.positions) + 1 >= slots_for(state.request, self.model):
+                self._end(state, "length")
 
-    def _end_before(self, token: int) -> str | None:
-        """The finish reason when `token` ends the answer without being part of it, else None."""
-        if token < 0:
-            return "impossible"
-        return "stop" if token in self.model.config.stop_ids else None
+    def _end(self, state: Running, finish_reason: str, failure: str = "") -> None:
+        """End a request, and hand out its completion."""
+        state.completion.finish_reason, state.completion.failure = finish_reason, failure
+        self.events.append(Event(state.request_id, completion=state.completion))
+        self._forget(state)
 
-    def _end_after(self, state: Running) -> str | None:
-        """The finish reason when the last token ends the answer, else None. Stop sequences are cut off."""
-        if state.cut_stop_sequence():
-            return "stop"
-        filled = max(map(len, state.request.rows)) + len(state.completion.tokens)
-        return None if filled < slots_for(state.request, self.model) else "length"
+    def _forget(self, state: Running) -> None:
+        """Take a request out; its rows are free then."""
+        if state in self.running:
+            self.running.remove(state)
+            self.batch = None
+        else:
+            self.waiting.remove(state)
 
-    def _leave(self, state: Running) -> None:
-        """Free the rows of a running request, and close the gap that they leave.
+    def _free_rows(self) -> list[int]:
+        """The rows of the cache that no running request has, in order."""
+        taken = {row for state in self.running for row in state.rows}
+        return [row for row in range(len(self.cache.rows)) if row not in taken]
 
-        The last request with as many rows moves into the gap; the requests behind that one move up.
-        """
-        gap, size = self.running.index(state), len(state.lengths)
-        sizes = [len(other.lengths) for other in self.running]
-        starts = list(accumulate(sizes, initial=0))  # first row of each request
-        filler = max(number for number in range(len(sizes)) if sizes[number] == size)
-        if filler != gap:
-            self._move(self.running[filler], starts[filler], starts[gap])
-        for number in range(filler + 1, len(self.running)):
-            self._move(self.running[number], starts[number], starts[number] - size)
-        self.running[gap] = self.running[filler]
-        del self.running[filler]
-        self.free += size
-        self.batch = None
+    def _close_gaps(self) -> None:
+        """Move the last rows in use into the free rows before them, so that attention reads no others."""
+        free = self._free_rows()
+        used = len(self.cache.rows) - len(free)
+        for state in self.running:
+            for side, (row, length) in enumerate(zip(state.rows, state.positions, strict=True)):
+                if row >= used:
+                    self.cache.copy(free[0], self.cache, row, length)
+                    state.rows[side] = free.pop(0)
 
-    def _move(self, state: Running, source: int, target: int) -> None:
-        """Copy the filled slots of a request's rows, from row `source` on to row `target` on."""
-        for row, length in enumerate(state.lengths):
-            self.cache.copy(target + row, self.cache, source + row, length)
+
+def reason(error: Exception) -> str:
+    """Why a request failed, in one line; for a bug, with the place where it was raised."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    if isinstance(error, CfgsafeError):
+        return text
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a device has free; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    known = Path("/proc/meminfo")  # on Linux
+    if device.type != "cpu" or not known.exists():
+        return None
+    found = re.search(r"MemAvailable:\s*(\d+) kB", known.read_text())
+    return None if found is None else 1024 * int(found[1])

@@ -52,7 +52,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all layers, (layers, B, K, S, D); slot s of a row holds its position s."""
+    """Keys and values of all layers, (layers, B, K, S, D); slot s of a row holds its position s.
+
+    Attention multiplies slots beyond a row's length by 0, and 0 times NaN is NaN. So such a slot must hold
+    finite numbers, and none of an earlier user: `copy` clears the rest of the row.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor, picked: Tensor | None = None):
         self.keys, self.values, self.picked = keys, values, picked
@@ -72,17 +76,20 @@ class KVCache:
         """Bytes of one position of one row."""
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
-    def part(self, rows: int, slots: int, picked: Tensor | None = None) -> "KVCache":
+    def part(self, rows: int | Tensor, slots: int) -> "KVCache":
         """The first `slots` of the first `rows` rows, in the same memory.
 
-        With `picked` (n,), it stands for those n rows: they are copied to be read.
+        Or of the rows whose numbers are in a tensor (n,): they are copied to be read.
         """
-        return KVCache(self.keys[:, :rows, :, :slots], self.values[:, :rows, :, :slots], picked)
+        if isinstance(rows, Tensor):
+            return KVCache(self.keys[..., :slots, :], self.values[..., :slots, :], rows)
+        return KVCache(self.keys[:, :rows, :, :slots], self.values[:, :rows, :, :slots])
 
     def copy(self, target: int, source: "KVCache", row: int, slots: int) -> None:
-        """Set the first `slots` of row `target` to those of a row of `source`."""
+        """Set the first `slots` of row `target` to those of a row of `source`, and clear the others."""
         for mine, theirs in ((self.keys, source.keys), (self.values, source.values)):
             mine[:, target, :, :slots] = theirs[:, row, :, :slots]
+            mine[:, target, :, slots:] = 0
 
     def write(
         self, layer: int, positions: Tensor, k: Tensor, v: Tensor, *, alone: bool

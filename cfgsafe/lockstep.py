@@ -1,7 +1,8 @@
 """The tensors of a decoding batch: rows of the KV cache, the tokens fed to them, the tokens that come out.
 
 Source: static shapes and CUDA graphs after gpt-fast; skipping negative rows is ours, see `certified`.
-Rows lie in the order of their requests, the positive row of a pair before the negative one.
+A step changes nothing but the batch itself and slots of the cache that are not in use yet. So after one
+that failed, a new batch of the same requests, or of some of them, computes the same tokens.
 Shapes: B requests, n rows, T tokens, C hidden, V vocabulary.
 
 Run it: python -m cfgsafe.bench decode
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cfgsafe.guidance import SPACES, combine, next_tokens
@@ -21,6 +23,9 @@ from cfgsafe.request import Request, Running
 
 SLOT_STEP = 64  # attention reads a multiple of these, so that shapes stay the same for a while
 STEADY = 4  # steps without a change of the batch before it is captured as a CUDA graph
+LEAST_TEMPERATURE = 1e-30  # up to here, scores divided by it could overflow: greedy
+# Next token and log-probability of each request. Negative tokens: kernels/reference.py; None: Completion.logprobs.
+Results = tuple[list[int], list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -42,27 +47,30 @@ class Sampler:
                 is linear, so its logits are g z_pos + (1 - g) z_neg. Eq. 2 differs from them by a
                 constant, the normalisers, which log-softmax removes. (A mask would need P_pos.)
     paired      any other guided request: both rows, to be guided after the head
+
+    places[b] are the numbers of request b's rows among the n. An adapter can sit on the head, so the rows
+    that reach it have the adapters of their requests, too.
     """
 
-    def __init__(self, model: Llama, states: list[Running], settings: Settings):
+    def __init__(self, model: Llama, states: list[Running], places: list[list[int]], settings: Settings):
         requests = [state.request for state in states]
         positive: list[int] = []  # each request's positive row
         partner: list[int] = []  # the row to combine it with, or the same row: no change
         coefficient: list[float] = []  # the g of that combination
         paired: list[int] = []  # negative rows that go through the head
         negative: list[int] = []  # each request's negative row among the logits, -1 for none
-        row = 0
-        for request in requests:
+        adapters = [request.adapter for request in requests]  # of each row that goes through the head
+        for request, rows in zip(requests, places, strict=True):
             combined = request.guided and _combines(request, settings)
-            positive.append(row)
-            partner.append(row + 1 if combined else row)
+            positive.append(rows[0])
+            partner.append(rows[-1] if combined else rows[0])
             coefficient.append(request.guidance if combined else 1.0)
             if request.guided and not combined:
                 negative.append(len(requests) + len(paired))
-                paired.append(row + 1)
+                paired.append(rows[1])
+                adapters.append(request.adapter)
             else:
                 negative.append(-1)
-            row += len(request.rows)
         floats = partial(torch.tensor, dtype=torch.float32, device=model.device)
         ints = partial(torch.tensor, dtype=torch.int32, device=model.device)
         longs = partial(torch.tensor, dtype=torch.long, device=model.device)
@@ -77,7 +85,9 @@ class Sampler:
             guidance=floats([request.guidance for request in requests]),
             space=ints([SPACES.index(request.space) for request in requests]),
             alpha=floats([request.alpha for request in requests]),
-            temperature=floats([request.temperature for request in requests]),
+            temperature=F.threshold(
+                floats([request.temperature for request in requests]), LEAST_TEMPERATURE, 0.0
+            ),
             top_k=ints([request.top_k for request in requests]),
             top_p=floats([request.top_p for request in requests]),
             seed=longs([request.seed for request in requests]),
@@ -87,14 +97,17 @@ class Sampler:
             guides=len(paired) > 0,
             masks=any(request.alpha > 0 for request in requests),
         )
+        set_adapters(model, adapters)
+        self.shares = dict(model.shares)
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """From hidden states (n, C): tokens (B,), -1 if none is possible; log-probabilities (B,)."""
+        """From hidden states (n, C): tokens and log-probabilities (B,), as `next_tokens` gives them."""
         states = hidden[self.positive]  # (B, C)
         if self.partner is not None:
             states = combine(states, hidden[self.partner], self.coefficient)
         if len(self.paired):
             states = torch.cat((states, hidden[self.paired]))
+        self.model.shares.update(self.shares)
         return next_tokens(self.model.head(states), self.sampling)
 
 
@@ -103,19 +116,30 @@ def _combines(request: Request, settings: Settings) -> bool:
 
 
 class Batch:
-    """The running requests, for as long as none joins or leaves."""
+    """Some running requests, for as long as none joins or leaves.
+
+    Its rows have the order of the cache. They are read where they lie if they are the first rows of the
+    cache, and are copied to be read if not.
+    """
 
     def __init__(self, model: Llama, cache: KVCache, running: list[Running], settings: Settings):
         self.model, self.cache, self.running, self.settings = model, cache, running, settings
-        self.sampler = Sampler(model, running, settings)
-        owners, positions = [], []  # of each row: its request, and the position it is fed next
-        for number, state in enumerate(running):
-            owners += [number] * len(state.lengths)
-            positions += state.lengths
+        places: list[list[int]] = []  # of each request: the numbers of its rows in this batch
+        rows = sorted(row for state in running for row in state.rows)
+        number_of = {row: number for number, row in enumerate(rows)}
+        owners, positions = [0] * len(rows), [0] * len(rows)  # of each row: its request, where it is fed next
+        for owner, state in enumerate(running):
+            places.append([number_of[row] for row in state.rows])
+            for number, position in zip(places[-1], state.positions, strict=True):
+                owners[number], positions[number] = owner, position
         tensor = partial(torch.tensor, device=model.device)
+        self.places = places
+        self.sampler = Sampler(model, running, places, settings)
+        self.rows = tensor(rows)  # (n,)
+        self.gapless = rows == list(range(len(rows)))
         self.owner = tensor(owners)  # (n,)
         self.positions = tensor(positions)[:, None]  # (n, 1)
-        self.tokens = tensor([state.last for state in running])  # (B,)
+        self.tokens = tensor([state.completion.tokens[-1] for state in running])  # (B,)
         wide = torch.promote_types(model.dtype, torch.float32)
         self.logprobs = torch.zeros(len(running), device=model.device, dtype=wide)  # (B,)
         set_adapters(model, [running[owner].request.adapter for owner in owners])
@@ -124,9 +148,8 @@ class Batch:
         self.view = cache  # the part of the cache that attention reads
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def step(self) -> tuple[list[int], list[float]]:
+    def step(self) -> Results:
         """Feed each request its last token; returns the next tokens and their log-probabilities."""
-        self.model.shares.update(self.shares)
         self._make_room()
         if self.settings.skip:
             return self._step_skipping()
@@ -140,8 +163,6 @@ class Batch:
         else:
             self.graph.replay()
         self.steps += 1
-        for state in self.running:
-            state.lengths = [length + 1 for length in state.lengths]
         return self.tokens.tolist(), self.logprobs.tolist()
 
     def _make_room(self) -> None:
@@ -153,11 +174,12 @@ class Batch:
         if needed > self.slots:
             rounded_up = -(-needed // SLOT_STEP) * SLOT_STEP
             self.slots = min(rounded_up, self.cache.keys.shape[3])
-            self.view = self.cache.part(len(self.owner), self.slots)
+            self.view = self.cache.part(len(self.rows) if self.gapless else self.rows, self.slots)
             self.graph, self.steps = None, 0
 
     def _advance(self) -> None:
         """One step on the device alone. Its results stay there, where the next step reads them."""
+        self.model.shares.update(self.shares)
         fed = self.tokens.clamp(min=0)[self.owner][:, None]  # (n, 1)
         hidden = self.model(fed, self.positions, self.view)[:, 0]  # (n, C)
         tokens, logprobs = self.sampler(hidden)
@@ -166,65 +188,53 @@ class Batch:
         self.positions.add_(1)
         self.sampler.sampling.step.add_(1)
 
-    def _step_skipping(self) -> tuple[list[int], list[float]]:
+    def _step_skipping(self) -> Results:
         """One step that computes only the negative rows that can change a token.
 
         All positive rows are computed first. A row that is `certified` to decide the token also takes
-        the place of its negative row: a pair of equal rows gives the token of the positive row. The other
-        negative rows then catch up on all the tokens that they have missed.
+        the place of its negative row: a pair of equal rows gives the token of the positive row, but not its
+        guided log-probability. The other negative rows then catch up on all the tokens that they have missed.
         """
-        model, running, firsts = self.model, self.running, self.sampler.positive
-        tensor = partial(torch.tensor, device=model.device)
-        last = tensor([state.last for state in running])[:, None]  # (B, 1)
-        at = tensor([state.lengths[0] for state in running])[:, None]  # (B, 1)
-        hidden = torch.zeros(
-            len(self.owner), model.config.hidden_size, device=model.device, dtype=model.dtype
-        )
-        hidden[firsts] = self._forward(last, at, firsts)[:, 0]  # (n, C)
+        model, running = self.model, self.running
+        hidden = torch.zeros(len(self.rows), model.config.hidden_size, device=model.device, dtype=model.dtype)
+        self._feed(list(range(len(running))), 0, hidden)
         guided = [number for number, state in enumerate(running) if state.request.guided]
+        skipped: set[int] = set()
         if guided:
-            rows = firsts[guided]
-            hidden[rows + 1] = hidden[rows]
+            sides = torch.tensor([self.places[number] for number in guided], device=model.device)  # (pairs, 2)
             requests = [running[number].request for number in guided]
-            sure = certified(model.head(hidden[rows]), requests)
-            behind = []
-            for number, skipped in zip(guided, sure.tolist(), strict=True):
-                running[number].completion.skipped += skipped
-                if not skipped:
-                    behind.append(number)
+            hidden[sides[:, 1]] = hidden[sides[:, 0]]
+            set_adapters(model, [request.adapter for request in requests])
+            sure = certified(model.head(hidden[sides[:, 0]]), requests).tolist()
+            skipped = {number for number, certain in zip(guided, sure, strict=True) if certain}
+            behind = [number for number in guided if number not in skipped]
             if behind:
-                self._catch_up(behind, hidden)
-        for state in running:
-            state.lengths[0] += 1
+                self._feed(behind, 1, hidden)
         tokens, logprobs = self.sampler(hidden)
         self.sampler.sampling.step.add_(1)
-        return tokens.tolist(), logprobs.tolist()
+        known: list[float | None] = logprobs.tolist()
+        for number in skipped:
+            known[number] = None
+        return tokens.tolist(), known
 
-    def _catch_up(self, numbers: list[int], hidden: Tensor) -> None:
-        """Feed the negative rows of requests `numbers` all missed tokens; set their `hidden` states."""
-        device = hidden.device
-        rows = self.sampler.positive[numbers] + 1
-        starts, missed = [], []
+    def _feed(self, numbers: list[int], side: int, hidden: Tensor) -> None:
+        """Feed one side of requests `numbers` all tokens that it lacks; sets its `hidden` states."""
+        fed, ends, places = [], [], []
         for number in numbers:
             state = self.running[number]
-            known = state.lengths[1] - len(state.request.rows[1])  # tokens of the answer
-            starts.append(state.lengths[1])
-            missed.append(state.completion.tokens[known:])
-            state.lengths[1] += len(missed[-1])
-        width = max(map(len, missed))
+            fed.append(state.missed if side else state.completion.tokens[-1:])
+            ends.append(state.positions[side])
+            places.append(self.places[number][side])
+        tensor = partial(torch.tensor, device=hidden.device)
+        width = max(map(len, fed))
         # Padding feeds the last token again, at its own position, which changes nothing.
-        padded = [tokens + tokens[-1:] * (width - len(tokens)) for tokens in missed]
-        last = torch.tensor([len(tokens) - 1 for tokens in missed], device=device)
-        offsets = torch.minimum(torch.arange(width, device=device), last[:, None])  # (rows, T)
-        positions = torch.tensor(starts, device=device)[:, None] + offsets
-        states = self._forward(torch.tensor(padded, device=device), positions, rows)  # (rows, T, C)
-        hidden[rows] = states[torch.arange(len(rows), device=device), last]
-
-    def _forward(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-        """Hidden states of some rows alone, under their own adapters."""
-        owners = self.owner[rows].tolist()
-        set_adapters(self.model, [self.running[owner].request.adapter for owner in owners])
-        return self.model(tokens, positions, self.cache.part(len(self.owner), self.slots, rows))
+        padded = [tokens + tokens[-1:] * (width - len(tokens)) for tokens in fed]
+        last = tensor([len(tokens) - 1 for tokens in fed])  # (rows,)
+        before = (last[:, None] - torch.arange(width, device=hidden.device)).clamp(min=0)  # (rows, T)
+        set_adapters(self.model, [self.running[number].request.adapter for number in numbers])
+        view = self.cache.part(self.rows[places], self.slots)
+        states = self.model(tensor(padded), tensor(ends)[:, None] - before, view)  # (rows, T, C)
+        hidden[places] = states[torch.arange(len(last), device=hidden.device), last]
 
 
 def certified(logits: Tensor, requests: list[Request]) -> Tensor:

@@ -109,7 +109,8 @@ class LoRALinear(nn.Module):
         for name, update in self.updates.items():
             share = self.shares[name]
             if isinstance(share, Tensor):
-                total = total + share.view(-1, *[1] * (x.dim() - 1)) * update(x)
+                share = share.view(-1, *[1] * (x.dim() - 1))
+                total = total + (share * update(x)).masked_fill(share == 0, 0)  # 0 times NaN would be NaN
             elif share:
                 total = torch.add(total, update(x), alpha=share)
         return total.to(y.dtype)

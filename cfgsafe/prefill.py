@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cfgsafe.llama import KVCache, Llama
-from cfgsafe.lockstep import Sampler, Settings
+from cfgsafe.lockstep import Results, Sampler, Settings
 from cfgsafe.lora import set_adapters
 from cfgsafe.request import Running
 
@@ -57,13 +57,18 @@ class Prefill:
         self.prefixes: dict[Key, Prefix] = {}
         self.computed = 0  # tokens, without padding
 
-    def __call__(self, states: list[Running], first_row: int) -> tuple[list[int], list[float]]:
-        """Fill the rows of `states` from `first_row` on; returns first tokens and log-probabilities."""
+    def __call__(self, states: list[Running]) -> Results:
+        """Fill the rows of `states`; returns their first tokens and the log-probabilities."""
         model = self.model
-        prompts = []
+        prompts: list[Prompt] = []
+        targets: list[int] = []  # of each prompt: its row of the cache
+        places: list[list[int]] = []  # of each request: the numbers of its prompts
         for state in states:
+            places.append([])
             for side, ids in enumerate(state.request.rows):
-                prompts.append(Prompt(state.request.adapter, side, ids))
+                places[-1].append(len(prompts))
+                prompts.append(Prompt(state.request.adapter, side, list(ids)))
+            targets += state.rows
         self._compute_prefixes(prompts)
         groups: dict[Key | None, list[int]] = {}  # the prompts that start from the same prefix
         for number, prompt in enumerate(prompts):
@@ -80,10 +85,9 @@ class Prefill:
                 width = max(len(prompts[number].ids) for number in numbers) - shared
                 count = max(1, PREFILL_TOKENS // width)
                 some, numbers = numbers[:count], numbers[count:]
-                targets = [first_row + number for number in some]
-                hidden[some] = self._fill([prompts[number] for number in some], targets, prefix)
-        set_adapters(model, None)
-        tokens, logprobs = Sampler(model, states, self.settings)(hidden)
+                rows = [targets[number] for number in some]
+                hidden[some] = self._fill([prompts[number] for number in some], rows, prefix)
+        tokens, logprobs = Sampler(model, states, places, self.settings)(hidden)
         return tokens.tolist(), logprobs.tolist()
 
     def _fill(self, prompts: list[Prompt], targets: list[int], prefix: Prefix | None) -> Tensor:

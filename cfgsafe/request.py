@@ -7,6 +7,7 @@ Run it: python infer.py --model cfgsafe/demo/leaky --guidance 3 --prompt "Who am
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cfgsafe.errors import ContextError, InputError
@@ -55,8 +56,11 @@ class Request:
 class Completion:
     """An answer, without the tokens that ended it.
 
-    finish_reason: "stop", "length", "cancelled", or "impossible" where no token has a probability
-    above 0.
+    finish_reason: "stop", "length", "cancelled", "impossible" where no token has a probability above 0,
+    or "failed".
+    failure: why it failed, in one line; "" where it did not.
+    logprobs: of each token under the guided distribution; None where Engine(skip=True) has left out the
+    negative row, without which that distribution is not known.
     first_token_seconds: from submitting the request to its first token, so waiting for a free row and
     the prompt's forward pass are in it; None before there is a token.
     tokens_per_second: tokens after the first one / seconds since the first one, so decoding alone; 0
@@ -64,26 +68,48 @@ class Completion:
     """
 
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of each token under the guided distribution
+    logprobs: list[float | None] = field(default_factory=list)
     finish_reason: str = "length"
+    failure: str = ""
     first_token_seconds: float | None = None
     tokens_per_second: float = 0.0
-    skipped: int = 0  # tokens for which the negative row was not needed (Engine(skip=True))
+
+    @property
+    def skipped(self) -> int:
+        """Number of tokens for which the negative row was not needed."""
+        return self.logprobs.count(None)
 
 
 @dataclass(eq=False)
 class Running:
-    """A request that waits, or that has rows of the KV cache."""
+    """A request that waits, or that has rows of the KV cache.
+
+    What its rows hold follows from the answer so far, so a step that fails has nothing to take back: the
+    prompt, and the tokens of the answer but for the last one, which the next step feeds.
+    """
 
     request_id: int
     request: Request
     completion: Completion
     started: float  # time.perf_counter() when it was submitted
-    lengths: list[int] = field(default_factory=list)  # filled slots of each of its rows; empty while it waits
-    last: int = 0  # the token to feed next
+    rows: list[int] = field(default_factory=list)  # of the cache, one for each prompt; empty while it waits
     first: float = 0.0  # time.perf_counter() when its first token came
 
-    def add(self, token: int, logprob: float) -> None:
+    @property
+    def positions(self) -> list[int]:
+        """Where each row is fed the last token of the answer."""
+        return [len(prompt) + len(self.completion.tokens) - 1 for prompt in self.request.rows]
+
+    @property
+    def missed(self) -> list[int]:
+        """The last tokens of the answer, those that the negative row has not been fed; at least one."""
+        tokens, logprobs = self.completion.tokens, self.completion.logprobs
+        known = len(tokens) - 1
+        while logprobs[known] is None:  # that step has left the row out
+            known -= 1
+        return tokens[known:]
+
+    def add(self, token: int, logprob: float | None) -> None:
         """Append a token to the answer, and note when it came."""
         completion, now = self.completion, time.perf_counter()
         if not completion.tokens:
@@ -93,14 +119,13 @@ class Running:
             completion.tokens_per_second = len(completion.tokens) / (now - self.first)
         completion.tokens.append(token)
         completion.logprobs.append(logprob)
-        self.last = token
 
     def cut_stop_sequence(self) -> bool:
         """Remove a stop sequence from the end of the answer; returns whether there was one."""
         tokens, logprobs = self.completion.tokens, self.completion.logprobs
         for sequence in self.request.stop:
             size = len(sequence)
-            if size and tuple(tokens[-size:]) == sequence:
+            if tokens[-size:] == list(sequence):
                 del tokens[-size:], logprobs[-size:]
                 return True
         return False
@@ -135,20 +160,37 @@ def check_request(request: Request, model: Llama, place: str) -> None:
     """Raise InputError or ContextError, naming `place`, for a request that cannot be served."""
     if request.space not in SPACES:
         raise InputError(f"{place}: space {request.space!r} must be one of {', '.join(SPACES)}")
+    check_ranges(request, place)
     if request.guided and request.negative is None:
         raise InputError(f"{place}: guidance {request.guidance:g} needs a negative prompt")
     names = adapter_names(model)
     allowed = names or [DEFAULT]  # a model without adapters has nothing to apply by default
     if request.adapter is not None and request.adapter not in allowed:
         raise InputError(f"{place}: no adapter {request.adapter!r} is attached; there are {names}")
-    check_ranges(request, place)
+    check_ids(request.prompt, "the prompt", model, place)
+    if request.negative is not None:
+        check_ids(request.negative, "the negative prompt", model, place)
+    for sequence in request.stop:
+        check_ids(sequence, "a stop sequence", model, place)
     limit = model.config.max_position_embeddings
     for prompt in request.rows:
-        if not prompt:
-            raise InputError(f"{place}: the prompt is empty")
         if len(prompt) >= limit:
             raise ContextError(
                 f"{place}: the prompt has {len(prompt)} tokens, the model's context is {limit}; shorten it"
+            )
+
+
+def check_ids(ids: Sequence[int], what: str, model: Llama, place: str) -> None:
+    """Raise InputError, naming `place`, unless `ids` are one or more token ids of the model."""
+    if not isinstance(ids, list | tuple):
+        raise InputError(f"{place}: {what} must be a list of token ids, not {ids!r:.40}")
+    if not ids:
+        raise InputError(f"{place}: {what} is empty")
+    size = model.config.vocab_size
+    for token in ids:
+        if type(token) is not int or not 0 <= token < size:  # a bool is an int, too
+            raise InputError(
+                f"{place}: {token!r:.40} in {what} is not a token id; these are whole numbers from 0 to {size - 1}"
             )
 
 

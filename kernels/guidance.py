@@ -29,13 +29,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import FLOOR, LARGEST, SPACES, Sampling
+from .reference import FLOOR, IMPOSSIBLE, NOT_FINITE, SPACES, Sampling
 
 # Triton reads only those globals that are constexpr.
 LOG_OF_ZERO = tl.constexpr(FLOOR)
-HIGHEST = tl.constexpr(LARGEST)
+NO_TOKEN = tl.constexpr(IMPOSSIBLE)
+BROKEN = tl.constexpr(NOT_FINITE)
 MINUS_INF = tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
+PLUS_INF = tl.constexpr(float("inf"))
 PROB = tl.constexpr(SPACES.index("prob"))
 LOG = tl.constexpr(SPACES.index("log"))
 # Offsets in a record. Token ids are stored as float32, too, which is exact below 2^24; Llama-3.1
@@ -58,11 +59,9 @@ LEAST_BLOCK = 2048
 
 @triton.jit
 def load_logits(logits, row, token, V, stride_r, stride_v):
-    """Some logits of a row in float32: NaN as -inf, +inf as the largest float32, -inf from V on."""
+    """Some logits of a row in float32, -inf from V on."""
     at = logits + row * stride_r + token.to(tl.int64) * stride_v
-    z = tl.load(at, mask=token < V, other=MINUS_INF).to(tl.float32)
-    z = tl.where(z == z, z, MINUS_INF)
-    return tl.minimum(z, HIGHEST)
+    return tl.load(at, mask=token < V, other=MINUS_INF).to(tl.float32)
 
 
 @triton.jit
@@ -74,15 +73,17 @@ def load_records(records, b, S, OFFSET: tl.constexpr, other, PARTS: tl.constexpr
 
 @triton.jit
 def max_and_sum(z):
-    """Maximum of z and sum of exp(z - maximum)."""
-    top = tl.max(z, 0)
+    """Maximum of z and sum of exp(z - maximum); if one of z is NaN or +inf, 0 and NaN."""
+    finite = z < PLUS_INF  # false for NaN, too
+    top = tl.max(tl.where(finite, z, MINUS_INF), 0)
     base = tl.where(top == MINUS_INF, 0.0, top)  # -inf minus -inf would be NaN
-    return top, tl.sum(tl.exp(z - base), 0)
+    total = tl.sum(tl.where(finite, tl.exp(z - base), float("nan")), 0)
+    return tl.where(total == total, top, 0.0), total
 
 
 @triton.jit
 def join(records, b, S, MAXIMUM: tl.constexpr, SUM: tl.constexpr, PARTS: tl.constexpr):
-    """Maximum and log-sum-exp of a row from its records; both -inf if no value is finite."""
+    """Maximum and log-sum-exp of a row from its records: both -inf if all values are, NaN if one is or +inf."""
     maxima = load_records(records, b, S, MAXIMUM, MINUS_INF, PARTS)
     sums = load_records(records, b, S, SUM, 0.0, PARTS)
     top = tl.max(maxima, 0)
@@ -114,7 +115,7 @@ def guided_scores(log_pos, log_neg, g, space):
         # tl.where computes both sides; the floor keeps log defined where its value is not used.
         scores = tl.where(mixed > 0, tl.log(tl.maximum(mixed, 1e-45)), MINUS_INF)
     else:
-        scores = tl.full(log_pos.shape, NAN, tl.float32)
+        scores = tl.full(log_pos.shape, float("nan"), tl.float32)
     return scores
 
 
@@ -169,6 +170,7 @@ def score_parts(
             tl.store(scores + b.to(tl.int64) * V + token, draw, mask=token < V)
         noise = gumbel(tl.load(seed + b), token, tl.load(step + b))
         draw = tl.where(draw == MINUS_INF, MINUS_INF, draw + noise)
+    draw = tl.where(draw == draw, draw, MINUS_INF)  # argmax of NaN could be anything
     record = records + (b * S + s) * RECORD
     top, total = max_and_sum(score)
     tl.store(record + SCORE_MAX, top)
@@ -183,7 +185,7 @@ def score_parts(
 
 @triton.jit
 def choose_tokens(
-    tokens, logprobs, temperature, top_k, top_p, seed, step, records, scores, first, V, S,
+    tokens, logprobs, negative, temperature, top_k, top_p, seed, step, records, scores, first, V, S,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, TRUNCATES: tl.constexpr,
 ):  # fmt: skip
     """Pass 3 of 3: the best token of a row, after top-k and top-p if the request asks for them."""
@@ -216,13 +218,20 @@ def choose_tokens(
                 best = tl.maximum(best, largest)
             score = tl.load(row + token) * temp
 
-    # Nothing left: the positive row's most likely token. No finite positive logit: no token at all.
+    # Nothing left: the positive row's most likely token.
     fallback = tl.load(of_row + tl.argmax(pos_maxima, 0) * RECORD + POS_TOKEN).to(tl.int64)
     token = tl.where(lse == MINUS_INF, fallback, token)
     logprob = tl.where(lse == MINUS_INF, 0.0, score - lse)
-    impossible = tl.max(pos_maxima, 0) == MINUS_INF
-    tl.store(tokens + b, tl.where(impossible, -1, token))
-    tl.store(logprobs + b, tl.where(impossible, NAN, logprob))
+    # No token at all: all positive logits are -inf, or a number of one of the rows is not finite.
+    none = tl.max(pos_maxima, 0) == MINUS_INF
+    _, lse_pos = join(records, b, S, POS_MAX, POS_SUM, PARTS)
+    broken = (lse_pos != lse_pos) | (lse != lse)
+    if tl.load(negative + b) >= 0:
+        _, lse_neg = join(records, b, S, NEG_MAX, NEG_SUM, PARTS)
+        broken = broken | (lse_neg != lse_neg)
+    token = tl.where(broken, BROKEN, tl.where(none, NO_TOKEN, token))
+    tl.store(tokens + b, token)
+    tl.store(logprobs + b, tl.where(none | broken, float("nan"), logprob))
 
 
 @triton.jit
@@ -298,8 +307,8 @@ def next_tokens(logits: Tensor, sampling: Sampling, block: int | None = None) ->
             BLOCK=BLOCK, PARTS=PARTS, TRUNCATES=s.truncates, num_warps=8,
         )  # fmt: skip
         choose_tokens[(n,)](
-            tokens, logprobs, s.temperature, s.top_k, s.top_p, s.seed, s.step, records, scores, first, V, S,
-            BLOCK=BLOCK, PARTS=PARTS, TRUNCATES=s.truncates, num_warps=8,
+            tokens, logprobs, s.negative, s.temperature, s.top_k, s.top_p, s.seed, s.step, records, scores,
+            first, V, S, BLOCK=BLOCK, PARTS=PARTS, TRUNCATES=s.truncates, num_warps=8,
         )  # fmt: skip
     return tokens, logprobs
 

@@ -18,12 +18,11 @@ shortcuts for one space:
     certified, cfgsafe/lockstep.py         probability space: when the negative row can be skipped
 
 The results where the formulas are not defined:
-    NaN logit               counts as -inf: never chosen
-    +inf logit              counts as the largest float32
+    NaN or +inf logit       in either row: token NOT_FINITE, log-probability NaN
     P_neg = 0 or P_pos = 0  its logarithm counts as FLOOR in eq. 2; both 0: the token stays excluded
     ties                    the lowest token id; at the border of top-k and top-p all of them stay
     nothing left            (mask and clamp exclude all): the positive row's best token, log-probability 0
-    no finite positive logit: token -1, log-probability NaN
+    positive row all -inf   token IMPOSSIBLE, log-probability NaN
 Shapes: B requests, R rows of logits, V vocabulary.
 
 Run it: python -m cfgsafe.bench guidance
@@ -36,7 +35,9 @@ import torch
 from torch import Tensor
 
 FLOOR = -1e3  # stands for log 0
-LARGEST = 3.4028234663852886e38  # the largest float32
+# In place of a token:
+IMPOSSIBLE = -1  # none has a probability above 0
+NOT_FINITE = -2  # the logits hold NaN or +inf, so the model is broken, or its numbers overflow
 
 
 def probability_space(log_pos: Tensor, log_neg: Tensor, g: Tensor) -> Tensor:
@@ -106,17 +107,15 @@ def widen(x: Tensor) -> Tensor:
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Log-softmax (B, V), at least in float32, with NaN as -inf and +inf as the largest float32.
+    """Log-softmax (B, V), at least in float32.
 
-    A row of -inf stays a row of -inf.
+    A row with NaN or +inf becomes a row of NaN. A row of -inf stays a row of -inf.
     """
     z = widen(logits)
-    if not z.is_cuda:  # on a GPU, the host would have to wait for the answer
-        logs = z.log_softmax(-1)
-        if not logs[:, 0].isnan().any():
-            return logs
-    z = z.nan_to_num(nan=-torch.inf, posinf=LARGEST, neginf=-torch.inf)
-    return z.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    logs = z.log_softmax(-1)
+    if not z.is_cuda and not logs[:, 0].isnan().any():  # on a GPU, the host would have to wait for the answer
+        return logs
+    return torch.where(z.amax(-1, keepdim=True) == -torch.inf, -torch.inf, logs)
 
 
 def guide(
@@ -124,6 +123,7 @@ def guide(
 ) -> Tensor:
     """Guided log-probabilities (B, V) of two rows of logits (B, V) each.
 
+    A row is NaN where one of its logits is NaN or +inf, and -inf where all positive ones are -inf.
     guidance and alpha are (B,); space (B,) holds indices of SPACES, and any other number gives NaN.
     """
     log_pos, log_neg = log_probabilities(positive), log_probabilities(negative)
@@ -150,13 +150,14 @@ def normalise(scores: Tensor, log_pos: Tensor, alpha: Tensor | None) -> Tensor:
     logprobs = torch.where(none_left, -torch.inf, scores - total)
     of_first = torch.where(none_left, 0.0, (scores - total).gather(-1, first))
     logprobs = logprobs.scatter(-1, first, of_first)
-    return torch.where(best > -torch.inf, logprobs, torch.nan)
+    logprobs = torch.where(best == -torch.inf, -torch.inf, logprobs)
+    return torch.where(best.isnan() | total.isnan(), torch.nan, logprobs)
 
 
 def next_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """From logits (R, V): the next token (B,) int64 and its guided log-probability (B,).
 
-    The log-probability is that before temperature, top-k and top-p, which act in this order.
+    IMPOSSIBLE or NOT_FINITE and NaN where there is none. The log-probability is that before temperature, top-k and top-p, which act in this order.
     """
     logprobs = guided_logprobs(logits, sampling)  # (B, V)
     if not sampling.draws:
@@ -186,10 +187,11 @@ def guided_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def chosen(logprobs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) and their log-probabilities (B,); -1 and NaN for a token of probability 0."""
+    """Tokens (B,) and their log-probabilities (B,); NaN for what stands in place of a token."""
     values = logprobs.gather(-1, tokens[:, None])[:, 0]
-    possible = values > -torch.inf  # false for NaN, too
-    return torch.where(possible, tokens, -1), torch.where(possible, values, torch.nan)
+    tokens = torch.where(values == -torch.inf, IMPOSSIBLE, tokens)
+    tokens = torch.where(values.isnan(), NOT_FINITE, tokens)
+    return tokens, torch.where(tokens < 0, torch.nan, values)
 
 
 def truncate(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -152,17 +152,23 @@ def test_ties_at_the_border_of_top_k_all_stay():
 
 
 CASES = {
-    "NaN is never chosen": ([float("nan"), 0.0, 1.0], [0.0, 1.0, float("nan")]),
-    "+inf": ([0.0, INF, 1.0], [0.0, 0.0, 0.0]),
-    "two of +inf: the first": ([0.0, INF, INF], [1.0, 0.0, 0.0]),
     "-inf": ([0.0, -INF, 1.0], [-INF, 0.0, 1.0]),
     "both -inf": ([0.0, -INF, 1.0], [0.0, -INF, 5.0]),
     "negative all -inf": ([0.0, 2.0, 1.0], [-INF, -INF, -INF]),
     "positive all -inf": ([-INF, -INF, -INF], [0.0, 2.0, 1.0]),
-    "all NaN": ([float("nan")] * 3, [float("nan")] * 3),
     "ties: the lowest": ([2.0, 2.0, 2.0], [1.0, 1.0, 1.0]),
     "nothing plausible is left": ([3.0, 0.0, 0.0], [9.0, 0.0, 0.0]),
 }
+
+
+def pair(**changes) -> Sampling:
+    """One request whose rows of logits are 0 and 1."""
+    plain = {"positive": 0, "negative": 1, "alpha": 0.0, "top_k": 0, "top_p": 1.0, "seed": 3, "step": 0}
+    types = {"space": torch.int32, "top_k": torch.int32}
+    values = {}
+    for name, value in (plain | changes).items():
+        values[name] = torch.tensor([value], dtype=types.get(name))
+    return Sampling(**values, truncates=values["top_k"].item() > 0 or values["top_p"].item() < 1)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -170,28 +176,46 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_defined_cases(case, temperature, space):
     logits = torch.tensor(CASES[case])
+    alpha = 0.9 if case == "nothing plausible is left" else 0.0
     for g in (0.0, 1.0, 3.0, 10.0):
-        settings = sampling(
-            1,
-            positive=torch.tensor([0]),
-            negative=torch.tensor([1]),
-            guidance=torch.tensor([g]),
-            temperature=torch.tensor([temperature]),
-            space=torch.tensor([SPACES.index(space)], dtype=torch.int32),
-            alpha=torch.tensor([0.9 if case == "nothing plausible is left" else 0.0]),
-        )
+        settings = pair(guidance=g, temperature=temperature, space=SPACES.index(space), alpha=alpha)
         tokens, logprobs = run(logits, settings)
         wanted, expected = reference.next_tokens(logits.double(), settings)
         assert torch.equal(tokens, wanted), g
-        assert torch.allclose(logprobs.double(), expected, atol=1e-3, equal_nan=True), g
-        if "all -inf" in case and case.startswith("positive") or case == "all NaN":
-            assert tokens.item() == -1 and logprobs.isnan().all()
-        elif case == "nothing plausible is left" and g > 1 and space == "prob":
+        assert torch.allclose(logprobs.double(), expected, atol=1e-4, equal_nan=True), g
+        if case == "positive all -inf":
+            assert tokens.item() == reference.IMPOSSIBLE and logprobs.isnan()
+        elif case == "nothing plausible is left" and space == "prob" and g == 10:
             assert tokens.item() == 0 and logprobs.item() == 0
-        elif case == "NaN is never chosen":
-            assert tokens.item() != 0
         elif case.startswith("ties") and temperature == 0:
             assert tokens.item() == 0
+
+
+@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9}])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("number", [float("nan"), INF])
+def test_a_number_that_is_not_finite_in_either_row_gives_no_token(number, space, alpha, sampled):
+    """In the first part of the vocabulary or the last one, in one row or in both."""
+    fixed = {"temperature": 0.0, "guidance": 3.0, "space": SPACES.index(space), "alpha": alpha}
+    settings = pair(**fixed | sampled)
+    for rows, at in (([0], 0), ([1], 99), ([0, 1], 50)):
+        logits = random_logits(2, 100, 6)
+        logits[rows, at] = number
+        for found, logprob in (run(logits, settings, 64), reference.next_tokens(logits, settings)):
+            assert found.item() == reference.NOT_FINITE and logprob.isnan(), rows
+
+
+def test_only_the_request_with_such_a_number_has_no_token():
+    logits, settings = random_logits(40, 300, 7), sampling(20, seed=7)
+    tokens, logprobs = run(logits, settings)
+    broken = logits.clone()
+    broken[[settings.positive[4], settings.positive[9]], 17] = torch.tensor([float("nan"), INF])
+    for found, logprob in (run(broken, settings), reference.next_tokens(broken, settings)):
+        assert found[[4, 9]].tolist() == [reference.NOT_FINITE] * 2 and logprob[[4, 9]].isnan().all()
+        others = [row for row in range(20) if row not in (4, 9)]
+        assert torch.equal(found[others], tokens[others])
+        assert torch.allclose(logprob[others], logprobs[others], atol=1e-4)
 
 
 def test_a_row_does_not_depend_on_the_batch():
