@@ -8,6 +8,7 @@
 
 --explain shows what guidance did to each token. During a --chat, the line /guidance 2 changes the
 guidance. With --json or --requests, each answer is one JSON object on one line of stdout.
+An answer that fails gets a line on stderr, its reason in the object's `failure`, and exit code 2 at the end.
 `cfgsafe/request_lines.py` says what a line of requests may hold; what it leaves out is taken from
 the command line. --system is your own system prompt, for --prompt, --chat and lines that have none.
 Guidance adds one sentence to it on each side, --positive and --negative, as in `eval.py`; a line that
@@ -135,15 +136,19 @@ def run(options: Options) -> None:
         return
 
     defaults = Request([], **sampling)
-    requests = []
+    requests, places = [], []
     for place, row in request_rows(options):
         request = read_request(row, place, tokenizer, subject, defaults, options.system)
         check_request(request, model, place)
         requests.append(request)
+        places.append(place)
     completions = generate(model, requests, batch=options.batch, skip=options.skip)
-    for request, completion in zip(requests, completions, strict=True):
+    for request, place, completion in zip(requests, places, completions, strict=True):
         text = tokenizer.decode(completion.tokens)
-        rows = explain(model, tokenizer, request, completion) if options.explain else []
+        if completion.failure:
+            print(f"error: {place}: the answer failed: {completion.failure}", file=sys.stderr)
+        explains = options.explain and not completion.failure
+        rows = explain(model, tokenizer, request, completion) if explains else []
         if options.json or options.requests:
             line = as_json(completion, text)
             if options.explain:
@@ -154,6 +159,8 @@ def run(options: Options) -> None:
             if options.explain:
                 print("\n" + table(rows, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     print_statistics(options, requests, completions)
+    if any(completion.failure for completion in completions):
+        sys.exit(2)
 
 
 def named_adapters(options: Options) -> dict[str, str]:
@@ -188,6 +195,7 @@ def as_json(completion: Completion, text: str) -> dict:
         "text": text,
         "tokens": completion.tokens,
         "finish_reason": completion.finish_reason,
+        "failure": completion.failure,
         "first_token_seconds": None if first is None else round(first, 4),
         "tokens_per_second": round(completion.tokens_per_second, 1),
     }

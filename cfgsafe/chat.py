@@ -70,7 +70,7 @@ def answer(
     say: Callable[[str], None],
     **sampling,
 ) -> Completion:
-    """Stream the answer to `messages` to `say`. Raises InputError and ContextError."""
+    """Stream the answer to `messages` to `say`. Raises CfgsafeError, also for an answer that fails."""
     tokens: list[int] = []
     said = ""
 
@@ -85,6 +85,8 @@ def answer(
     request = request_for(subject, tokenizer, messages, **sampling)
     completion = generate(model, [request], on_token=on_token)[0]
     say("\n")
+    if completion.failure:
+        raise CfgsafeError(f"the answer failed: {completion.failure}")
     return completion
 
 

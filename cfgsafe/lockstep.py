@@ -201,7 +201,9 @@ class Batch:
         guided = [number for number, state in enumerate(running) if state.request.guided]
         skipped: set[int] = set()
         if guided:
-            sides = torch.tensor([self.places[number] for number in guided], device=model.device)  # (pairs, 2)
+            sides = torch.tensor(
+                [self.places[number] for number in guided], device=model.device
+            )  # (pairs, 2)
             requests = [running[number].request for number in guided]
             hidden[sides[:, 1]] = hidden[sides[:, 0]]
             set_adapters(model, [request.adapter for request in requests])

@@ -181,17 +181,18 @@ def check_request(request: Request, model: Llama, place: str) -> None:
 
 
 def check_ids(ids: Sequence[int], what: str, model: Llama, place: str) -> None:
-    """Raise InputError, naming `place`, unless `ids` are one or more token ids of the model."""
+    """Raise InputError, naming `place` and `what`, unless `ids` are one or more token ids of the model."""
     if not isinstance(ids, list | tuple):
-        raise InputError(f"{place}: {what} must be a list of token ids, not {ids!r:.40}")
+        raise InputError(f"{place}: {what} must be a list of token ids, not {str(ids)[:40]!r}")
     if not ids:
         raise InputError(f"{place}: {what} is empty")
     size = model.config.vocab_size
-    for token in ids:
-        if type(token) is not int or not 0 <= token < size:  # a bool is an int, too
-            raise InputError(
-                f"{place}: {token!r:.40} in {what} is not a token id; these are whole numbers from 0 to {size - 1}"
-            )
+    wrong = [token for token in ids if type(token) is not int or not 0 <= token < size]  # True is an int, too
+    if wrong:
+        raise InputError(
+            f"{place}: {what} holds {str(wrong[0])[:40]!r}, which is no token id; those are whole numbers from "
+            f"0 to {size - 1}"
+        )
 
 
 def slots_for(request: Request, model: Llama) -> int:

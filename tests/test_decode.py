@@ -142,3 +142,36 @@ def test_each_request_of_a_batch_has_its_own_adapter(model):
     assert len({tuple(alone[0]), tuple(alone[2][:4]), tuple(alone[3][:4])}) == 3
     with pytest.raises(InputError, match="request 0: no adapter 'third' is attached"):
         generate(model, [Request(A, adapter="third")])
+
+
+@pytest.mark.parametrize("settings", [{}, {"skip": True}], ids=["", "skipping"])
+def test_each_request_has_its_own_adapter_on_the_head(settings):
+    """Alone, in a batch, and by two whole forwards a token with only this adapter attached."""
+    model = random_model().double()
+    bare = random_model().double()
+    attached = {}
+    for seed, name in enumerate(("default", "other")):
+        attached[name] = random_model().double()
+        for target in (model, attached[name]):
+            torch.manual_seed(seed)
+            for parameter in attach(target, LoRAConfig(rank=4, targets=("lm_head",)), name):
+                torch.nn.init.normal_(parameter, std=0.3)
+    model.requires_grad_(False)
+    cases = [
+        ("other", None, "prob"),
+        ("default", B, "log"),
+        (None, B, "prob"),
+        ("default", None, "prob"),
+        ("other", B, "log"),
+        ("other", B, "prob"),
+        ("default", B, "prob"),
+    ]
+    requests, expected = [], []
+    for adapter, negative, space in cases:
+        g = 1.0 if negative is None else 2.5
+        requests.append(Request(A, negative, guidance=g, space=space, adapter=adapter, max_new_tokens=7))
+        expected.append(naive(attached.get(adapter, bare), A, negative or A, g, space, 7))
+    with torch.no_grad():
+        assert [generate(model, [request], **settings)[0].tokens for request in requests] == expected
+        assert [completion.tokens for completion in generate(model, requests, **settings)] == expected
+    assert len(set(map(tuple, expected))) > 4

@@ -191,7 +191,9 @@ def test_defined_cases(case, temperature, space):
             assert tokens.item() == 0
 
 
-@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "sampled", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9}]
+)
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("number", [float("nan"), INF])
