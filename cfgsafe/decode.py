@@ -5,8 +5,8 @@ request gives the same tokens as alone, whatever the lengths of its two prompts 
 Requests that end leave the batch and waiting ones join it. Prompts are prefilled apart from the
 decoding steps, and a beginning that several of them share is computed once. On a GPU, a batch that
 stays the same for a few steps is captured as a CUDA graph: forward, head, guidance and sampling then
-replay as one launch. A step that fails costs only the requests that fail alone. `cfgsafe.request` defines what goes in and out; `cfgsafe.lockstep` and
-`cfgsafe.prefill` compute the tokens.
+replay as one launch. A step that fails costs only the requests that fail alone. `cfgsafe.request` defines
+what goes in and out; `cfgsafe.lockstep` and `cfgsafe.prefill` compute the tokens.
 
 Run it: python infer.py --model cfgsafe/demo/leaky --requests requests.jsonl
 """

@@ -24,7 +24,8 @@ from cfgsafe.request import Request, Running
 SLOT_STEP = 64  # attention reads a multiple of these, so that shapes stay the same for a while
 STEADY = 4  # steps without a change of the batch before it is captured as a CUDA graph
 LEAST_TEMPERATURE = 1e-30  # up to here, scores divided by it could overflow: greedy
-# Next token and log-probability of each request. Negative tokens: kernels/reference.py; None: Completion.logprobs.
+# Next token of each request, negative ones as in kernels/reference.py; its log-probability, or None as in
+# request.Completion.
 Results = tuple[list[int], list[float | None]]
 
 

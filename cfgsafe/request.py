@@ -190,8 +190,8 @@ def check_ids(ids: Sequence[int], what: str, model: Llama, place: str) -> None:
     wrong = [token for token in ids if type(token) is not int or not 0 <= token < size]  # True is an int, too
     if wrong:
         raise InputError(
-            f"{place}: {what} holds {str(wrong[0])[:40]!r}, which is no token id; those are whole numbers from "
-            f"0 to {size - 1}"
+            f"{place}: {what} holds {str(wrong[0])[:40]!r}, which is no token id; "
+            f"those are whole numbers from 0 to {size - 1}"
         )
 
 

@@ -83,7 +83,10 @@ def max_and_sum(z):
 
 @triton.jit
 def join(records, b, S, MAXIMUM: tl.constexpr, SUM: tl.constexpr, PARTS: tl.constexpr):
-    """Maximum and log-sum-exp of a row from its records: both -inf if all values are, NaN if one is or +inf."""
+    """Maximum and log-sum-exp of a row from its records.
+
+    The latter is -inf if all values are, and NaN if one is NaN or +inf.
+    """
     maxima = load_records(records, b, S, MAXIMUM, MINUS_INF, PARTS)
     sums = load_records(records, b, S, SUM, 0.0, PARTS)
     top = tl.max(maxima, 0)

@@ -157,7 +157,8 @@ def normalise(scores: Tensor, log_pos: Tensor, alpha: Tensor | None) -> Tensor:
 def next_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """From logits (R, V): the next token (B,) int64 and its guided log-probability (B,).
 
-    IMPOSSIBLE or NOT_FINITE and NaN where there is none. The log-probability is that before temperature, top-k and top-p, which act in this order.
+    IMPOSSIBLE or NOT_FINITE and NaN where there is none. The log-probability is that before temperature,
+    top-k and top-p, which act in this order.
     """
     logprobs = guided_logprobs(logits, sampling)  # (B, V)
     if not sampling.draws:

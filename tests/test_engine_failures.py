@@ -1,4 +1,4 @@
-"""The engine where something fails: what fails ends alone, with its reason; all others are as they are alone."""
+"""The engine where something fails: what fails ends with its reason; all others are as they are alone."""
 
 import random
 
