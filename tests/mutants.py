@@ -61,6 +61,7 @@ MUTANTS = (
            "if typed in given:", "if typed in given and False:", "test_unused.py"),
     Mutant("an-equals-sign-hides-an-option", "cfgsafe/cli.py",
            'word.partition("=")[0]', "word", "test_unused.py"),
+    Mutant("gaps-stay", "cfgsafe/decode.py", "            self._close_gaps()\n", "", "test_engine.py"),
     Mutant("a-moved-row-loses-a-slot", "cfgsafe/decode.py",
            "self.cache, row, length)", "self.cache, row, length - 1)", "test_engine.py"),
     Mutant("a-failed-batch-goes-on", "cfgsafe/decode.py", tests="test_engine_failures.py",

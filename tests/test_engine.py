@@ -92,6 +92,7 @@ def test_random_requests_equal_their_solo_runs(model, count):
             cancelled.add(victim.request_id)
         taken = [row for state in engine.running for row in state.rows]
         assert len(taken) == len(set(taken)) == 48 - engine.free
+        assert engine.batch is None or engine.batch.gapless
     assert engine.free == 48 and not engine.running and not engine.waiting
     assert count / 50 < len(cancelled)
     assert {completion.finish_reason for completion in completions.values()} == {
