@@ -42,7 +42,7 @@ class Service:
     concurrency: Annotated[int, Range(least=1, most=1000)] = 8
     """Number of questions asked at the same time."""
     timeout: Seconds = 60.0
-    """Seconds to wait for an answer of the endpoint."""
+    """Seconds to wait for a whole answer of the endpoint."""
     attempts: Count = 6
     """Number of attempts before a question counts as failed."""
     price_in: Weight | None = None

@@ -210,8 +210,8 @@ class Tokenizer:
         return text
 
     def _mark_beginnings(self, text: str, mark: str) -> str:
-        """`text` with a mark after each character that could begin a control token."""
-        return self._first.sub(lambda found: found.group() + mark, text)
+        """`text` with a mark on both sides of each character that could begin a control token."""
+        return self._first.sub(lambda found: mark + found.group() + mark, text)  # a template may reverse it
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, without control tokens."""
