@@ -321,6 +321,16 @@ def test_without_its_damaged_state_a_run_goes_on(tmp_path, checkpoint, pairs, ki
     assert not list(out.glob("state-*"))
 
 
+def test_a_state_of_a_gpu_can_be_gone_on_from_without_one(tmp_path, checkpoint, pairs, killed, uninterrupted):
+    """--device is free; the GPU's random numbers are then not needed."""
+    out = Path(shutil.copytree(killed, tmp_path / "o"))
+    file = out / "state-000005" / "state.safetensors"
+    save_file({**load_file(file), resume.GPU_RNG: torch.zeros(16, dtype=torch.uint8)}, file)
+    edit_json(file.with_name("state.json"), files=resume.digests(file.parent))
+    orpo.run(options(checkpoint, pairs, out, resume=True))
+    assert_same(out, uninterrupted)
+
+
 def test_an_option_that_the_run_began_with_cannot_be_left_out(tmp_path, checkpoint, pairs, killed):
     """Its path may change, but the held-out pairs are a part of the run."""
     out = Path(shutil.copytree(killed, tmp_path / "o"))

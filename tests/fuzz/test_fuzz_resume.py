@@ -2,14 +2,16 @@
 
 Each case takes a stage, kills it up to three times, each time at a random moment, lets it end, and compares
 all that it wrote, byte for byte, apart from times. A trial is a fork of this process, which has imported
-everything: it costs a second, not ten.
+everything: it costs a second, not ten. In a second test a file of a saved state is damaged.
 
 Run it: CFGSAFE_FUZZ_SECONDS=1500 python -m pytest tests/fuzz/test_fuzz_resume.py -m slow -n 0
 """
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -26,6 +28,7 @@ import torch._dynamo  # what stages import when they need it: forks share it
 
 from cfgsafe.blue import orpo, pairs
 from cfgsafe.demo.contexts import contexts
+from cfgsafe.errors import CfgsafeError
 from cfgsafe.files import write_jsonl
 from cfgsafe.hub import DEMO_PIPELINE, LEAKY
 from cfgsafe.measure import leak
@@ -46,7 +49,10 @@ Stage = Callable[[Path, bool], object]  # its folder, and whether it goes on the
 
 
 def start(task: Callable[[], object], log: Path) -> int:
-    """Run `task` in a fork of this process; returns its id. It ends with 0 unless `task` raises."""
+    """Run `task` in a fork of this process; returns its id.
+
+    A CfgsafeError ends the fork with its exit code, another exception with 1.
+    """
     child = os.fork()
     if child:
         return child
@@ -57,6 +63,9 @@ def start(task: Callable[[], object], log: Path) -> int:
             try:
                 task()
                 code = 0
+            except CfgsafeError as error:
+                print(error)
+                code = error.exit_code
             except BaseException:
                 traceback.print_exc()
     finally:
@@ -234,3 +243,61 @@ def test_killed_at_random_moments_every_stage_ends_with_the_same_result(cases, k
     with capsys.disabled():
         counts = ", ".join(f"{name} {kills[name]} ({amid[name]})" for name in kinds)
         print(f"\nkills (with files in the folder): {counts}; {kills.total()} ({amid.total()}) in all")
+
+
+def damage(rng: random.Random, path: Path) -> str:
+    """Spoil a file as a bad disk, a full one or a hand would; returns how."""
+    content = bytearray(path.read_bytes())
+    how = rng.choice(("flip", "cut", "empty", "delete", "noise", "other"))
+    place = rng.randrange(len(content))
+    if how == "flip":
+        content[place] ^= 1 << rng.randrange(8)
+    elif how == "cut":
+        del content[place:]
+    elif how == "empty":
+        content.clear()
+    elif how == "noise":
+        content[place : place + 20] = rng.randbytes(20)
+    elif how == "other":
+        content[:] = rng.choice((b"[]", b"{}", b"null", b'{"step": 1}', b"\xff", b"9" * 5000, b"[" * 5000))
+    path.write_bytes(content)
+    if how == "delete":
+        path.unlink()
+    return how
+
+
+def test_a_damaged_state_is_one_line_or_makes_no_difference(cases, kinds, tmp_path, capsys):
+    torch.set_num_threads(1)
+    Detector(NER)
+    expected, seconds = {}, {}
+    states: dict[str, Path] = {}
+    for name in ("orpo", "sft", "gfn", "smooth"):
+        seconds[name] = whole(kinds[name], tmp_path / f"whole-{name}")
+        expected[name] = outcome(tmp_path / f"whole-{name}")
+        while name not in states:  # a run that was killed when it had a state
+            out = tmp_path / f"killed-{name}"
+            shutil.rmtree(out, ignore_errors=True)
+            child = start(partial(kinds[name], out, False), tmp_path / "log")
+            deadline = time.monotonic() + 60
+            while not list(out.glob("state-*")) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            os.kill(child, signal.SIGKILL)
+            wait(child)
+            if list(out.glob("state-*/state.json")):
+                states[name] = out
+    codes = Counter()
+    for number, rng in enumerate(cases):
+        name = rng.choice(list(states))
+        out, log = tmp_path / f"damaged-{name}", tmp_path / f"damaged-{number}.log"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(states[name], out)
+        path = rng.choice([*sorted(out.glob("state-*/*")), out / "config.json"])
+        how = damage(rng, path)
+        code = wait(start(partial(kinds[name], out, True), log))
+        said = log.read_text()
+        assert code in (0, 2), (name, path.name, how, said)
+        assert code == 0 or len(said.splitlines()) == 1, (name, path.name, how, said)
+        assert code == 2 or outcome(out) == expected[name], (name, path.name, how)
+        codes[code] += 1
+    with capsys.disabled():
+        print(f"\nrefused {codes[2]}, went on to the same result {codes[0]}")
