@@ -15,9 +15,11 @@ Run it: python train.py orpo --lr -1 --model M --pairs P --out O      (one line,
 import math
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from cfgsafe.errors import InputError, option
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,23 @@ def _fault(value: object, ranges: tuple[Range, ...]) -> str | None:
     return next(filter(None, (bounds.broken_by(value) for bounds in ranges)), None)
 
 
-@cache
-def declared(options_of: type, kind: type) -> tuple[tuple[str, tuple], ...]:
+def declared(options_of: type, kind: type[T]) -> list[tuple[str, tuple[T, ...]]]:
     """(name, what its type declares of this kind) of each field of a dataclass, in order."""
+    found = []
+    for name, metadata in _metadata_of(options_of):
+        found.append((name, tuple(item for item in metadata if isinstance(item, kind))))
+    return found
+
+
+@cache
+def _metadata_of(options_of: Any) -> list[tuple[str, list[Any]]]:
     hints = get_type_hints(options_of, include_extras=True)
-    return tuple((field.name, tuple(_metadata(hints[field.name], kind))) for field in fields(options_of))
+    return [(field.name, _metadata(hints[field.name])) for field in fields(options_of)]
 
 
-def _metadata(hint: object, kind: type) -> list:
+def _metadata(hint: object) -> list[Any]:
     """What a type declares with `Annotated`, also within unions, lists and tuples."""
-    found = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, kind)]
+    found = list(getattr(hint, "__metadata__", ()))
     for part in get_args(hint):
-        found += _metadata(part, kind)
+        found += _metadata(part)
     return found

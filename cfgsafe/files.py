@@ -41,7 +41,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 def _rows(content: bytes, path: str | Path) -> Iterator[tuple[str, dict]]:
     """As `read_jsonl`, of the contents of a file. Raises UnicodeDecodeError too."""
-    lines = content.decode().split("\n")  # splitlines() would cut at U+2028 inside a string
+    lines = content.decode("utf-8-sig").split("\n")  # splitlines() would cut at U+2028 inside a string
     for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{path}:{number}"
@@ -54,6 +54,8 @@ def _parse_line(line: str, place: str) -> dict:
     except json.JSONDecodeError as error:
         where = f"{error.msg} at column {error.colno}"
         raise InputError(f"{place}: not JSON ({where}); one object a line") from None
+    except (RecursionError, ValueError):  # of a number with more than 4,300 digits
+        raise InputError(f"{place}: lists inside lists too deep, or a number too long, to be read") from None
     if not isinstance(row, dict):
         raise InputError(f"{place}: a JSON {type(row).__name__}, not an object")
     if "\\ud" in line.lower() and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):

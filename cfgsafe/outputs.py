@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from cfgsafe.errors import InputError, option
 from cfgsafe.fields import declared
 from cfgsafe.folders import lock, reason
+
+T = TypeVar("T", "Input", "Output")
 
 LONGEST_NAME = 200  # bytes of a file's name: systems take 255, and temporary names are longer
 STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # names of open files, which cannot be replaced
@@ -122,7 +124,7 @@ def guard(options: object) -> Iterator[None]:
         yield
 
 
-def declared_paths(options: object, kind: type) -> Iterator[tuple[str, str, Input | Output]]:
+def declared_paths(options: object, kind: type[T]) -> Iterator[tuple[str, str, T]]:
     """(option, value, what the field declares) of each value of the options that is an input or an output."""
     for name, found in declared(type(options), kind):
         value = getattr(options, name)
@@ -134,10 +136,10 @@ def declared_paths(options: object, kind: type) -> Iterator[tuple[str, str, Inpu
 
 def flag_of(options: object, name: str) -> str:
     """The option of a field, which may have another name on the command line (tyro.conf.arg)."""
-    for _, given in [pair for pair in declared(type(options), object) if pair[0] == name]:
-        for each in given:
-            if isinstance(getattr(each, "name", None), str):
-                return option(each.name)
+    for each in dict(declared(type(options), object))[name]:
+        known_as = getattr(each, "name", None)
+        if isinstance(known_as, str):
+            return option(known_as)
     return option(name)
 
 

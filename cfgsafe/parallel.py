@@ -9,6 +9,7 @@ Run it: torchrun --nproc-per-node 2 train.py orpo --model M --pairs P --out O --
 
 import gc
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch import Tensor, nn
 
+from cfgsafe.errors import InputError
 from cfgsafe.llama import Llama
 
 
@@ -53,7 +55,7 @@ class World:
 @contextmanager
 def join(device: str) -> Iterator[World]:
     """The processes that torchrun started, or this one alone."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     if size == 1:
         yield World(0, 1, device)
         return
@@ -66,6 +68,20 @@ def join(device: str) -> Iterator[World]:
     finally:
         gc.collect()  # a DDP wrapper is a reference cycle, and holds the group
         dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """The number of processes. Raises InputError for variables that are not those of torchrun."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return 1
+    numbers = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
+    for name, value in numbers.items():
+        if not re.fullmatch("[0-9]{1,9}", value):
+            raise InputError(f"{name}={value}: is no whole number; torchrun sets it, or unset WORLD_SIZE")
+    if not int(numbers["RANK"]) < int(size) or "MASTER_ADDR" not in os.environ:
+        raise InputError(f"WORLD_SIZE={size}: RANK or MASTER_ADDR does not fit; torchrun sets them")
+    return int(size)
 
 
 def wrap(model: Llama, world: World, fsdp: bool) -> nn.Module:

@@ -88,17 +88,22 @@ def check(subject: Subject) -> None:
             raise InputError(f"--{name} {value}: must be one of {', '.join(known)}")
 
 
+def check_device(device: str) -> None:
+    """Raise InputError for a device that is not there, or that holds no numbers."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: cannot be used ({reason})") from None
+
+
 def load(subject: Subject, adapters: Mapping[str, str] | None = None) -> tuple[Llama, Tokenizer]:
     """The subject's model and tokenizer; `adapters` (name -> folder) replace its adapter.
 
     Raises CheckpointError and InputError.
     """
     check(subject)
-    try:
-        torch.empty(0, device=subject.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {subject.device}: cannot be used ({reason})") from None
+    check_device(subject.device)
     dtype = DTYPES[subject.dtype]
     model = load_model(subject.model, device=subject.device, dtype=dtype, adapter=adapters or subject.adapter)
     return model, load_tokenizer(subject.model)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from cfgsafe import cli
+from cfgsafe.subject import Subject
+
 ROOT = Path(__file__).parents[1]
 LEAKY = str(ROOT / "cfgsafe/demo/leaky")
 CHAT = [{"role": "user", "content": "I am Ann Lee. Who am I?"}]
@@ -307,3 +310,138 @@ def test_a_file_below_something_that_is_no_folder_is_one_line(command):
     code, _, stderr = command("train.py dialogues --count 1 --out /dev/null/d.jsonl")
     assert code == 2 and len(stderr.splitlines()) == 1
     assert "error: --out /dev/null/d.jsonl: cannot be written" in stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "helps"),
+    [
+        ("train.py orpo --model M", "missing --pairs, --out", "train.py orpo"),
+        (
+            "train.py orpo --mdoel M --pairs P --out O",
+            "missing --model; unrecognized options: --mdoel M",
+            "train.py orpo",
+        ),
+        (
+            "train.py orpo --model M --pairs P --out O --epohcs 3",
+            "unrecognized options: --epohcs, 3; perhaps you meant --epochs",
+            "train.py",
+        ),
+        (
+            "infer.py --model M --temperature abc",
+            "--temperature: could not convert string to float: 'abc'",
+            "infer.py",
+        ),
+        (
+            "eval.py leak --model M --combine foo",
+            "invalid choice 'foo' for argument '--combine'. Expected one of ('union', 'vote')",
+            "eval.py leak",
+        ),
+        (
+            "train.py demo --epochs",
+            "missing value for argument '--epochs'. Expected 1 values",
+            "train.py demo",
+        ),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_two_lines(command, line, what, helps):
+    code, stdout, stderr = command(line)
+    assert (code, stdout) == (2, "")
+    assert stderr == f"error: {what}\nfor help: python {helps} --help\n"
+
+
+def test_words_that_are_no_text_are_named(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--model", "M", "--prompt", "a\udcff"])
+    with pytest.raises(SystemExit):
+        importlib.import_module("infer").main()
+    assert capsys.readouterr().err == "error: --prompt: is not valid UTF-8\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "runs/m.jsonl"), "runs/m.jsonl: No space left on device"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("a library's words\nand more"), "a library's words"),
+        (MemoryError(), "out of memory; lower the batch or the lengths, or take a smaller model"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error"),
+            "out of memory (9 bytes more were asked for); lower the batch or the lengths",
+        ),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"),
+            "out of memory (20.00 GiB more were asked for); lower the batch",
+        ),
+        (UnicodeEncodeError("ascii", "caf\xe9", 3, 4, "no"), "the output cannot hold '\\xe9'; set "),
+    ],
+)
+def test_errors_of_the_system_are_one_line(monkeypatch, capsys, error, line):
+    def run(options):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run_command(run, Subject("M"))
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and len(stderr.splitlines()) == 1 and stderr.startswith(f"error: {line}")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def run(options):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        cli.run_command(run, Subject("M"))
+
+
+def test_a_full_disk_under_stdout_is_one_line():
+    code = "from cfgsafe import cli, subject; cli.run_command(print, subject.Subject('M'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=-1, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize("device", ["meta", "nothing", "cuda:99", "cpu:x"])
+def test_a_device_without_memory_is_one_line(command, device):
+    for line in (f"infer.py --model {LEAKY} --prompt x", f"eval.py perplexity --model {LEAKY}"):
+        code, _, stderr = command(f"{line} --device {device}")
+        assert code == 2 and stderr.startswith(f"error: --device {device}: cannot be used (")
+        assert len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("world", "line"),
+    [
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many: is no whole number"),
+        ({"WORLD_SIZE": "2"}, "RANK=: is no whole number"),
+        (
+            {
+                "WORLD_SIZE": "2",
+                "RANK": "7",
+                "LOCAL_RANK": "0",
+                "MASTER_PORT": "1",
+                "MASTER_ADDR": "localhost",
+            },
+            "WORLD_SIZE=2: RANK or MASTER_ADDR does not fit",
+        ),
+    ],
+)
+def test_variables_that_torchrun_did_not_set_are_one_line(command, monkeypatch, tmp_path, world, line):
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    code, _, stderr = command(f"train.py orpo --model {LEAKY} --pairs P --out {tmp_path}/out")
+    assert code == 2 and stderr.startswith(f"error: {line}") and len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"messages": ' + "9" * 5000 + "}"])
+def test_json_that_cannot_be_held_is_one_line(command, tmp_path, text):
+    (tmp_path / "deep.jsonl").write_text(text + "\n")
+    code, _, stderr = command(f"infer.py --model {LEAKY} --requests {tmp_path}/deep.jsonl")
+    assert code == 2 and "deep.jsonl:1: " in stderr and len(stderr.splitlines()) == 1
+
+
+def test_a_byte_order_mark_is_no_text(command, tmp_path):
+    row = json.dumps({"messages": CHAT, "max_new_tokens": 2})
+    (tmp_path / "bom.jsonl").write_text(row + "\n", encoding="utf-8-sig")
+    code, stdout, _ = command(f"infer.py --model {LEAKY} --requests {tmp_path}/bom.jsonl")
+    assert code == 0 and len(json.loads(stdout)["tokens"]) == 2

@@ -170,7 +170,7 @@ def test_the_files_beside_an_output_count(tmp_path):
 @pytest.mark.parametrize("command", ["train orpo", "eval utility"])
 def test_two_processes_do_not_write_one_output(tmp_path, monkeypatch, capsys, command):
     out = tmp_path / "out"
-    holds = f"from cfgsafe.folders import lock\nwith lock({str(out)!r}):\n    print('ready', flush=True)\n    input()"
+    holds = f"from cfgsafe.folders import lock\nwith lock({str(out)!r}):\n    print('', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", holds], stdin=-1, stdout=-1, text=True) as other:
         other.stdout.readline()
         line = refused(build(command, out=str(out)), monkeypatch, capsys)

@@ -33,6 +33,7 @@ from cfgsafe.llama import KVCache, Llama
 from cfgsafe.outputs import OutputFile
 from cfgsafe.progress import progress
 from cfgsafe.request import Request
+from cfgsafe.subject import check_device
 
 G = 3.0
 TWO_PASSES = ("ours, two passes", "transformers, guidance_scale")  # two reads of the weights a step
@@ -77,6 +78,7 @@ class Options:
 
 @torch.inference_mode()
 def run(options: Options) -> None:
+    check_device(options.device)
     cap(options.device, options.memory_gib)
     model, theirs = load_models(options)
     weights = sum(p.nbytes for p in model.parameters())

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from cfgsafe.fields import Count, Guidance, Temperature
 from cfgsafe.kernels import bench
 from cfgsafe.outputs import OutputFile
-
-run = bench.run
+from cfgsafe.subject import check_device
 
 
 @dataclass
@@ -25,3 +24,8 @@ class Options(bench.Options):
     calls: Count = bench.Options.calls
     sets: Count = bench.Options.sets
     csv: OutputFile | None = bench.Options.csv
+
+
+def run(options: Options) -> None:
+    check_device(options.device)
+    bench.run(options)

@@ -31,6 +31,7 @@ from cfgsafe.kernels.results import show, spread, spread_columns
 from cfgsafe.llama import LlamaConfig
 from cfgsafe.outputs import InputPath, OutputFile
 from cfgsafe.progress import progress
+from cfgsafe.subject import check_device
 from cfgsafe.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,7 @@ class Options:
 
 
 def run(options: Options) -> None:
+    check_device(options.device)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         config = make_inputs(Path(folder), options)

@@ -178,7 +178,7 @@ def known_words(options: Options) -> frozenset[str] | None:
     if path is None:
         return None
     try:
-        return frozenset(word.lower() for word in fluency.words(Path(path).read_text(encoding="utf-8")))
+        return frozenset(word.lower() for word in fluency.words(Path(path).read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--words {path}: cannot be read as UTF-8 text ({error})") from None
 
