@@ -15,9 +15,14 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("kernels", "core", "pii", "measure", "blue", "report", "red", "bench", "demo", "scripts")
 SCRIPTS = ("train", "infer", "eval")
 BARE_CORE = (
+    "settings",
+    "config",
+    "weights",
     "llama",
     "tokenizer",
     "checkpoint",
+    "patterns",
+    "lora_config",
     "lora",
     "losses",
     "guidance",

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import random_model
+from safetensors.torch import load_file, save_file
 
 from cfgsafe import load_model, subject
 from cfgsafe.blue import merge, orpo
@@ -47,6 +48,28 @@ def test_an_adapter_on_a_tied_head_cannot_be_merged(tmp_path):
     with pytest.raises(CheckpointError, match="tied to the embedding"):
         run(Options(str(tmp_path / "m"), str(tmp_path / "a"), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_overflows_is_not_written(tmp_path):
+    """Each number of the adapter is finite, but not their products."""
+    adapted(tmp_path)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, 1e30) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(
+        CheckpointError, match="model.safetensors is not written: tensor '.*down_proj.weight' holds"
+    ):
+        run(Options(str(tmp_path / "m"), str(tmp_path / "a"), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_does_not_fit_the_weights_is_refused_before_the_merge(tmp_path):
+    adapted(tmp_path)
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 9_999}))
+    with pytest.raises(
+        CheckpointError, match="missing tensor 'model.layers.10.*, which config.json asks for"
+    ):
+        run(Options(str(tmp_path / "m"), str(tmp_path / "a"), str(tmp_path / "out")))
 
 
 # --- what the adapter was taught

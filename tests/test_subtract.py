@@ -39,6 +39,21 @@ def test_a_written_model_is_the_formula(tmp_path):
     load_model(tmp_path / "sub")
 
 
+@pytest.mark.parametrize("which", ["base", "tuned"])
+def test_a_weight_that_is_not_finite_names_its_file_and_nothing_is_written(tmp_path, which):
+    for name in ("base", "tuned"):
+        save_checkpoint(tmp_path / name, random_model(), tokenizer_from=BASE, dtype=torch.float32)
+    path = tmp_path / which / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(
+        CheckpointError, match=f"{path}: tensor '.*up_proj.weight' holds numbers that are not"
+    ):
+        run(Options(str(tmp_path / "base"), str(tmp_path / "tuned"), str(tmp_path / "sub")))
+    assert not (tmp_path / "sub").exists()
+
+
 PEAK = """
 import resource, sys
 from cfgsafe.blue.subtract import Options, run

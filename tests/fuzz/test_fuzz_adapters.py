@@ -41,6 +41,7 @@ SETTINGS = (
 SCALING = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "cfgsafe_bits"}
 TOKENS = torch.arange(24).view(2, 12)
 SECONDS = 10  # of a case
+BEYOND = 1e6  # of an update, where two orders of summation are no longer close
 PREFIX, CONFIG, WEIGHTS = "base_model.model.", "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -84,10 +85,10 @@ def first(table: dict, name: str, default: float) -> float:
     return next((table[key] for key in table if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def second_reading(plain: Llama, folder: Path) -> torch.Tensor:
-    """The logits of the model with what the files add to its weights."""
+def second_reading(plain: Llama, folder: Path) -> tuple[torch.Tensor, float]:
+    """The logits of the model with what the files add to its weights, and the largest number added."""
     model, raw = copy.deepcopy(plain), json.loads((folder / CONFIG).read_text(encoding="utf-8-sig"))
-    tensors = load_file(folder / WEIGHTS)
+    tensors, largest = load_file(folder / WEIGHTS), 0.0
     for key, a in tensors.items():
         if not key.endswith(".lora_A.weight"):
             continue
@@ -98,7 +99,8 @@ def second_reading(plain: Llama, folder: Path) -> torch.Tensor:
         assert a.shape[0] == rank
         update = scale * (tensors[key.replace("lora_A", "lora_B")].float() @ a.float())
         model.get_parameter(f"{name}.weight").data += update
-    return model.head(model(TOKENS))
+        largest = max(largest, update.abs().max().item())
+    return model.head(model(TOKENS)), largest
 
 
 def test_fuzz_adapters(cases, originals, plain, tmp_path, monkeypatch):
@@ -107,7 +109,7 @@ def test_fuzz_adapters(cases, originals, plain, tmp_path, monkeypatch):
     ternary = copy.deepcopy(plain)
     load_adapter(originals[3], ternary)
     ternary_logits = ternary.head(ternary(TOKENS))
-    folder, loaded, refused = tmp_path / "a", 0, 0
+    folder, loaded, compared, refused = tmp_path / "a", 0, 0, 0
     for case in cases:
         shutil.rmtree(folder, ignore_errors=True)
         source = case.choice(originals)
@@ -125,12 +127,13 @@ def test_fuzz_adapters(cases, originals, plain, tmp_path, monkeypatch):
         else:
             got = model.head(model(TOKENS))
             if config.bits is None:
-                expected = second_reading(plain, folder)
-                size = expected.abs().max()
-                assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * size, equal_nan=True)
+                expected, largest = second_reading(plain, folder)
+                if largest < BEYOND:
+                    assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
+                    compared += 1
             elif not SCALING & changed and (folder / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes():
                 assert torch.equal(got, ternary_logits)
             loaded += 1
         assert time.monotonic() - start < SECONDS, changed
-    print(f"{loaded} loaded, {refused} refused")
-    assert loaded + refused == 1 or (loaded and refused)  # one case can be run alone
+    print(f"{loaded} loaded, {compared} compared, {refused} refused")
+    assert loaded + refused == 1 or (compared and refused)  # one case can be run alone
