@@ -40,7 +40,7 @@ SETTINGS = (
 )
 SCALING = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "cfgsafe_bits"}
 TOKENS = torch.arange(24).view(2, 12)
-SECONDS = 10  # of a case
+SECONDS = 5  # of the processor, a case
 BEYOND = 1e6  # of an update, where two orders of summation are no longer close
 PREFIX, CONFIG, WEIGHTS = "base_model.model.", "adapter_config.json", "adapter_model.safetensors"
 
@@ -116,7 +116,7 @@ def test_fuzz_adapters(cases, originals, plain, tmp_path, monkeypatch):
         shutil.copytree(source, folder)
         model = copy.deepcopy(plain)
         changed = change(case, folder)
-        start = time.monotonic()
+        start = time.process_time()
         try:
             config = load_adapter(folder, model)
         except CfgsafeError as error:
@@ -134,6 +134,6 @@ def test_fuzz_adapters(cases, originals, plain, tmp_path, monkeypatch):
             elif not SCALING & changed and (folder / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes():
                 assert torch.equal(got, ternary_logits)
             loaded += 1
-        assert time.monotonic() - start < SECONDS, changed
+        assert time.process_time() - start < SECONDS, changed
     print(f"{loaded} loaded, {compared} compared, {refused} refused")
     assert loaded + refused == 1 or (compared and refused)  # one case can be run alone
