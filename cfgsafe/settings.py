@@ -119,6 +119,11 @@ def shown(value: object) -> str:
     return _short.repr(value)
 
 
+def brief(error: BaseException | str) -> str:
+    """One short line of a library's message, which may quote what a file holds."""
+    return " ".join(str(error)[:200].split())
+
+
 def _depth(value: object) -> int:
     """How many lists and objects stand inside each other, at most."""
     depth, level = 0, [value]

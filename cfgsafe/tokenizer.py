@@ -27,7 +27,7 @@ from tokenizers import Tokenizer as Backend
 from cfgsafe.errors import CheckpointError, InputError
 from cfgsafe.files import MOST_JSON, check_regular, read_json
 from cfgsafe.rendering import RENDERER, TemplateError
-from cfgsafe.settings import Kind, check_fields, read_settings
+from cfgsafe.settings import Kind, brief, check_fields, read_settings
 
 ROLES = ("system", "user", "assistant")
 PRIVATE_USE = range(0xF0000, 0x10FFFE)  # code points
@@ -118,8 +118,10 @@ class Tokenizer:
             raise CheckpointError(f"{folder}: {error}") from None
         except TemplateError as error:
             raise CheckpointError(f"{source}: {error}") from None
-        except Exception as error:  # tokenizers raises bare Exception
-            raise CheckpointError(f"{folder}: tokenizer files cannot be read ({error})") from None
+        except BaseException as error:  # tokenizers raises bare Exception, or panics outside of Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise CheckpointError(f"{folder}: tokenizer files cannot be read ({brief(error)})") from None
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without control tokens and without BOS.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cfgsafe.errors import CheckpointError
 from cfgsafe.files import check_regular, parse_json
-from cfgsafe.settings import TEXT, check_fields, integer, list_of, shown
+from cfgsafe.settings import TEXT, brief, check_fields, integer, list_of, shown
 
 FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # data types that weights may have -> bytes of an element
 MOST_HEADER = 2**24  # bytes; 16 MB describe about 150,000 tensors
@@ -69,10 +69,11 @@ def read_header(path: Path) -> dict[str, Stored]:
     return found
 
 
-def damaged(path: Path, reason: object) -> CheckpointError:
-    """The error for a file that is no whole safetensors file; a reason may quote what the file holds."""
-    short = " ".join(str(reason)[:200].split())
-    return CheckpointError(f"{path}: cannot be read ({short}); it is damaged or was not downloaded whole")
+def damaged(path: Path, reason: BaseException | str) -> CheckpointError:
+    """The error for a file that is no whole safetensors file."""
+    return CheckpointError(
+        f"{path}: cannot be read ({brief(reason)}); it is damaged or was not downloaded whole"
+    )
 
 
 @contextmanager

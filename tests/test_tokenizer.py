@@ -309,6 +309,34 @@ def test_a_token_name_that_is_no_string_is_named(tmp_path, token):
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("version", "1\n2"),
+        ("version", "x" * 100_000),
+        ("added_tokens", None),
+        ("added_tokens", [{"id": -1}]),
+        (
+            "model",
+            {
+                "type": "BPE",
+                "vocab": {"a": 0, "b": 1, "ab": 2},
+                "merges": [["a", "b"]],
+                "continuing_subword_prefix": "##########",
+            },
+        ),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line(tmp_path, place, value):
+    """The last one makes the library panic, which is no Exception to Python."""
+    variant(tmp_path, SIMPLE)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw | {place: value}))
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: tokenizer files cannot be read") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
 def test_a_pipe_in_place_of_the_template_is_not_waited_for(tmp_path):
     variant(tmp_path, SIMPLE)
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)

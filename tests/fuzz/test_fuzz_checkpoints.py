@@ -42,10 +42,8 @@ SIZES = dict(
     head_dim=4,
 )
 TOKENS = torch.arange(24).view(2, 12)
-SECONDS, MEGABYTES = (
-    5,
-    400,
-)  # of the processor, a case; a test's own memory does not shrink, so it is the growth over all
+SECONDS = 5  # of the processor, a case
+MEGABYTES = 400  # that all cases together may add to the memory of the process
 # What changes the numbers of the model when it loads.
 NUMBERS = {
     "rms_norm_eps",
