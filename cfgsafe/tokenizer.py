@@ -27,7 +27,7 @@ from tokenizers import Tokenizer as Backend
 from cfgsafe.errors import CheckpointError, InputError
 from cfgsafe.files import MOST_JSON, check_regular, read_json
 from cfgsafe.rendering import RENDERER, TemplateError
-from cfgsafe.settings import Kind, brief, check_fields, read_settings
+from cfgsafe.settings import Kind, brief, check_fields, read_settings, shown
 
 ROLES = ("system", "user", "assistant")
 PRIVATE_USE = range(0xF0000, 0x10FFFE)  # code points
@@ -94,7 +94,7 @@ class Tokenizer:
         self.end_of_turn = self._closing() or usual_end
         for token in (self.names["bos_token"], self.end_of_turn):
             if token not in self.special:
-                raise CheckpointError(f"tokenizer.json: control token {token!r} is missing")
+                raise CheckpointError(f"tokenizer.json: control token {shown(token)} is missing")
 
     @staticmethod
     def load(folder: str | Path) -> "Tokenizer":

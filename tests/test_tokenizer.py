@@ -337,6 +337,14 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, place, value):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
+def test_a_huge_name_of_a_token_is_shortened(tmp_path):
+    shutil.copy(Path(BASE) / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "x" * 100_000}))
+    with pytest.raises(CheckpointError, match="control token 'xxx.* is missing") as caught:
+        Tokenizer.load(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
 def test_a_pipe_in_place_of_the_template_is_not_waited_for(tmp_path):
     variant(tmp_path, SIMPLE)
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
