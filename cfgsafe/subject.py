@@ -7,6 +7,7 @@ gets its requests from `request_for`.
 Run it: python eval.py leak --help
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,8 @@ def answers(
     """Greedy answers of the subject. An error names the entry of `places`, or else `what` and a number.
 
     Each answer is written to the file `kept` as it comes (`AnswerLog`), so that a later call with the
-    same requests, and with the same contents of model and adapter, computes only what is missing.
+    same requests, and with the same contents of model and adapter, computes only what is missing. One
+    that failed, for want of memory perhaps, is asked for again then.
     """
     weights = identity(subject.model, subject.adapter) if kept else ""
     requests, keys = [], []
@@ -149,25 +151,42 @@ def answers(
         check_request(request, model, place)
         requests.append(request)
         keys.append(digest_of((weights, subject.dtype, request)))
-    log = AnswerLog(kept)
+    log, failed = AnswerLog(kept), {}
     todo = [number for number, key in enumerate(keys) if key not in log.known]
     done = len(requests) - len(todo)
     with progress(total=len(requests), initial=done, desc=what) as bar, log:
 
         def keep(number: int, completion: Completion) -> None:
             bar.update()
+            key = keys[todo[number]]
             answer = Answer(tokenizer.decode(completion.tokens), completion.finish_reason)
-            log.keep(keys[todo[number]], answer)
+            if answer.finish_reason == "failed":
+                failed[key] = answer
+            else:
+                log.keep(key, answer)
 
-        generate(model, [requests[number] for number in todo], batch=subject.batch, on_completion=keep)
-    return [log.known[key] for key in keys]
+        asked = [requests[number] for number in todo]
+        completions = generate(model, asked, batch=subject.batch, on_completion=keep)
+    tell_failures(completions, what)
+    every = log.known | failed
+    return [every[key] for key in keys]
 
 
 def complete(model: Llama, requests: list[Request], batch: int, what: str) -> list[Completion]:
-    """`decode.generate`, with the progress of `what`."""
+    """`decode.generate`, with the progress of `what`, and a line about answers that failed."""
     with progress(total=len(requests), desc=what) as bar:
 
         def advance(number: int, completion: Completion) -> None:
             bar.update()
 
-        return generate(model, requests, batch=batch, on_completion=advance)
+        completions = generate(model, requests, batch=batch, on_completion=advance)
+    tell_failures(completions, what)
+    return completions
+
+
+def tell_failures(completions: list[Completion], what: str) -> None:
+    """Say on stderr how many answers failed, and why the first of them did."""
+    failures = [completion.failure for completion in completions if completion.failure]
+    if failures:
+        many = f"{len(failures)} of {len(completions)} answers failed"
+        print(f"warning: {what}: {many}, the first because {failures[0]}", file=sys.stderr)

@@ -12,7 +12,7 @@ Run it: python train.py merge --model cfgsafe/demo/leaky --adapter runs/orpo/epo
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from torch import Tensor
@@ -112,6 +112,8 @@ def check(options: Options, prompts: list[leak.Prompt]) -> dict[str, Estimate | 
         given = answers(subject, model, tokenizer, chats, name, options.max_new_tokens, places)
         findings = []
         for prompt, answer in zip(prompts, given, strict=True):
-            findings.append(leak.examine(prompt, answer.text, [], Known()))
-        found[name] = leak.summarise(findings)["leaked_per_100"]
+            finding = leak.examine(prompt, answer.text, [], Known())
+            findings.append(replace(finding, broken=answer.broken))
+        summary = leak.summarise(findings)
+        found[name], found[f"{name}_no_answer"] = summary["leaked_per_100"], summary["no_answer"]
     return found

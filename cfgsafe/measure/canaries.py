@@ -5,6 +5,7 @@ person; the score is the mean log-likelihood of one of the person's items as the
 guidance asked for. The AUC is the chance that a planted person has a higher score than one never
 trained on, for the same question and item; 0.5 means no trace of the planting. Guidance in
 probability space makes some items impossible: these tie, and `impossible` is their percentage.
+There is no AUC where all items are impossible, because nothing was compared.
 Deviations: token means, because names differ in length. Each group of planted persons is compared
 with all persons never trained on, because twins alone, 8 per group in the demo, would give wide
 intervals. Each person is asked about in several wordings, and is one unit with all of these scores.
@@ -20,7 +21,7 @@ Run it: python eval.py canaries --model cfgsafe/demo/leaky
 import json
 import math
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from cfgsafe.decode import check_request
 from cfgsafe.errors import InputError, at
@@ -100,8 +101,9 @@ def exposure(
         impossible.append(sum(map(math.isinf, values)))
     never = by_repeats.pop(0)
     figures: dict[str, Estimate | None] = {}
-    for repeats in sorted(by_repeats):
-        figures[f"auc_x{repeats}"] = auc_interval(by_repeats[repeats], never)
+    for repeats, planted in sorted(by_repeats.items()):
+        told = any(map(math.isfinite, chain.from_iterable(planted + never)))
+        figures[f"auc_x{repeats}"] = auc_interval(planted, never) if told else None
     figures["impossible"] = share_interval(impossible, [len(values) for values in scores])
     return figures
 

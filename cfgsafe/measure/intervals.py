@@ -90,6 +90,11 @@ def share_interval(hits: Values, totals: Values | None = None, clusters: Cluster
     return Estimate(float(100 * share), 100 * low, 100 * high)
 
 
+def fault_interval(faults: Sequence[bool], clusters: Clusters = None) -> Estimate | None:
+    """Percentage of units with a fault that should never be; None, and so not shown, without any."""
+    return share_interval(faults, clusters=clusters) if any(faults) else None
+
+
 def rate_interval(counts: Values, clusters: Clusters = None) -> Estimate | None:
     """Items per 100 units, of which each holds `counts` (N,), 0 or more; None without units."""
     found, sizes = _sums(counts, None, clusters)

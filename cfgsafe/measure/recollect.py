@@ -25,7 +25,7 @@ from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.measure.targets import Target
 from cfgsafe.pii.known import Known
 from cfgsafe.pii.ner import Detector
-from cfgsafe.subject import Subject, complete, load, request_for
+from cfgsafe.subject import Answer, Subject, complete, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 BIAS = 1.0  # nats a token, added to the reference model's loss
@@ -44,9 +44,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Recollection:
-    """The candidates for a target, the most likely first."""
+    """The candidates for a target, the most likely first; `answered`: any of the drawn answers came."""
 
     ranked: list[str]
+    answered: bool = True
 
 
 def recollect_and_rank(
@@ -64,7 +65,10 @@ def recollect_and_rank(
         base = Subject(settings.base, batch=subject.batch, device=subject.device, dtype=subject.dtype)
         reference = mean_losses(base, *load(base), prompts, candidates)
         losses = [calibrate(*both) for both in zip(losses, reference, strict=True)]
-    return [Recollection(rank(*both)) for both in zip(candidates, losses, strict=True)]
+    found = []
+    for values, of_values, texts in zip(candidates, losses, drawn, strict=True):
+        found.append(Recollection(rank(values, of_values), bool(texts)))
+    return found
 
 
 def recollection_prompt(target: Target, tokenizer: Tokenizer) -> Messages:
@@ -81,7 +85,8 @@ def sample(
 ) -> list[list[str]]:
     """Answers to each target's prompt, drawn at temperature 1 under the subject's guidance.
 
-    Raises InputError or ContextError naming the target's place.
+    Those that did not come (`Answer.broken`) are left out. Raises InputError or ContextError naming the
+    target's place.
     """
     rng = random.Random(settings.seed)
     longest = settings.max_new_tokens
@@ -93,8 +98,11 @@ def sample(
         check_request(request, model, target.place)
         requests += [replace(request, seed=rng.getrandbits(32)) for _ in range(settings.samples)]
     completions = complete(model, requests, subject.batch, "recollecting")
-    texts = iter([tokenizer.decode(completion.tokens) for completion in completions])
-    return [list(islice(texts, settings.samples)) for _ in targets]
+    drawn = iter([Answer(tokenizer.decode(done.tokens), done.finish_reason) for done in completions])
+    found = []
+    for _ in targets:
+        found.append([answer.text for answer in islice(drawn, settings.samples) if not answer.broken])
+    return found
 
 
 def collect(

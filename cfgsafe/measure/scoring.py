@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from cfgsafe.errors import ContextError
+from cfgsafe.errors import ContextError, InputError
 from cfgsafe.llama import Llama
 from cfgsafe.measure.intervals import Estimate, share_interval
 from cfgsafe.prefill import PREFILL_TOKENS
@@ -30,7 +30,7 @@ def continuation_logprobs(
 
     The request's guidance, space and alpha apply; its temperature, top-k and top-p do not. Prompt and
     continuation must fit in the context. At most `batch` requests are computed together, and no more than
-    fit into FORWARD_TOKENS.
+    fit into FORWARD_TOKENS. Raises InputError where the model's numbers are not finite.
     """
     results: list[Tensor] = []
     while len(results) < len(requests):
@@ -92,6 +92,11 @@ def _score(model: Llama, request: Request, sides: list[Tensor], continuation: li
     for start in range(0, len(continuation), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
         logits = side_logits(model, request, [states[part] for states in sides])
+        if not all(side.amax().isfinite() for side in logits):  # NaN as well: it is the maximum of any row
+            raise InputError(
+                "the model gives numbers that are not finite, so that no likelihood can be told; look at its "
+                "weights and its adapter, or take --dtype float32"
+            )
         logprobs = guided_logprobs(request, logits[0], logits[1] if request.guided else None)
         parts.append(logprobs.gather(-1, targets[part])[:, 0])
     return torch.cat(parts).cpu() if parts else torch.zeros(0)

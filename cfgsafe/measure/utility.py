@@ -34,7 +34,7 @@ from cfgsafe.hub import QUIZ
 from cfgsafe.llama import Llama
 from cfgsafe.measure import judge, mmlu_pro
 from cfgsafe.measure.grading import exact, exact_letter
-from cfgsafe.measure.intervals import Estimate, ratio_interval, share_interval, to_json
+from cfgsafe.measure.intervals import Estimate, fault_interval, ratio_interval, share_interval, to_json
 from cfgsafe.measure.mmlu_pro import Placed
 from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
 from cfgsafe.outputs import File, InputPath
@@ -161,7 +161,8 @@ def by_answer(
     for answer, right in zip(given, grades, strict=True):
         columns.append({"model_answer": answer.text, "cut": answer.cut, "correct": bool(right)})
     percentage = share_interval([bool(right) for right in grades])
-    others = {"unparsed": share_interval([right is None for right in grades]), "cut_off": cut_off(given)}
+    unparsed = share_interval([right is None for right in grades])
+    others = {"unparsed": unparsed, "cut_off": cut_off(given), "no_answer": no_answer(given)}
     if options.score == "exact":
         return to_json({"utility": percentage, **others}), columns
     verdicts = judge.judge(rows, texts, judge.remote(options.service, Path(f"{options.out}.judge")))
@@ -264,6 +265,11 @@ def score(rows: list[dict], texts: list[str]) -> Estimate | None:
 def cut_off(given: list[Answer]) -> Estimate | None:
     """Percentage of answers that the limit of tokens cut off."""
     return share_interval([answer.cut for answer in given])
+
+
+def no_answer(given: list[Answer]) -> Estimate | None:
+    """Percentage of questions without an answer, which count as not right; None where there are none."""
+    return fault_interval([answer.broken for answer in given])
 
 
 def _chat(text: str) -> Messages:

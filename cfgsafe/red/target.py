@@ -2,8 +2,9 @@
 
 Source: Lee et al. (arXiv 2405.18540): Llama targets answer at temperature 0.1 and top-p 0.9, with
 at most 64 tokens.
-Deviations: an answer ends at the target's own end token, not at the attacker's. An answer that did
-not come is None, never an empty text. A budget limits what is asked, retries included.
+Deviations: an answer ends at the target's own end token, not at the attacker's. An answer that did not
+come is None, never an empty text; so is one that ended because the model's numbers were not finite. A
+budget limits what is asked, retries included.
 
 Run it: python eval.py attack --help
 """
@@ -18,6 +19,7 @@ from cfgsafe import subject
 from cfgsafe.decode import Request, generate
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count, Range, Temperature
+from cfgsafe.files import Answer
 from cfgsafe.identity import contents, digest_of
 from cfgsafe.llama import Llama
 from cfgsafe.lora import DEFAULT
@@ -125,7 +127,8 @@ class LocalTarget(Target):
         completions = generate(self.model, list(requests.values()), batch=self.options.batch)
         answers: list[str | None] = [None] * len(conversations)
         for number, completion in zip(requests, completions, strict=True):
-            answers[number] = self.tokenizer.decode(completion.tokens)
+            answer = Answer(self.tokenizer.decode(completion.tokens), completion.finish_reason)
+            answers[number] = None if answer.broken else answer.text
         return answers
 
     def _request(self, messages: Messages, seed: int) -> Request:

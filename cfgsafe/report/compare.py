@@ -75,17 +75,19 @@ class Comparison:
         chats = [prompt.messages for prompt in self.prompts]
         places = [prompt.place for prompt in self.prompts]
         given = self.ask(subject, chats, f"{title}: answers", self.answer_tokens, places)
-        texts = [answer.text for answer in given]
         asked = [utility.conversation(question) for question in self.questions]
         quiz = self.ask(subject, asked, f"{title}: quiz", self.quiz_tokens)
         findings = leak.inspect(self.prompts, given, self.detector)
         leak.write_findings(self.out / results.answers_file(row), findings)
         grades = utility.grades(self.questions, [answer.text for answer in quiz])
         self.measured[title] = Measured(findings, grades)
-        clusters = [finding.cluster for finding in findings]
+        whole = leak.answered(findings)
+        texts, chats = [f.answer for f in whole], [f.prompt.messages for f in whole]
+        clusters = [f.cluster for f in whole]
         estimates = {
             "utility": share_interval(grades),
             "quiz_cut_off": utility.cut_off(quiz),
+            "quiz_no_answer": utility.no_answer(quiz),
             "broken_words": fluency.broken_words(texts, chats, self.vocabulary, clusters),
         }
         if self.margins:

@@ -30,6 +30,7 @@ EXTRA = {  # key -> what the legend says of it where it was measured
     "margin": "Margin: log-probability of the right option minus that of the best wrong one, nats per token.",
     "broken_words": "Broken words: in neither the vocabulary nor the prompt.",
     "perplexity": "Perplexity: of the answers, under the reference model.",
+    "no_answer": "No answer: numbers that are not finite, or guidance left no token; in no other column.",
 }
 STAR = "* The rows that the paper has: there every model gets the positive sentence."
 
@@ -67,6 +68,8 @@ COLUMNS = (
     Column("leaked_per_100", "leaked/100", None),
     Column("ner_items_per_100", "NER items/100", None),
     Column("clean_answers", "clean answers %", None),
+    Column("no_answer", "no answer %", "none"),
+    Column("quiz_no_answer", "quiz: no answer %", "quiz none"),
 )
 OF_SLICE = {
     "wanted_named": "named %",
