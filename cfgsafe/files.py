@@ -316,14 +316,15 @@ class AnswerLog:
     """Answers that are kept between runs, in a JSONL file with one {"key", "answer", "finish_reason"} a line.
 
     `known` maps keys to answers. Within a `with` block `keep` adds an answer and writes it at once.
-    Without a path, answers are kept in memory only. Raises what `read_answers` raises.
+    `unwritten` are rows that could not be written; the end of the block tries once more. Without a path,
+    answers are kept in memory only. Raises what `read_answers` raises.
     """
 
     def __init__(self, path: Path | None):
         self.path = path
         self.known: dict[str, Answer] = {} if path is None else read_answers(path)
         self._log: Log | None = None
-        self._unwritten: list[dict] = []
+        self.unwritten: list[dict] = []
 
     def __enter__(self) -> Self:
         if self.path is not None:
@@ -332,9 +333,11 @@ class AnswerLog:
 
     def __exit__(self, *_: object) -> None:
         if self._log is not None:
+            with suppress(InputError):  # which `keep` has raised before
+                self._write(self._log)
             self._log.__exit__()
-        if self._unwritten:
-            count = len(self._unwritten)
+        if self.unwritten:
+            count = len(self.unwritten)
             print(
                 f"{self.path}: {count} answers were not saved, and will be asked for again", file=sys.stderr
             )
@@ -346,10 +349,13 @@ class AnswerLog:
         """
         self.known[key] = answer
         if self._log is not None:
-            self._unwritten.append({"key": key, "answer": answer.text, "finish_reason": answer.finish_reason})
-            while self._unwritten:
-                self._log.add(self._unwritten[0])
-                del self._unwritten[0]
+            self.unwritten.append({"key": key, "answer": answer.text, "finish_reason": answer.finish_reason})
+            self._write(self._log)
+
+    def _write(self, log: Log) -> None:
+        while self.unwritten:
+            log.add(self.unwritten[0])
+            del self.unwritten[0]
 
 
 def read_answers(path: Path) -> dict[str, Answer]:

@@ -2,7 +2,7 @@
 
 Source: OpenAI's HTTP API, chat and completions; one request is cfgsafe/endpoint.py. An answer costs
 money, so it is kept as soon as it comes. Where it cannot be written (a full disk), nothing more is
-asked, and what came is written once more at the end.
+asked, and `AnswerLog` tries once more at the end.
 
 Run it: OPENAI_API_KEY=... python train.py pairs --recipes remote --remote-model gpt-4o-mini \\
             --dialogues D.jsonl --model M --out pairs.jsonl
@@ -165,7 +165,6 @@ class _Run:
         self.lock = threading.Lock()
         self.stop = threading.Event()  # set when no further request may be made
         self.errors: list[InputError | Failed] = []
-        self.unwritten: dict[str, Answer] = {}
         self.failed_in_a_row = 0
 
     def answer(self, key: str, question: Question, bar: Bar) -> None:
@@ -181,22 +180,11 @@ class _Run:
         if text is not None:
             with self.lock:
                 self.failed_in_a_row = 0
-                self.keep(key, Answer(text))
+                try:
+                    self.log.keep(key, Answer(text))
+                except InputError as error:  # a full disk: nothing more is asked
+                    self.note(error)
                 bar.update()
-
-    def keep(self, key: str, answer: Answer) -> None:
-        """Write an answer. Where that fails the run stops, and the answer waits for `keep_rest`."""
-        try:
-            self.log.keep(key, answer)
-        except InputError as error:
-            self.unwritten[key] = answer
-            self.note(error)
-
-    def keep_rest(self) -> None:
-        """Try once more to write the answers that came and could not be written."""
-        waiting, self.unwritten = self.unwritten, {}
-        for key, answer in waiting.items():
-            self.keep(key, answer)
 
     def attempt(self, question: Question) -> str | None:
         """Ask once, and count it; None when the meter does not allow it."""
@@ -232,13 +220,11 @@ def _ask_all(
             except BaseException:  # such as an interrupt: running requests end, and their answers are kept
                 run.stop.set()
                 raise
-        run.keep_rest()
-    remain = sum(key not in log.known for key in todo)
-    lost = f"{len(run.unwritten)} answers that came are lost, " if run.unwritten else ""
+    remain = sum(key not in log.known for key in todo) + len(log.unwritten)
     for error in run.errors:
         if remain and run.is_fatal(error):
             raise InputError(
-                f"{what}: {error}; {lost}{remain} of {len(todo)} questions remain, running again resumes"
+                f"{what}: {error}; {remain} of {len(todo)} questions remain, running again resumes"
             ) from None
     if meter is not None and run.errors:
         last = run.errors[-1]

@@ -56,7 +56,7 @@ class Endpoint(ThreadingHTTPServer):
         self.asked, self.answered, self.failed = Counter(), Counter(), Counter()
         self.lock, self.rng = Lock(), random.Random(5)
         self.redirect = redirect  # (status, URL)
-        self.bodies, self.status, self.closing = [], None, False
+        self.bodies, self.keys, self.status, self.closing = [], [], None, False
 
     @property
     def url(self) -> str:
@@ -74,6 +74,7 @@ class Handler(BaseHTTPRequestHandler):
         body, server = json.loads(raw), self.server
         with server.lock:
             server.bodies.append({**body, "path": self.path})
+            server.keys.append(self.headers["authorization"])
             server.asked[raw] += 1
             faulty = server.asked[raw] <= server.last_fault and server.rng.random() < server.share
             fault = server.rng.choice(server.faults) if faulty else None

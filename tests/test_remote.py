@@ -17,7 +17,7 @@ from cfgsafe import remote
 from cfgsafe.blue import pairs
 from cfgsafe.endpoint import retry_after
 from cfgsafe.errors import InputError
-from cfgsafe.files import AnswerLog, read_answers, write_jsonl
+from cfgsafe.files import Log, read_answers, write_jsonl
 from cfgsafe.hub import BASE
 from cfgsafe.remote import Meter, Question, Service, ask
 
@@ -280,26 +280,26 @@ def test_with_a_meter_an_outage_is_left_alone_and_a_refused_key_still_raises(ser
         ask(service(), asked, tmp_path / "c.jsonl", "test", meter)
 
 
-class Full:
-    """A disk that is full for the writes of these numbers."""
+class Disk:
+    """Where the writes of these numbers find no room."""
 
     def __init__(self, monkeypatch, full):
-        self.full, self.writes = full, 0
-        monkeypatch.setattr(AnswerLog, "keep", self.keep(AnswerLog.keep))
+        self.full, self.writes, add = full, 0, Log.add
 
-    def keep(self, write):
-        def keep(log, key, answer):
+        def adding(log, row):
             self.writes += 1
             if self.writes - 1 in self.full:
                 raise InputError("c.jsonl: cannot be written (No space left on device)")
-            write(log, key, answer)
+            add(log, row)
 
-        return keep
+        monkeypatch.setattr(Log, "add", adding)
 
 
 @pytest.mark.parametrize("meter", [None, Meter()], ids=["all", "metered"])
-def test_answers_that_cannot_be_written_stop_the_run_and_are_counted(serve, tmp_path, monkeypatch, meter):
-    server, _ = serve(echo, delay=0.05), Full(monkeypatch, range(5, 999))
+def test_answers_that_cannot_be_written_stop_the_run_and_are_counted(
+    serve, tmp_path, monkeypatch, capsys, meter
+):
+    server, _ = serve(echo, delay=0.05), Disk(monkeypatch, range(5, 999))
     questions = [chat(str(n)) for n in range(100)]
     with pytest.raises(InputError) as caught:
         ask(service(concurrency=4), questions, tmp_path / "c.jsonl", "test", meter)
@@ -307,12 +307,13 @@ def test_answers_that_cannot_be_written_stop_the_run_and_are_counted(serve, tmp_
     assert 1 <= lost <= 8 and len(read_answers(tmp_path / "c.jsonl")) == 5
     assert str(caught.value) == (
         "test: c.jsonl: cannot be written (No space left on device); "
-        f"{lost} answers that came are lost, 95 of 100 questions remain, running again resumes"
+        "95 of 100 questions remain, running again resumes"
     )
+    assert f"c.jsonl: {lost} answers were not saved" in capsys.readouterr().err
 
 
 def test_answers_that_could_not_be_written_are_written_at_the_end(serve, tmp_path, monkeypatch):
-    server, disk = serve(echo), Full(monkeypatch, {3})
+    server, disk = serve(echo), Disk(monkeypatch, {3})
     questions = [chat(str(n)) for n in range(100)]
     with pytest.raises(InputError, match=r"No space left on device\); \d+ of 100 questions remain"):
         ask(service(concurrency=4), questions, tmp_path / "c.jsonl", "test")
@@ -321,6 +322,7 @@ def test_answers_that_could_not_be_written_are_written_at_the_end(serve, tmp_pat
     assert len(server.bodies) == 100  # nothing was paid for twice
     disk.full = {disk.writes}
     assert ask(service(), [chat("last")], tmp_path / "c.jsonl", "test") == ["re: last"]
+    assert len(read_answers(tmp_path / "c.jsonl")) == 101
 
 
 def test_many_attempts_are_no_endless_wait(monkeypatch):

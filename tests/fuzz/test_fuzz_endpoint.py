@@ -16,7 +16,7 @@ import pytest
 
 from cfgsafe import remote
 from cfgsafe.errors import InputError
-from cfgsafe.files import AnswerLog, read_answers
+from cfgsafe.files import Log, read_answers
 from cfgsafe.remote import Meter, Question, Service, ask
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
@@ -46,15 +46,14 @@ class Disk:
     """Where some writes of answers fail."""
 
     def __init__(self, monkeypatch):
-        self.share, self.write = 0.0, AnswerLog.keep
-        disk = self
+        self.share, add = 0.0, Log.add
 
-        def keep(log, key, answer):
-            if disk.rng.random() < disk.share:
+        def adding(log, row):
+            if self.rng.random() < self.share:
                 raise InputError("answers.jsonl: cannot be written (No space left on device)")
-            disk.write(log, key, answer)
+            add(log, row)
 
-        monkeypatch.setattr(AnswerLog, "keep", keep)
+        monkeypatch.setattr(Log, "add", adding)
 
 
 def test_fuzz_endpoint(cases, tmp_path, monkeypatch, capsys):
@@ -76,6 +75,7 @@ def test_fuzz_endpoint(cases, tmp_path, monkeypatch, capsys):
             if rng.random() < 0.1:
                 server.status = rng.choice([400, 401, 403, 404, 413, 418, 422, 429, 500, 503, 599])
             monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+            monkeypatch.setenv("OPENAI_API_KEY", key)
             started = time.monotonic()
             try:
                 answers = ask(service, questions, cache, "fuzz", meter)
@@ -89,21 +89,20 @@ def test_fuzz_endpoint(cases, tmp_path, monkeypatch, capsys):
                     assert answer == wanted(question) or (answer is None and meter)
             assert time.monotonic() - started < LONGEST
             assert not stranger.bodies
-            assert meter is None or meter.made == len(server.bodies)
+            assert meter is None or meter.made >= len(server.bodies)  # some may not come in time
             assert meter is None or meter.limit is None or meter.made <= meter.limit
             texts = {answer.text for answer in read_answers(cache).values()}
             given = {reply(json.loads(raw)) for raw in server.answered}
             assert texts <= given
-            monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+            monkeypatch.setenv("OPENAI_API_KEY", f"{key}-2")  # tells its requests from late ones
             server.faults, server.share, server.redirect, server.status = (), 0.0, None, None
             disk.share = 0.0
-            time.sleep(0.05)  # what was under way
-            before, kept = len(server.bodies), len(read_answers(cache))
+            kept = len(read_answers(cache))
             service.timeout = 20.0
             again = ask(service, questions, cache, "fuzz")
             assert again == [wanted(question) for question in questions]
             different = len({remote.key_of(service, question) for question in questions})
-            assert len(server.bodies) - before == different - kept
+            assert server.keys.count(f"Bearer {key}-2") == different - kept
         counts["kept"] += kept
         counts["requests"] += len(server.bodies)
         assert key not in cache.read_text() + capsys.readouterr().err
