@@ -7,8 +7,9 @@ import torch
 
 from cfgsafe import lockstep, prefill
 from cfgsafe.decode import Completion, Engine, generate
-from cfgsafe.llama import KVCache, Llama
+from cfgsafe.llama import KVCache, Llama, LlamaConfig
 from cfgsafe.lockstep import Batch, Sampler
+from cfgsafe.lora import LoRAConfig, attach
 from cfgsafe.prefill import Prefill
 from cfgsafe.request import Request
 
@@ -59,6 +60,31 @@ def poison(engine: Engine) -> None:
         for state in engine.running:
             for row, length in zip(state.rows, state.positions, strict=True):
                 stored[:, row, :, length:] = 999.0
+
+
+def small_model(vocabulary: int) -> Llama:
+    """In float64, where the order of a sum cannot change an argmax; with two adapters, also on the head."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+        eos_token_id=3,
+    )
+    torch.manual_seed(0)
+    model = Llama(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.model.norm.weight.data.fill_(5)
+    for seed, name in enumerate(("default", "other")):
+        torch.manual_seed(seed)
+        for parameter in attach(model, LoRAConfig(rank=2, targets=("q_proj", "up_proj", "lm_head")), name):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.double().requires_grad_(False)
 
 
 def random_request(rng: random.Random, vocabulary: int, longest: int = 8) -> Request:

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from conftest import random_model
-from engine_faults import alone, poison, random_request, same, watch
+from engine_faults import alone, poison, random_request, same, small_model, watch
 
 import infer
 from cfgsafe import decode
@@ -22,23 +22,8 @@ SETTINGS = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def model():
-    """In float64, where the order of a sum cannot change an argmax; with adapters, also on the head."""
-    model = random_model(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=3,
-    )
-    for seed, name in enumerate(("default", "other")):
-        torch.manual_seed(seed)
-        for parameter in attach(model, LoRAConfig(rank=2, targets=("q_proj", "up_proj", "lm_head")), name):
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.model.norm.weight.data.mul_(4)
-    return model.double().requires_grad_(False)
+def model() -> Llama:
+    return small_model(VOCABULARY)
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +109,17 @@ def test_a_call_that_fails_costs_at_most_the_request_that_was_alone(model, reque
 @SETTINGS
 @pytest.mark.parametrize("prompts", [True, False], ids=["its prompt", "its answer"])
 def test_a_request_that_always_fails_ends_alone(model, requests, settings, prompts):
-    """Token 9 cannot be computed, in prompts or in answers."""
+    """Token 12 cannot be computed, in prompts or in answers."""
 
     def strike(name: str, arguments: tuple) -> None:
         if prompts:
-            guilty = name == "forward" and (arguments[1] == 9).any() and arguments[1].shape[1] > 1
+            guilty = name == "forward" and (arguments[1] == 12).any() and arguments[1].shape[1] > 1
         else:
             numbers = arguments[1] if name == "_feed" else range(99)
             states = arguments[0].running if name in ("_feed", "_advance") else []
-            guilty = any(n in numbers and state.completion.tokens[-1] == 9 for n, state in enumerate(states))
+            guilty = any(n in numbers and state.completion.tokens[-1] == 12 for n, state in enumerate(states))
         if guilty:
-            raise RuntimeError("token 9\nis not for us")
+            raise RuntimeError("token 12\nis not for us")
 
     wanted = alone(model, requests, skip="skip" in settings)
     with pytest.MonkeyPatch.context() as patch:
@@ -143,10 +128,10 @@ def test_a_request_that_always_fails_ends_alone(model, requests, settings, promp
     failed = 0
     for request, completion, free in zip(requests, found, wanted, strict=True):
         fed = free.tokens if free.finish_reason == "stop" else free.tokens[:-1]
-        if 9 in (sum(request.rows, []) if prompts else fed):
+        if 12 in (sum(request.rows, []) if prompts else fed):
             assert completion.finish_reason == "failed"
-            assert completion.failure.startswith("RuntimeError: token 9 is not for us (")
-            assert completion.tokens == ([] if prompts else free.tokens[: free.tokens.index(9) + 1])
+            assert completion.failure.startswith("RuntimeError: token 12 is not for us (")
+            assert completion.tokens == ([] if prompts else free.tokens[: free.tokens.index(12) + 1])
             failed += 1
         else:
             assert same(completion, free)
