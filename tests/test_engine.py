@@ -92,7 +92,6 @@ def test_random_requests_equal_their_solo_runs(model, count):
             cancelled.add(victim.request_id)
         taken = [row for state in engine.running for row in state.rows]
         assert len(taken) == len(set(taken)) == 48 - engine.free
-        assert engine.batch is None or engine.batch.gapless
     assert engine.free == 48 and not engine.running and not engine.waiting
     assert count / 50 < len(cancelled)
     assert {completion.finish_reason for completion in completions.values()} == {
@@ -147,6 +146,18 @@ def test_what_does_not_fit_is_refused_and_what_must_wait_waits(model):
         Engine(model, rows=2, slots=32, kv_bytes=100)
     small = Engine(model, rows=1000, slots=32, kv_bytes=32 * 2 * 8 * 8 * 5)
     assert small.free == 5
+
+
+def test_the_last_rows_move_into_the_gap_that_a_request_leaves(model):
+    """So attention reads the first rows of the cache where they lie, and no others."""
+    engine = Engine(model, rows=5, slots=32)
+    requests = [Request([5], [6], guidance=2.0, max_new_tokens=2)]
+    requests += [Request([n], max_new_tokens=5 + n) for n in (7, 8, 9)]
+    for request in requests:
+        engine.submit(request)
+    for _ in range(3):
+        engine.step()
+    assert engine.batch.gapless and [state.rows for state in engine.running] == [[2], [0], [1]]
 
 
 @pytest.mark.parametrize("log_path", ["hidden", "logits"])
