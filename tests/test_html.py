@@ -194,6 +194,13 @@ def test_counted_values_are_masked_outside_of_the_answers_too(folder):
         assert value not in source.lower()
 
 
+def test_what_a_mask_makes_a_whole_word_is_masked_too(folder):
+    """The second name begins inside a word, as long as the first can be read."""
+    row = answer("박지영박지영")
+    row["prompt"]["items"] = {"PERSON": "박지영"}
+    assert "박지영" not in masked(folder, [row])[1]
+
+
 def test_what_a_detector_found_of_a_word_hides_the_whole_word(folder):
     rows = [answer("Dear Oskarsson, ok", [("skar", "PERSON")])]
     assert "Dear O████, ok" in masked(folder, rows)[1]

@@ -76,6 +76,7 @@ BY_HAND = [
     ("Sofia, ﬁﬁ", "GPE", "fifi", ["ﬁﬁ"]),  # a ligature
     ("STRASSE 5", "FAC", "Straße 5", ["STRASSE 5"]),  # a fold of another length
     ("strase", "FAC", "Straß", []),  # ends inside a character's fold
+    ("I1\u0345", "X", "I1", []),
     ("ISTANBUL istanbul", "GPE", "İstanbul", ["ISTANBUL", "istanbul"]),
     ("O’Brien OBRIEN", "GPE", "O'Brien", ["O’Brien", "OBRIEN"]),
     # numbers

@@ -165,6 +165,8 @@ def _begins(value: Spelling, text: Spelling, at: int) -> bool:
     """Whether a word, and not only a part of one, begins with letter `at` of the text."""
     if at == 0:
         return True
+    if text.starts[at - 1] == text.starts[at]:
+        return False  # inside a character
     before, after = text.letters[at - 1], text.letters[at]
     if value.is_number and len(value.letters) < YEAR:
         return _is_apart(before, text.gaps[at], after)
@@ -179,6 +181,8 @@ def _ends(value: Spelling, text: Spelling, at: int) -> bool:
     """Whether a word ends before letter `at` of the text."""
     if at == len(text.letters):
         return True
+    if text.starts[at - 1] == text.starts[at]:
+        return False  # inside a character
     before, after = text.letters[at - 1], text.letters[at]
     if value.is_number and len(value.letters) < YEAR:
         return _is_apart(before, text.gaps[at], after)
@@ -200,7 +204,7 @@ def _is_apart(before: str, gap: str, after: str) -> bool:
 def _is_boundary(value: Spelling, text: Spelling, at: int) -> bool:
     """Whether a word may begin with letter `at`, although another letter stands directly before it."""
     before, after = text.letters[at - 1], text.letters[at]
-    if text.starts[at - 1] == text.starts[at] or len(value.letters) == 1:
+    if len(value.letters) == 1:
         return False
     for script in (KATAKANA, KOREAN):
         if bool(script.match(before)) != bool(script.match(after)):

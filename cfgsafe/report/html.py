@@ -270,10 +270,16 @@ def spans(row: dict, items: Items, private: Values) -> list[Span]:
 
 
 def spans_of(text: str, values: Values, kind: str) -> list[Span]:
-    """Where `text` holds one of the values."""
-    found = []
-    for label, value in values:
-        found += [(start, end, kind) for start, end in places(text, label, value, bare=True)]
+    """Where `text` holds one of the values, also where only the mask of another makes it whole words."""
+    found: list[Span] = []
+    before, left = "", text
+    while left != before:
+        before = left
+        for label, value in values:
+            for start, end in places(before, label, value, bare=True):
+                found.append((start, end, kind))
+                first = hidden(text[start:end]).removesuffix(MASK)
+                left = left[:start] + first.ljust(end - start, MASK[0]) + left[end:]
     return found
 
 
