@@ -269,7 +269,7 @@ MUTANTS = (
     Mutant("report-unmasked", "cfgsafe/report/html.py",
            "hide=private is not None", "hide=False", "test_html.py"),
     Mutant("the-only-letter-shown", "cfgsafe/report/html.py",
-           "if follows and len(first) == 1 and", "if", "test_html.py"),
+           "if follows and is_one and", "if is_one and", "test_html.py"),
     Mutant("table-1-per-100", "cfgsafe/report/tables.py", tests="test_tables.py",
            before='ours = [cell(row, "utility"), cell(row, ITEMS, 0.5)]',
            after='ours = [cell(row, "utility"), cell(row, ITEMS)]'),

@@ -90,7 +90,7 @@ class Attack:
             tokens = tuple(int(token) for token in row["tokens"])
             log_reference, least_likely = float(row["log_reference"]), float(row["least_likely"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {str(error)[:100]}"
             raise InputError(f"{place}: not an attack ({reason}); give the attacks.jsonl of a run") from None
         return Attack(tokens, row["text"], log_reference, trials, least_likely)
 

@@ -327,7 +327,8 @@ def hidden(words: str) -> str:
     """
     first = unicodedata.normalize("NFKC", words[0])
     follows = any(map(str.isalnum, words[1:]))
-    return words[0] + MASK if follows and len(first) == 1 and first.lower() != first.upper() else MASK
+    is_one = len(first.casefold()) == 1  # ß and ﬁ are two
+    return words[0] + MASK if follows and is_one and first.lower() != first.upper() else MASK
 
 
 def marked(text: str, found: list[Span], hide: bool) -> str:

@@ -281,8 +281,19 @@ def _check_row(row: object, place: str) -> None:
         if row.get(name) is not None and not isinstance(row[name], kind):
             raise InputError(f"{place}: '{name}' must be {'a string' if kind is str else 'a number'} or null")
     row.setdefault("guidance", None)
-    for name in (column.key for column in COLUMNS):
-        if name in row and not (_is_number(row[name]) and _is_interval(row.get(f"{name}_ci"))):
+    slices = row.get("slices", {})
+    if not isinstance(slices, dict) or not all(isinstance(part, dict) for part in slices.values()):
+        raise InputError(f"{place}: 'slices' must be an object of slice -> its figures")
+    _check_figures(row, place)
+    for part, figures in slices.items():
+        _check_figures(figures, f"{place}: slice {part!r}")
+
+
+def _check_figures(figures: dict, place: str) -> None:
+    """Raise InputError where a figure that has a column is none."""
+    for name in (*(column.key for column in COLUMNS), *OF_SLICE):
+        value, interval = figures.get(name), figures.get(f"{name}_ci")
+        if name in figures and not (_is_number(value) and _is_interval(interval)):
             raise InputError(f"{place}: '{name}' must be a number, with '{name}_ci', its interval")
 
 

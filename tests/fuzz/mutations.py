@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from copy import deepcopy
 from pathlib import Path
 
 from cfgsafe.errors import CfgsafeError
@@ -83,13 +84,13 @@ def mutate_json(case: random.Random, value: dict) -> tuple[bytes, set[str]]:
                 place[key] = [inner]
             elif way < 0.4 and isinstance(place, dict):
                 place[case.choice(["quantization_config", "rope_parameters", "x", "layers_to_transform"])] = (
-                    case.choice(VALUES)
+                    deepcopy(case.choice(VALUES))
                 )
                 path = list(place)
             elif way < 0.5:
                 place[key] = mark = "@RAW@"
             else:
-                place[key] = case.choice(VALUES)
+                place[key] = deepcopy(case.choice(VALUES))
             break
         fields |= {str(part) for part in path}
     text = json.dumps(value)
