@@ -112,5 +112,8 @@ def _typed(row: dict, name: str, kind: type, place: str, default: T) -> T:
     value = row[name]
     allowed = (int, float) if kind is float else kind
     if isinstance(value, bool) or not isinstance(value, allowed):
-        raise InputError(f"{place}: field {name!r} must be a {kind.__name__}, not {json.dumps(value)}")
-    return kind(value)
+        raise InputError(f"{place}: field {name!r} must be a {kind.__name__}, not {json.dumps(value)[:80]}")
+    try:
+        return kind(value)
+    except OverflowError:
+        raise InputError(f"{place}: field {name!r} is larger than any float") from None

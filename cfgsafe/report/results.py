@@ -9,6 +9,7 @@ Run it: python train.py demo
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,6 +269,9 @@ def read_results(folder: str | Path) -> dict:
     rows = results.get("rows")
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: needs 'rows', a list of objects")
+    said = results.get("conclusions") or []
+    if not isinstance(said, list) or not all(isinstance(sentence, str) for sentence in said):
+        raise InputError(f"{path}: 'conclusions' must be a list of sentences")
     for number, row in enumerate(rows, start=1):
         _check_row(row, f"{path}: row {number}")
     return results
@@ -278,9 +282,12 @@ def _check_row(row: object, place: str) -> None:
     if not isinstance(row, dict) or not isinstance(row.get("model"), str):
         raise InputError(f"{place}: needs 'model', a string")
     for name, kind in KINDS.items():
-        if row.get(name) is not None and not isinstance(row[name], kind):
+        right = isinstance(row.get(name), kind) and (kind is str or _is_number(row[name]))
+        if row.get(name) is not None and not right:
             raise InputError(f"{place}: '{name}' must be {'a string' if kind is str else 'a number'} or null")
     row.setdefault("guidance", None)
+    if row["guidance"] not in (None, 1) and row.get("space") is None:
+        raise InputError(f"{place}: needs 'space', the formula of its guidance")
     slices = row.get("slices", {})
     if not isinstance(slices, dict) or not all(isinstance(part, dict) for part in slices.values()):
         raise InputError(f"{place}: 'slices' must be an object of slice -> its figures")
@@ -298,7 +305,8 @@ def _check_figures(figures: dict, place: str) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number that fits into a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_interval(value: object) -> bool:

@@ -149,9 +149,8 @@ def test_rows(cases, tmp_path, tokenizer):
         except CfgsafeError as error:
             one_line(error, path)
         except Exception as error:
-            raise AssertionError(
-                f"{name}: {type(error).__name__} for {path.read_bytes()[:3000]!r}"
-            ) from error
+            what = f"{type(error).__name__}: {str(error)[:300]}"
+            raise AssertionError(f"{name}: {what} for {path.read_bytes()[:1500]!r}") from error
 
 
 def test_every_reader_takes_the_rows_that_are_right(tmp_path, tokenizer):
