@@ -146,6 +146,14 @@ def test_a_masked_row_is_not_taken_for_the_plain_one(printed, tmp_path):
         ('{"rows": [{"guidance": 1}]}', "row 1: needs 'model'"),
         ('{"rows": [{"model": "a", "guidance": "1"}]}', "row 1: 'guidance' must be a number or null"),
         ('{"rows": [{"model": "a", "utility": 3}]}', "row 1: 'utility' must be a number, with 'utility_ci'"),
+        ('{"rows": [{"model": "a", "guidance": 3}]}', "row 1: needs 'space'"),
+        ('{"rows": [{"model": "a", "alpha": 1%s}]}' % ("0" * 400), "row 1: 'alpha' must be a number"),
+        ('{"rows": [{"model": "a", "slices": [{"easy": {}}]}]}', "row 1: 'slices' must be an object"),
+        (
+            '{"rows": [{"model": "a", "slices": {"b": {"recall": "x"}}}]}',
+            "row 1: slice 'b': 'recall' must be",
+        ),
+        ('{"rows": [{"model": "a"}], "conclusions": 3}', "'conclusions' must be a list"),
     ],
 )
 def test_wrong_results_name_the_row_and_field(tmp_path, text, words):
