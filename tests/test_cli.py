@@ -396,8 +396,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 def test_a_full_disk_under_stdout_is_one_line():
     code = "from cfgsafe import cli, subject; cli.run_command(print, subject.Subject('M'))"
+    line = ["env", "--unset=PYTHONUNBUFFERED", sys.executable, "-c", code]
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=-1, text=True)
+        done = subprocess.run(line, cwd=ROOT, stdout=full, stderr=-1, text=True)
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 

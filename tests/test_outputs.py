@@ -159,6 +159,15 @@ def test_an_adapter_of_the_same_run_is_not_trained_away(tmp_path):
             pass
 
 
+def test_an_input_inside_a_folder_that_is_replaced_counts(tmp_path):
+    (tmp_path / "merged" / "adapter").mkdir(parents=True)
+    options = build("train merge", adapter=f"{tmp_path}/merged/adapter/best", out=f"{tmp_path}/merged")
+    (tmp_path / "merged" / "adapter" / "best").mkdir()
+    with pytest.raises(InputError, match="would overwrite .*/best, which --adapter reads"):
+        with guard(options):
+            pass
+
+
 def test_the_files_beside_an_output_count(tmp_path):
     (tmp_path / "p-test.jsonl").write_text("{}\n")
     options = build("train pairs", dialogues=f"{tmp_path}/p-test.jsonl", out=f"{tmp_path}/p.jsonl")

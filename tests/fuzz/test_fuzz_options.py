@@ -55,7 +55,8 @@ ODD_TEXTS = [
 ]
 PLACES = [
     "IN", "IN/tiny", "IN/tiny/config.json", "IN/pairs.jsonl", "IN/link", "IN/loop", "IN/quiz.jsonl",
-    "IN/binary", "IN/deep.jsonl", "IN/run", "IN/adapter", "IN/pairs.jsonl/x", "/proc/self/mem", "OUT", "", ".",
+    "IN/binary", "IN/deep.jsonl", "IN/run", "IN/adapter", "IN/pairs.jsonl/x", "/proc/self/mem", "OUT", "",
+    ".",
 ]
 OUTPUTS = [
     "OUT", "OUT/new", "OUT/new/er", "OUT/theirs.txt/x", "/dev/null", "/dev/full", "/dev/stdout",
