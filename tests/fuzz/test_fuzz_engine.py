@@ -2,8 +2,9 @@
 
 Requests join at random moments, some are cancelled, and one call of a hundred inside a step fails or is
 interrupted, before its work or after it. What no request has stored is NaN: a row as soon as it is left,
-interrupted, before its work or after it. What no request has stored is NaN: a row as soon as it is left, and
-all that is free between steps (tests/engine_faults.py). A case is the life of an engine with 100 requests.
+and all that is free between steps (tests/engine_faults.py).
+A case is the life of an engine with 100 requests.
+"""
 
 import gc
 import random
