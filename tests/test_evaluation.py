@@ -133,7 +133,12 @@ def test_known_values_come_from_spans_before_items(tmp_path):
     write_jsonl(tmp_path / "k.jsonl", [row, {"items": {"ORG": ["Acme", "Bolt"]}}])
     values = Known.read(str(tmp_path / "k.jsonl")).values
     assert values == {"Ann": "PERSON", "Acme": "ORG", "Bolt": "ORG"}
-    for bad in ({"item": 1}, {"items": {"ORG": ["Acme", ""]}}, {"items": {"ORG": [["Acme"]]}}):
+    for bad in (
+        {"item": 1},
+        {"items": {"ORG": ["Acme", ""]}},
+        {"items": {"ORG": " "}},
+        {"items": {"ORG": [["Acme"]]}},
+    ):
         write_jsonl(tmp_path / "bad.jsonl", [{"items": {"ORG": "Acme"}}, bad])
         with pytest.raises(InputError, match="bad.jsonl:2: 'items'"):
             Known.read(str(tmp_path / "bad.jsonl"))

@@ -73,7 +73,7 @@ def check_items(items: object, place: str) -> Items:
 
 def _are_values(given: object) -> bool:
     values = given if isinstance(given, list) else [given]
-    return all(isinstance(value, str) and value for value in values)
+    return all(isinstance(value, str) and value.strip() for value in values)
 
 
 def values_of(items: Items) -> list[tuple[str, str]]:
