@@ -101,7 +101,13 @@ def test_fuzz_kills(cases, tmp_path):
 
 def test_fuzz_kills_of_a_folder_that_is_made_by_two_renames(cases, tmp_path, monkeypatch):
     """Where names cannot be exchanged, the folder may be missing until the next run gives it back."""
+
+    def rename(path, target, real=Path.rename):
+        real(path, target)
+        time.sleep(0.002)  # so that kills hit the moment between the two
+
     monkeypatch.setattr("cfgsafe.folders.EXCHANGE", 1 << 20)  # a flag that renameat2 refuses
+    monkeypatch.setattr(Path, "rename", rename)
     place = tmp_path / "runs"
     for number, rng in enumerate(cases):
         child = start(place, "one", number, False)
