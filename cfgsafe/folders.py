@@ -75,7 +75,7 @@ def lock(path: str | Path) -> Iterator[None]:
     the main one locks. Raises InputError that says who has it, or that nothing can be written there.
     """
     path = Path(os.path.realpath(path))
-    if path in _held or not _is_main_process():
+    if path in _held or not is_main_process():
         yield
         return
     missing = [folder for folder in path.parents if not os.path.exists(folder)]
@@ -106,7 +106,7 @@ def mend(folder: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Clear what killed processes left in `folder`; what a live one is writing stays. Raises OSError."""
-    for left in list(folder.iterdir()) if _is_main_process() else ():
+    for left in list(folder.iterdir()) if is_main_process() else ():
         found = LEFTOVER.fullmatch(left.name)
         path = folder / found[1] if found else None
         if path is None or path in _held:
@@ -225,7 +225,7 @@ def _holder(file: Path) -> str:
     return "another process"
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
     """Not one of those that torchrun starts beside the main one; cfgsafe/parallel.py."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cfgsafe.blue import earlier
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.red import evaluate
@@ -87,6 +88,7 @@ def test_a_new_attack_that_was_killed_does_not_go_on_with_the_answers_of_an_earl
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(evaluate, "draw_attacks", killed)
+        patch.setattr(earlier, "return_or_keep", killed)
         evaluate.run(replace(options, seed=1))
     evaluate.run(replace(options, seed=1, resume=True))
     evaluate.run(replace(options, seed=1, out=str(tmp_path / "whole")))

@@ -361,3 +361,29 @@ def test_a_log_is_cut_without_touching_what_stays(tmp_path):
     assert path.read_bytes() == b'{"step":1,  "x": 0.10}\n{"step":2}\n{"step":2, "y": 1}\n'
     assert resume.keep_steps(path, "step", 0) == 0 and path.read_bytes() == b""
     assert resume.keep_steps(tmp_path / "none", "step", 3) == 0
+
+
+def test_an_earlier_run_stays_until_a_new_one_has_ended(
+    tmp_path, checkpoint, pairs, uninterrupted, monkeypatch
+):
+    """It is as it was after an error at the start, and stands aside after one later on."""
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "o"))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(Path(pairs).read_text() + "{")
+    with pytest.raises(InputError):
+        orpo.run(options(checkpoint, pairs, out, eval_pairs=str(broken)))
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def torn(out, epoch, values, real=orpo.report):
+        if epoch == 2:
+            raise RuntimeError("the power is gone")
+        real(out, epoch, values)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(orpo, "report", torn)
+        orpo.run(options(checkpoint, pairs, out))
+    assert_same(out / "earlier", uninterrupted)
+    orpo.run(options(checkpoint, pairs, out, resume=True))
+    assert_same(out, uninterrupted)
+    assert not (out / "earlier").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cfgsafe import load_model
-from cfgsafe.blue import orpo
+from cfgsafe.blue import earlier, orpo
 from cfgsafe.blue.batches import read_pairs
 from cfgsafe.decode import Completion
 from cfgsafe.demo.corpus import people
@@ -197,6 +197,7 @@ def test_a_new_run_that_was_killed_does_not_go_on_with_the_rows_of_an_earlier_on
         raise RuntimeError("the power is gone")
 
     monkeypatch.setattr(safety, "build", killed)
+    monkeypatch.setattr(earlier, "return_or_keep", killed)
     for resumed in (False, True):  # the second must not find the rows either
         with pytest.raises(RuntimeError):
             safety.run(options(tmp_path, tries=2, resume=resumed))

@@ -11,6 +11,7 @@ from conftest import random_model
 from test_guard import STRINGS
 from test_identity import spoil
 
+from cfgsafe.blue import earlier
 from cfgsafe.checkpoint import save_checkpoint
 from cfgsafe.errors import CfgsafeError, InputError
 from cfgsafe.files import read_jsonl, write_jsonl
@@ -235,6 +236,7 @@ def test_a_new_run_that_was_killed_while_it_loaded_does_not_go_on_with_an_old_st
     ):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError):
             patch.setattr(owner, name, killed)
+            patch.setattr(earlier, "return_or_keep", dies)
             stage("x", stage="sft", save_every=2, lr=lr)
     folder = stage("x", stage="sft", save_every=2, lr=0.5, resume=True)
     rows = [row for _, row in read_jsonl(folder / "metrics.jsonl")]

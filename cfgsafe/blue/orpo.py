@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from cfgsafe.blue import batches, memory, origin, resume
 from cfgsafe.blue.batches import Pair, Step
-from cfgsafe.blue.options import FREE, Options, check, unread
+from cfgsafe.blue.earlier import replacing
+from cfgsafe.blue.options import FREE, WRITES, Options, check, unread
 from cfgsafe.blue.step import LOGGED, batch_loss, evaluate, reference_logprobs
 from cfgsafe.errors import InputError
 from cfgsafe.files import Log, make_folder
@@ -61,7 +62,7 @@ class Run:
 def run(options: Options) -> None:
     check(options)
     out = make_folder(options.out)
-    with join(options.device) as world:
+    with join(options.device) as world, replacing(out, WRITES, resumed=options.resume):
         device = "cpu" if options.fsdp else world.device
         model, tokenizer = load(Subject(options.model, device=device, dtype=options.dtype))
         context = model.config.max_position_embeddings

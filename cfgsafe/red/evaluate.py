@@ -22,6 +22,7 @@ from typing import Annotated
 import torch
 
 from cfgsafe.blue import resume
+from cfgsafe.blue.earlier import replacing
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count
 from cfgsafe.files import Log, make_folder, write_jsonl, write_text
@@ -119,6 +120,13 @@ def run(options: Options) -> None:
     if len(set(names)) < len(names):
         raise InputError("two attackers have the same name; give NAME=FOLDER")
     out = make_folder(options.out)
+    with replacing(out, WRITES, resumed=options.resume):
+        _run(options, out, attackers, stored)
+
+
+def _run(
+    options: Options, out: Path, attackers: list[tuple[str, str]], stored: list[tuple[str, str]]
+) -> None:
     held = rewards.contents_of(options) | contents(options, files=("prompts",))
     held["attacker"] = digest_of([identity_of(path) for _, path in attackers])
     if not options.resume:

@@ -22,12 +22,14 @@ import json
 import random
 import sys
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import torch
 
 from cfgsafe.blue import options as orpo_options
 from cfgsafe.blue import orpo, resume
+from cfgsafe.blue.earlier import replacing
 from cfgsafe.decode import check_request
 from cfgsafe.errors import InputError, Unused, at
 from cfgsafe.fields import Count, Guidance, Positive, Rate, Seed, Temperature, Threshold, check_ranges
@@ -114,6 +116,11 @@ def run(options: Options) -> None:
     check_ranges(options)
     attacked = leaking(read_attacks(*options.attacks), options)
     out = make_folder(options.out)
+    with replacing(out, WRITES, resumed=options.resume):
+        _run(options, out, attacked)
+
+
+def _run(options: Options, out: Path, attacked: list[tuple[str, Trial]]) -> None:
     data = out / "safety.jsonl"
     held = contents(
         options, folders=("model", "adapter", "guard"), files=("attacks", "contexts", "known", "retain")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from cfgsafe.blue import resume
+from cfgsafe.blue.earlier import replacing
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count, LogProb, Positive, Threshold, check_ranges
 from cfgsafe.files import make_folder
@@ -159,6 +160,11 @@ def run(options: Options) -> dict[str, int]:
     """Run a stage. Returns, and prints, the number of attacks, of successes, and of calls of the target."""
     check(options)
     out = make_folder(options.out)
+    with replacing(out, WRITES, resumed=options.resume):
+        return _run(options, out)
+
+
+def _run(options: Options, out: Path) -> dict[str, int]:
     held = {"attacker": identity_of(options.attacker), **rewards.contents_of(options)}
     held |= contents(options, files=("prompts", "attacks"))
     if not options.resume:  # what an earlier run left here must not pass for this one's

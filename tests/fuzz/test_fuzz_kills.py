@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,8 @@ def start(place: Path, own: str, number: int, sync: bool) -> int:
         if not sync:
             os.fsync = str  # more kills in the same time
         write_on(place, own, number)
+    except BaseException:
+        traceback.print_exc()  # pytest shows it
     finally:
         os._exit(1)
 
