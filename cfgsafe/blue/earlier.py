@@ -40,7 +40,7 @@ def replacing(out: Path, names: tuple[str, ...], *, resumed: bool) -> Iterator[N
     _busy.add(out)
     try:
         yield
-    except BaseException:
+    except (Exception, KeyboardInterrupt):
         if not resumed and aside.exists():
             return_or_keep(out, names)
         raise
