@@ -272,7 +272,7 @@ def test_nothing_to_smooth_is_said(stage, tmp_path):
         stage("x", stage="smooth", attacks=(str(tmp_path / "a.jsonl"),))
 
 
-class Killed(Exception):
+class Killed(BaseException):
     pass
 
 
