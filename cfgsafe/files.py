@@ -212,7 +212,7 @@ class Log:
     """A JSONL file to which rows are appended: `with Log(path) as log: log.add({"step": 1})`.
 
     A row is in the file before `add` returns, whole or not at all, and survives the end of the process.
-    It is not synced to the disk each time, which takes 30 times as long: a power failure costs the rows of
+    It is not synced to the disk each time, which takes 40 times as long: a power failure costs the rows of
     the last seconds. Raises InputError when the file cannot be written.
     """
 
