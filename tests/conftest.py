@@ -1,4 +1,7 @@
-"""Fixtures: a tiny random Llama over the demo's tokenizer, also as a checkpoint; an endpoint on loopback."""
+"""Fixtures: a tiny random Llama over the demo's tokenizer, also as a checkpoint; an endpoint on loopback.
+
+`cases` is the fixture of the fuzzers, tests/fuzzing.py.
+"""
 
 import os
 
@@ -7,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import endpoint
 import pytest
 import torch
+from fuzzing import cases as cases
 
 from cfgsafe import remote
 from cfgsafe.checkpoint import save_checkpoint

@@ -1,4 +1,4 @@
-"""The fixture of every fuzzer: seeded cases until the time is over, and how many there were.
+"""The seeded cases of the fuzzers in tests/fuzz: the fixture `cases`, and how long it draws.
 
     python -m pytest tests/fuzz -m slow -n 0                               # a minute each
     CFGSAFE_FUZZ_SECONDS=3600 python -m pytest tests/fuzz -m slow -n 0     # an hour each
