@@ -7,6 +7,7 @@ everything: it costs a second, not ten. In a second test a file of a saved state
 Run it: CFGSAFE_FUZZ_SECONDS=1500 python -m pytest tests/fuzz/test_fuzz_resume.py -m slow -n 0
 """
 
+import importlib
 import json
 import os
 import random
@@ -24,7 +25,6 @@ from pathlib import Path
 import endpoint
 import pytest
 import torch
-import torch._dynamo  # what stages import when they need it: forks share it
 
 from cfgsafe.blue import orpo, pairs
 from cfgsafe.demo.contexts import contexts
@@ -103,6 +103,12 @@ def rows_of(path: Path, out: str) -> list[str]:
             row.pop(key, None)
         rows.append(json.dumps(row))
     return sorted(rows) if "finish_reason" in text else rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """What stages import when they need it: forks share it. This file must not, it brings Triton too early."""
+    importlib.import_module("torch._dynamo")
 
 
 @pytest.fixture(scope="module")
