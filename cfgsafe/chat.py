@@ -8,13 +8,13 @@
 Run it: python infer.py --model M --chat
 """
 
-import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from cfgsafe.decode import Completion, generate
-from cfgsafe.errors import CfgsafeError
+from cfgsafe.errors import CfgsafeError, InputError
+from cfgsafe.fields import check_ranges
 from cfgsafe.guidance import SPACES
 from cfgsafe.llama import Llama
 from cfgsafe.subject import Subject, request_for
@@ -96,11 +96,11 @@ def change(subject: Subject, command: str, value: str) -> tuple[Subject, str]:
         if value == "off":
             return replace(subject, guidance=None), "no guidance"
         try:
-            g = float(value)
-        except ValueError:
-            g = math.nan
-        if math.isfinite(g):
-            return replace(subject, guidance=g), f"guidance {g:g} in {subject.space} space"
+            changed = replace(subject, guidance=float(value))
+            check_ranges(changed)
+            return changed, f"guidance {changed.guidance:g} in {subject.space} space"
+        except (ValueError, InputError):
+            return subject, HELP
     if command == "space" and value in SPACES:
         return replace(subject, space=value), f"{value} space"
     return subject, HELP

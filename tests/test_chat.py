@@ -5,7 +5,7 @@ import torch
 from conftest import random_model
 
 from cfgsafe import load_model
-from cfgsafe.chat import chat, printable
+from cfgsafe.chat import HELP, change, chat, printable
 from cfgsafe.decode import Request, generate
 from cfgsafe.explain import CHANGED, explain, table
 from cfgsafe.hub import LEAKY
@@ -74,6 +74,12 @@ def test_a_conversation_streams_remembers_and_obeys_commands(leaky):
     assert "Maria Keller" in text and len(said) > 8
     messages = chat(model, tokenizer, Subject(LEAKY), lines[:1], said.append, max_new_tokens=24)
     assert [m["role"] for m in messages] == ["user", "assistant"] and "Maria Keller" in messages[1]["content"]
+
+
+@pytest.mark.parametrize("value", ["nan", "-inf", "1e308", "1001", "soon", ""])
+def test_a_conversation_takes_no_guidance_that_a_request_may_not_have(value):
+    subject = Subject(LEAKY, guidance=2.0)
+    assert change(subject, "guidance", value) == (subject, HELP)
 
 
 def test_a_conversation_that_grows_too_long_says_so_and_goes_on(leaky):

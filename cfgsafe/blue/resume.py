@@ -29,6 +29,7 @@ from cfgsafe.files import read_json, read_json_value, read_log, write_bytes, wri
 from cfgsafe.folders import new_folder
 from cfgsafe.identity import file_digest
 from cfgsafe.parallel import World, fill, whole
+from cfgsafe.weights import is_finite
 
 CPU_RNG, GPU_RNG = "rng.cpu", "rng.cuda"
 CONFIG, CONTENTS = "config.json", "contents"  # its key in that file
@@ -82,7 +83,7 @@ def save(
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise InputError naming the first tensor that holds a number that is not finite."""
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise InputError(
                 f"{where} {name} holds a number that is not finite; start anew with a lower --lr"
             )

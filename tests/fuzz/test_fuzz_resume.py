@@ -107,7 +107,7 @@ def rows_of(path: Path, out: str) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def imported():
-    """What stages import when they need it: forks share it. This file must not, it brings Triton too early."""
+    """What stages import when they need it: forks share it. This file must not: Triton comes too early."""
     importlib.import_module("torch._dynamo")
 
 
