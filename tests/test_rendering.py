@@ -44,7 +44,7 @@ FAILURES = {
     "{{ range(10**9) | list }}": "OverflowError: Range too big",
     "{{ 'x' * 10**10 }}": "needs more than 1024 MiB of memory",
     "{{ 'x'.center(10**11) }}": "needs more than 1024 MiB of memory",
-    "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}": "memory",
+    "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}": "mend it",
     "{% set n = namespace(x=[]) %}{% for i in range(99) %}{% set n.x = [n.x] * 2 %}{% endfor %}{{ n.x }}": "",
     "{{ 'x' * 2**25 }}": "writes more than 16777216 characters",
     "{{ raise_exception('x' * 5000) }}": "x...",
