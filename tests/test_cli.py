@@ -98,6 +98,10 @@ def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_
             "nan.jsonl:1: guidance nan: must be a finite number",
         ),
         (
+            "infer.py --model {LEAKY} --requests {tmp}/huge.jsonl",
+            "huge.jsonl:1: guidance 1e+308: must be at most 1000",
+        ),
+        (
             "infer.py --model {LEAKY} --requests {tmp}/misspelt.jsonl",
             "misspelt.jsonl:1: unknown field 'guidence'",
         ),
@@ -221,6 +225,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(command, tmp_path, line, words)
     chat = [{"role": "user", "content": "hi"}]
     lines = {
         "nan": {"messages": chat, "guidance": float("nan")},
+        "huge": {"messages": chat, "guidance": 1e308},
         "misspelt": {"messages": chat, "guidence": 3},
     }
     lines |= {
