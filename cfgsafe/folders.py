@@ -78,7 +78,7 @@ def lock(path: str | Path) -> Iterator[None]:
     if path in _held or not is_main_process():
         yield
         return
-    missing = [folder for folder in path.parents if not os.path.exists(folder)]
+    missing = [place for place in (path, *path.parents) if not os.path.exists(place)]
     file, descriptor = _open_lock(path)
     _held.add(path)
     try:
@@ -87,9 +87,9 @@ def lock(path: str | Path) -> Iterator[None]:
         _held.remove(path)
         file.unlink(missing_ok=True)  # before it is free, so that nobody waits for a file that is gone
         os.close(descriptor)
-        with suppress(OSError):  # no longer empty
-            for folder in missing:
-                folder.rmdir()
+        for place in missing:  # those that are empty folders now, after an error
+            with suppress(OSError):
+                place.rmdir()
 
 
 def mend(folder: Path) -> None:

@@ -119,6 +119,18 @@ def test_a_lock_leaves_no_trace(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_before_anything_is_written_leaves_no_empty_folder(tmp_path):
+    out = tmp_path / "runs" / "new"
+    with pytest.raises(InputError), lock(out):
+        make_folder(out)
+        raise InputError("p.jsonl: holds no pair")
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir(parents=True)
+    with lock(out):
+        pass
+    assert out.is_dir()
+
+
 def test_only_the_main_process_of_several_locks(tmp_path, holder, monkeypatch):
     holder(tmp_path, WORLD_SIZE="2", RANK="0")
     monkeypatch.setenv("WORLD_SIZE", "2")
