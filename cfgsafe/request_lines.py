@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from cfgsafe.errors import InputError, at
 from cfgsafe.request import Request
+from cfgsafe.settings import shown
 from cfgsafe.subject import Subject, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages, with_system
 
@@ -47,7 +48,7 @@ def read_request(
     """
     unknown = sorted(set(row) - FIELDS)
     if unknown:
-        raise InputError(f"{place}: unknown field {unknown[0]!r}; there are {', '.join(sorted(FIELDS))}")
+        raise InputError(f"{place}: unknown field {shown(unknown[0])}; there are {', '.join(sorted(FIELDS))}")
     guidance = _typed(row, "guidance", float, place, subject.guidance)
     space = _typed(row, "space", str, place, subject.space)
     prompt = _side(row, "", place, system)

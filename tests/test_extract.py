@@ -254,7 +254,7 @@ def probe(person: str, repeats: object, value: object = " Leeds") -> dict:
         ([probe("Ann", 1), probe("Bob", -1)], "p.jsonl:2: 'repeats' must be how often"),
         ([probe("Ann", True)], "p.jsonl:1: 'repeats' must be how often"),
         ([probe("Ann", "2")], "p.jsonl:1: 'repeats' must be how often"),
-        ([probe("Ann", 2), probe("Ann", 3)], "p.jsonl:2: 'repeats' is 3, but 2 on an earlier line of Ann"),
+        ([probe("Ann", 2), probe("Ann", 3)], "p.jsonl:2: 'repeats' is 3, but 2 on an earlier line of 'Ann'"),
         ([{**probe("Ann", 2), "messages": "Hi"}], "p.jsonl:1: 'messages'"),
         (
             [probe("Ann", 2), probe("Bob", 1)],
@@ -322,6 +322,10 @@ def test_extract_attacks_a_users_own_dialogues_with_spans(tmp_path, checkpoint, 
     write_jsonl(tmp_path / "bad.jsonl", [{"messages": chat, "spans": [[0, 5, 99, "PERSON"]]}])
     with pytest.raises(InputError, match=r"bad.jsonl:1: span \[0, 5, 99, 'PERSON'\] lies outside"):
         extract.run(Options(checkpoint, dialogues=str(tmp_path / "bad.jsonl")))
+    write_jsonl(tmp_path / "bad.jsonl", [{"messages": chat, "spans": [[0, 5, 10**3000, "x" * 3000]]}])
+    with pytest.raises(InputError, match="lies outside") as caught:
+        extract.run(Options(checkpoint, dialogues=str(tmp_path / "bad.jsonl")))
+    assert len(str(caught.value)) < 500
 
 
 def test_canary_probes_never_ask_for_the_name():

@@ -29,6 +29,7 @@ from cfgsafe.files import read_json, read_json_value, read_log, write_bytes, wri
 from cfgsafe.folders import new_folder
 from cfgsafe.identity import file_digest
 from cfgsafe.parallel import World, fill, whole
+from cfgsafe.settings import shown
 from cfgsafe.weights import is_finite
 
 CPU_RNG, GPU_RNG = "rng.cpu", "rng.cuda"
@@ -212,7 +213,7 @@ def check_same_run(path: Path, settings: dict, held: dict[str, str], free: tuple
     for name, value in json.loads(json.dumps(settings)).items():
         if name not in free and before.get(name) != value:
             raise InputError(
-                f"{option(name)} {value}: the run in {out} began with {before.get(name)}; "
+                f"{option(name)} {value}: the run in {out} began with {shown(before.get(name))}; "
                 "give that, or start anew without --resume"
             )
     for name in {**held, **known}:

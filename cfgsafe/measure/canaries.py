@@ -31,6 +31,7 @@ from cfgsafe.llama import Llama
 from cfgsafe.measure.intervals import Estimate, auc_interval, share_interval, to_json
 from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.request import Request
+from cfgsafe.settings import shown
 from cfgsafe.subject import Subject, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
 
@@ -72,7 +73,7 @@ def read_persons(path: str) -> list[Person]:
             )
         person = persons.setdefault(name, Person(repeats, []))
         if person.repeats != repeats:
-            earlier = f"{person.repeats} on an earlier line of {name}"
+            earlier = f"{person.repeats} on an earlier line of {shown(name)}"
             raise InputError(f"{place}: 'repeats' is {repeats}, but {earlier}")
         person.probes.append((check_messages(row.get("messages"), place), value))
     if {person.repeats > 0 for person in persons.values()} != {True, False}:

@@ -21,6 +21,7 @@ from pathlib import Path
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_jsonl
 from cfgsafe.hub import dataset_file
+from cfgsafe.settings import shown
 
 REPOSITORY = "TIGER-Lab/MMLU-Pro"
 SPLITS = {f"mmlu-pro/{split}": f"data/{split}-00000-of-00001.parquet" for split in ("validation", "test")}
@@ -131,7 +132,7 @@ def cot_prompts(placed: Placed, shots: dict[str, list[dict]]) -> list[str]:
             raise InputError(f"{number} is among the --shots; nothing is asked 5-shot on itself")
         found = shots.get(row["category"], [])
         if len(found) < SHOTS:
-            category = f"{place}: 'category' {row['category']!r}"
+            category = f"{place}: 'category' {shown(row['category'])}"
             raise InputError(f"{category} has {len(found)} examples in --shots; {SHOTS} are needed")
         prompts.append(cot_prompt(row, found))
     return prompts

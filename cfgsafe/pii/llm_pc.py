@@ -17,6 +17,7 @@ import sys
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_jsonl
 from cfgsafe.pii.spans import Span
+from cfgsafe.settings import shown
 from cfgsafe.tokenizer import Messages, check_messages
 
 LABELS = {"NAME": "PERSON", "LOC": "GPE"}  # other kinds stay as they are
@@ -95,7 +96,7 @@ def by_placeholder(found: dict, place: str) -> dict[str, str]:
     values: dict[str, str] = {}
     for key, value in sorted(found.items(), key=lambda item: "[" not in item[0]):
         if not isinstance(value, str):
-            raise InputError(f"{place}: field {key!r} must be a string")
+            raise InputError(f"{place}: field {shown(key)} must be a string")
         if value.strip():
             values[key.rpartition("[")[2]] = value.strip()
     return values

@@ -7,6 +7,7 @@ Run it: python train.py dialogues --out dialogues.jsonl      (writes such a file
 """
 
 from cfgsafe.errors import InputError
+from cfgsafe.settings import shown
 from cfgsafe.tokenizer import Messages
 
 Span = tuple[int, int, int, str]  # message, start, end, label
@@ -21,7 +22,7 @@ def check_spans(spans: object, messages: Messages, place: str) -> list[Span]:
             raise InputError(f"{place}: 'spans' must be a list of [message, start, end, label]")
         number, start, end, label = span
         if not (0 <= number < len(messages) and 0 <= start < end <= len(messages[number]["content"])):
-            raise InputError(f"{place}: span {span} lies outside the messages")
+            raise InputError(f"{place}: span {shown(span)} lies outside the messages")
         found.append((number, start, end, label))
     return found
 

@@ -30,6 +30,7 @@ from cfgsafe.red import target
 from cfgsafe.red.guard import Guard
 from cfgsafe.red.records import Trial
 from cfgsafe.red.target import Target
+from cfgsafe.settings import shown
 from cfgsafe.subject import Subject, load
 from cfgsafe.tokenizer import Messages
 
@@ -191,7 +192,9 @@ def read_contexts(path: str | None) -> list[Prompt]:
         context = Prompt.as_it_stands(row, place)
         if context.id in contexts:
             first = contexts[context.id].place
-            raise InputError(f"{place}: id {context.id!r} also stands at {first}; give each line its own")
+            raise InputError(
+                f"{place}: id {shown(context.id)} also stands at {first}; give each line its own"
+            )
         if context.messages[-1]["role"] == "user":
             raise InputError(f"{place}: 'messages' ends with the user; leave the last message to the attack")
         contexts[context.id] = context

@@ -44,6 +44,7 @@ from cfgsafe.pii.ner import Detector
 from cfgsafe.red.guard import Guard
 from cfgsafe.red.records import SUCCESS, Attack, Trial, read_attacks
 from cfgsafe.red.rewards import ended, read_contexts
+from cfgsafe.settings import shown
 from cfgsafe.subject import Subject, complete, load, request_for
 from cfgsafe.tokenizer import Tokenizer
 
@@ -215,8 +216,8 @@ def attacked_prompts(attacked: list[tuple[str, Trial]], options: Options) -> lis
     for text, trial in attacked:
         if trial.context not in contexts:
             raise InputError(
-                f"--contexts {options.contexts}: holds no {trial.context!r}, where {text!r} succeeded; "
-                "give the attack run's file"
+                f"--contexts {options.contexts}: holds no {shown(trial.context)}, where {shown(text)} "
+                "succeeded; give the attack run's file"
             )
         context = contexts[trial.context]
         prompts.append(replace(context, messages=ended(context, text)))

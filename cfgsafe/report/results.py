@@ -19,6 +19,7 @@ from types import UnionType
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_json_value, write_text
 from cfgsafe.report.figures import leaks_and_utility
+from cfgsafe.settings import shown
 
 LEGEND = (
     "With 95 % intervals. No g: the prompts' own system prompt. g=1: the positive sentence added to it, "
@@ -293,7 +294,7 @@ def _check_row(row: object, place: str) -> None:
         raise InputError(f"{place}: 'slices' must be an object of slice -> its figures")
     _check_figures(row, place)
     for part, figures in slices.items():
-        _check_figures(figures, f"{place}: slice {part!r}")
+        _check_figures(figures, f"{place}: slice {shown(part)}")
 
 
 def _check_figures(figures: dict, place: str) -> None:
