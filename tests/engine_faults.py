@@ -87,11 +87,16 @@ def small_model(vocabulary: int) -> Llama:
     return model.double().requires_grad_(False)
 
 
-def random_request(rng: random.Random, vocabulary: int, longest: int = 8) -> Request:
+def random_request(
+    rng: random.Random,
+    vocabulary: int,
+    adapters: tuple[str | None, ...] = ("default", "other", None),
+    longest_prompt: int = 8,
+) -> Request:
     """Guided or not, in each space, masked, sampled, with beginnings that are shared, stops and adapters."""
 
     def words() -> list[int]:
-        return [rng.randrange(4, vocabulary) for _ in range(rng.randrange(1, 9))]
+        return [rng.randrange(4, vocabulary) for _ in range(rng.randrange(1, longest_prompt + 1))]
 
     guided = rng.random() < 0.5
     shared = [7] * 17 if rng.random() < 0.3 else []
@@ -105,9 +110,9 @@ def random_request(rng: random.Random, vocabulary: int, longest: int = 8) -> Req
         top_k=rng.choice((0, 0, 5)),
         top_p=rng.choice((1.0, 0.9)),
         seed=rng.randrange(1000),
-        max_new_tokens=rng.randrange(1, longest + 1),
+        max_new_tokens=rng.randrange(1, 9),
         stop=((rng.randrange(4, vocabulary),),) if rng.random() < 0.3 else (),
-        adapter=rng.choice(("default", "other", None)),
+        adapter=rng.choice(adapters),
     )
 
 

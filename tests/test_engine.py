@@ -5,6 +5,7 @@ Also joining, cancelling, shared beginnings, skipping and limits.
 
 import random
 
+import engine_faults
 import pytest
 import torch
 from conftest import random_model
@@ -39,23 +40,7 @@ def model():
 
 
 def random_request(rng: random.Random) -> Request:
-    words = lambda: [rng.randrange(4, 50) for _ in range(rng.randrange(1, 14))]
-    guided = rng.random() < 0.5
-    shared = [7] * 17 if rng.random() < 0.3 else []
-    return Request(
-        shared + words(),
-        shared + words() if guided else None,
-        guidance=rng.choice((0.5, 1.3, 2.0, 5.0)) if guided else 1.0,
-        space=rng.choice(("prob", "log")),
-        alpha=rng.choice((0.0, 0.0, 0.1)),
-        temperature=rng.choice((0.0, 0.0, 0.8)),
-        top_k=rng.choice((0, 0, 5)),
-        top_p=rng.choice((1.0, 0.9)),
-        seed=rng.randrange(1000),
-        max_new_tokens=rng.randrange(1, 9),
-        stop=((rng.randrange(4, 50),),) if rng.random() < 0.3 else (),
-        adapter=rng.choice(("default", None)),
-    )
+    return engine_faults.random_request(rng, 50, ("default", None), longest_prompt=13)
 
 
 def same(one: Completion, other: Completion) -> bool:
