@@ -74,6 +74,21 @@ def test_a_run_that_fails_later_leaves_the_earlier_one_aside_and_says_where(out,
     assert is_whole(out, "new") and not (out / EARLIER).exists()
 
 
+def test_a_new_run_meets_nothing_of_one_that_failed(out):
+    before = contents(out)
+    with pytest.raises(InputError):
+        run(out, "failed", fails=True)
+    with replacing(out, NAMES, resumed=False):
+        assert {path.name for path in out.iterdir()} == {EARLIER, "answers.jsonl", "notes.txt"}
+        write(out, "new")
+    assert is_whole(out, "new")
+    with pytest.raises(InputError):
+        run(out, "failed", fails=True)
+    with pytest.raises(InputError):
+        run(out, "failed again", (), fails=True)
+    assert contents(out) == before | dict.fromkeys(FILES, "new")
+
+
 @pytest.mark.parametrize("then", ["fails at once", "is resumed", "ends"])
 def test_a_kill_at_any_moment_loses_neither_run(out, then):
     before = contents(out)

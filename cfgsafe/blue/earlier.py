@@ -33,7 +33,9 @@ def replacing(out: Path, names: tuple[str, ...], *, resumed: bool) -> Iterator[N
         return
     _put_back(out)  # a kill came while names were moved
     aside = out / EARLIER
-    if not resumed and not aside.exists():
+    if not resumed and aside.exists():
+        _delete(_matching(out, names))  # what a run has left that failed, or was killed
+    elif not resumed:
         _move(_matching(out, names), _moving(out))
         if _moving(out).exists():
             _moving(out).rename(aside)
@@ -58,8 +60,7 @@ def return_or_keep(out: Path, names: tuple[str, ...]) -> None:
     if _matching(out, tuple(set(SAVED) & set(names))):
         print(f"{out}: what the earlier run left there is in {aside}", file=sys.stderr)
         return
-    for path in _matching(out, names):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _delete(_matching(out, names))
     aside.rename(_moving(out))
     _put_back(out)
 
@@ -76,6 +77,11 @@ def _move(paths: list[Path], folder: Path) -> None:
     for path in paths:
         folder.mkdir(exist_ok=True)
         path.rename(folder / path.name)
+
+
+def _delete(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _matching(out: Path, names: tuple[str, ...]) -> list[Path]:

@@ -129,9 +129,6 @@ def _run(
 ) -> None:
     held = rewards.contents_of(options) | contents(options, files=("prompts",))
     held["attacker"] = digest_of([identity_of(path) for _, path in attackers])
-    if not options.resume:
-        for name, _ in attackers:
-            attacks_file(out, name).unlink(missing_ok=True)
     resume.begin(out, asdict(options), held, FREE, resumed=options.resume)
     lists: Lists = {}
     for name, path in attackers:

@@ -167,9 +167,6 @@ def run(options: Options) -> dict[str, int]:
 def _run(options: Options, out: Path) -> dict[str, int]:
     held = {"attacker": identity_of(options.attacker), **rewards.contents_of(options)}
     held |= contents(options, files=("prompts", "attacks"))
-    if not options.resume:  # what an earlier run left here must not pass for this one's
-        for name in (FACTS, ATTACKS):
-            (out / name).unlink(missing_ok=True)
     resume.begin(out, asdict(options), held, FREE, resumed=options.resume)
     if options.resume and (out / FACTS).exists():
         resume.delete_states(out)
