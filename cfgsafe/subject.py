@@ -126,6 +126,16 @@ def request_for(subject: Subject, tokenizer: Tokenizer, messages: Messages, **sa
     )
 
 
+def checked_request(
+    subject: Subject, model: Llama, tokenizer: Tokenizer, messages: Messages, place: str, **sampling
+) -> Request:
+    """`request_for`, if the model can serve it. Raises InputError and ContextError naming `place`."""
+    with at(place):
+        request = request_for(subject, tokenizer, messages, **sampling)
+    check_request(request, model, place)
+    return request
+
+
 def answers(
     subject: Subject,
     model: Llama,
@@ -146,9 +156,7 @@ def answers(
     requests, keys = [], []
     for number, messages in enumerate(conversations):
         place = places[number] if places else f"{what} {number + 1}"
-        with at(place):
-            request = request_for(subject, tokenizer, messages, max_new_tokens=max_new_tokens)
-        check_request(request, model, place)
+        request = checked_request(subject, model, tokenizer, messages, place, max_new_tokens=max_new_tokens)
         requests.append(request)
         keys.append(digest_of((weights, subject.dtype, request)))
     log, failed = AnswerLog(kept), {}

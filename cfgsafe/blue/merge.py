@@ -12,7 +12,7 @@ Run it: python train.py merge --model cfgsafe/demo/leaky --adapter runs/orpo/epo
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 from torch import Tensor
@@ -26,7 +26,6 @@ from cfgsafe.lora import HEAD, TIED, adapter_updates, load_adapter, merged
 from cfgsafe.measure import leak
 from cfgsafe.measure.intervals import Estimate, to_json
 from cfgsafe.outputs import Folder, InputPath
-from cfgsafe.pii.known import Known
 from cfgsafe.subject import POSITIVE, Subject, answers, load
 
 NEEDED = (
@@ -110,10 +109,6 @@ def check(options: Options, prompts: list[leak.Prompt]) -> dict[str, Estimate | 
     for name, guidance in (("leaked_per_100", None), ("with_sentence_leaked_per_100", 1.0)):
         subject = Subject(options.out, guidance=guidance)
         given = answers(subject, model, tokenizer, chats, name, options.max_new_tokens, places)
-        findings = []
-        for prompt, answer in zip(prompts, given, strict=True):
-            finding = leak.examine(prompt, answer.text, [], Known())
-            findings.append(replace(finding, broken=answer.broken))
-        summary = leak.summarise(findings)
+        summary = leak.summarise(leak.inspect(prompts, given, None))
         found[name], found[f"{name}_no_answer"] = summary["leaked_per_100"], summary["no_answer"]
     return found

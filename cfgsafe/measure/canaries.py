@@ -23,8 +23,7 @@ import math
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from cfgsafe.decode import check_request
-from cfgsafe.errors import InputError, at
+from cfgsafe.errors import InputError
 from cfgsafe.files import read_jsonl
 from cfgsafe.hub import PROBES
 from cfgsafe.llama import Llama
@@ -32,7 +31,7 @@ from cfgsafe.measure.intervals import Estimate, auc_interval, share_interval, to
 from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.request import Request
 from cfgsafe.settings import shown
-from cfgsafe.subject import Subject, load, request_for
+from cfgsafe.subject import Subject, checked_request, load
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
 
 Probe = tuple[Messages, str]  # a conversation, and how it goes on
@@ -117,11 +116,9 @@ def likelihoods(
     texts = []
     for probes in groups:
         for messages, value in probes:
-            with at(f"probe {len(requests) + 1}"):
-                requests.append(request_for(subject, tokenizer, messages))
+            place = f"probe {len(requests) + 1}"
+            requests.append(checked_request(subject, model, tokenizer, messages, place))
             texts.append(tokenizer.encode(value))
-    for number, request in enumerate(requests, start=1):
-        check_request(request, model, f"probe {number}")
     logprobs = continuation_logprobs(model, requests, texts, batch=subject.batch)
     means = iter([part.mean().item() for part in logprobs])
     return [list(islice(means, len(probes))) for probes in groups]

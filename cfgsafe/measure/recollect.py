@@ -18,14 +18,12 @@ import random
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
-from cfgsafe.decode import check_request
-from cfgsafe.errors import at
 from cfgsafe.llama import Llama
 from cfgsafe.measure.scoring import continuation_logprobs
 from cfgsafe.measure.targets import Target
 from cfgsafe.pii.known import Known
 from cfgsafe.pii.ner import Detector
-from cfgsafe.subject import Answer, Subject, complete, load, request_for
+from cfgsafe.subject import Answer, Subject, checked_request, complete, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
 
 BIAS = 1.0  # nats a token, added to the reference model's loss
@@ -93,9 +91,8 @@ def sample(
     requests = []
     for target in targets:
         messages = recollection_prompt(target, tokenizer)
-        with at(target.place):
-            request = request_for(subject, tokenizer, messages, temperature=1.0, max_new_tokens=longest)
-        check_request(request, model, target.place)
+        sampling = {"temperature": 1.0, "max_new_tokens": longest}
+        request = checked_request(subject, model, tokenizer, messages, target.place, **sampling)
         requests += [replace(request, seed=rng.getrandbits(32)) for _ in range(settings.samples)]
     completions = complete(model, requests, subject.batch, "recollecting")
     drawn = iter([Answer(tokenizer.decode(done.tokens), done.finish_reason) for done in completions])

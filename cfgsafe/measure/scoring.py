@@ -92,11 +92,12 @@ def _score(model: Llama, request: Request, sides: list[Tensor], continuation: li
     for start in range(0, len(continuation), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
         logits = side_logits(model, request, [states[part] for states in sides])
-        if not all(side.amax().isfinite() for side in logits):  # NaN as well: it is the maximum of any row
-            raise InputError(
-                "the model gives numbers that are not finite, so that no likelihood can be told; look at its "
-                "weights and its adapter, or take --dtype float32"
-            )
         logprobs = guided_logprobs(request, logits[0], logits[1] if request.guided else None)
         parts.append(logprobs.gather(-1, targets[part])[:, 0])
-    return torch.cat(parts).cpu() if parts else torch.zeros(0)
+    scores = torch.cat(parts).cpu() if parts else torch.zeros(0)
+    if scores.isnan().any():  # as `guide` gives it where a logit is not finite
+        raise InputError(
+            "the model gives numbers that are not finite, so that no likelihood can be told; look at its "
+            "weights and its adapter, or take --dtype float32"
+        )
+    return scores

@@ -151,7 +151,7 @@ def _whole(given: Spelling, value: str, bare: bool = False) -> list[Place]:
 def _is_place(value: Spelling, text: Spelling, at: int, bare: bool) -> bool:
     """Whether the letters of `value`, which stand at letter `at` of `text`, are the value."""
     end = at + len(value.letters)
-    if not (_begins(value, text, at) and _ends(value, text, end)):
+    if not (_is_edge(value, text, at, True) and _is_edge(value, text, end, False)):
         return False
     if len(value.letters) < LONG and not _has_its_signs(value, text, at, end):
         return False
@@ -161,9 +161,9 @@ def _is_place(value: Spelling, text: Spelling, at: int, bare: bool) -> bool:
     return all(_is_same_gap(value, k, text, at + k) for k in inner if value.gaps[k] != text.gaps[at + k])
 
 
-def _begins(value: Spelling, text: Spelling, at: int) -> bool:
-    """Whether a word, and not only a part of one, begins with letter `at` of the text."""
-    if at == 0:
+def _is_edge(value: Spelling, text: Spelling, at: int, is_first: bool) -> bool:
+    """Whether a word, and not only a part of one, begins with letter `at` of the text, or ends before it."""
+    if at in (0, len(text.letters)):
         return True
     if text.starts[at - 1] == text.starts[at]:
         return False  # inside a character
@@ -172,27 +172,13 @@ def _begins(value: Spelling, text: Spelling, at: int) -> bool:
         return _is_apart(before, text.gaps[at], after)
     if text.gaps[at]:
         return True
-    if before.isdecimal() or after.isdecimal():
-        return before.isdecimal() != after.isdecimal() and len(value.letters) >= WORD
-    return _is_boundary(value, text, at)
-
-
-def _ends(value: Spelling, text: Spelling, at: int) -> bool:
-    """Whether a word ends before letter `at` of the text."""
-    if at == len(text.letters):
-        return True
-    if text.starts[at - 1] == text.starts[at]:
-        return False  # inside a character
-    before, after = text.letters[at - 1], text.letters[at]
-    if value.is_number and len(value.letters) < YEAR:
-        return _is_apart(before, text.gaps[at], after)
-    if text.gaps[at]:
-        return True
-    if after.isdecimal():
-        return not before.isdecimal() and len(value.letters) >= WORD
-    if before.isdecimal():
-        return len(value.letters) >= LONG
-    return _is_boundary(value, text, at) or bool(KOREAN.match(before) and len(value.letters) > 1)
+    outer, inner = (before, after) if is_first else (after, before)
+    if outer.isdecimal():
+        return not inner.isdecimal() and len(value.letters) >= WORD
+    if inner.isdecimal():
+        return len(value.letters) >= (WORD if is_first else LONG)
+    takes_endings = not is_first and KOREAN.match(inner) and len(value.letters) > 1
+    return _is_boundary(value, text, at) or bool(takes_endings)
 
 
 def _is_apart(before: str, gap: str, after: str) -> bool:

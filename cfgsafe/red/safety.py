@@ -30,7 +30,6 @@ import torch
 from cfgsafe.blue import options as orpo_options
 from cfgsafe.blue import orpo, resume
 from cfgsafe.blue.earlier import replacing
-from cfgsafe.decode import check_request
 from cfgsafe.errors import InputError, Unused, at
 from cfgsafe.fields import Count, Guidance, Positive, Rate, Seed, Temperature, Threshold, check_ranges
 from cfgsafe.files import make_folder, read_jsonl, write_jsonl
@@ -45,7 +44,7 @@ from cfgsafe.red.guard import Guard
 from cfgsafe.red.records import SUCCESS, Attack, Trial, read_attacks
 from cfgsafe.red.rewards import ended, read_contexts
 from cfgsafe.settings import shown
-from cfgsafe.subject import Subject, complete, load, request_for
+from cfgsafe.subject import Subject, checked_request, complete, load
 from cfgsafe.tokenizer import Tokenizer
 
 WRITES = ("safety.jsonl", "safety.json", *orpo_options.WRITES)  # to --out
@@ -127,8 +126,6 @@ def _run(options: Options, out: Path, attacked: list[tuple[str, Trial]]) -> None
         options, folders=("model", "adapter", "guard"), files=("attacks", "contexts", "known", "retain")
     )
     held["ner"] = ner.identity(options.ner)
-    if not options.resume:
-        (out / resume.CONFIG).unlink(missing_ok=True)  # of the training of an earlier run
     resume.begin(out, asdict(options), held, FREE, resumed=options.resume, file="safety.json")
     training = options.resume and (out / resume.CONFIG).exists()
     if not training:
@@ -252,14 +249,12 @@ class Writer:
         the text of a control token, or both together do.
         """
         guarded = replace(self.options, guidance=guidance)
-        sampling = {"temperature": temperature, "max_new_tokens": self.options.max_new_tokens}
+        sampling: dict = {"temperature": temperature, "max_new_tokens": self.options.max_new_tokens}
         requests = []
         for prompt in prompts:
-            seed = rng.getrandbits(32)
-            with at(prompt.place):
-                request = request_for(guarded, self.tokenizer, prompt.messages, seed=seed, **sampling)
-            check_request(request, self.model, prompt.place)
-            requests.append(request)
+            sampling["seed"] = rng.getrandbits(32)
+            chat, place = prompt.messages, prompt.place
+            requests.append(checked_request(guarded, self.model, self.tokenizer, chat, place, **sampling))
         completions = complete(self.model, requests, guarded.batch, title)
         texts = []
         for prompt, completion in zip(prompts, completions, strict=True):
