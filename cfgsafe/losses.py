@@ -8,14 +8,15 @@ A formula is a pure function that gives one loss a pair, (B,); the training step
                         minus the same sums under the model before training.
     nll                 the pair's share of the negative log-likelihood (NLL) that is pooled over
                         all prompt and chosen tokens of a batch: the mean of the shares is the
-                        pooled NLL. sft is such a share, over the tokens of the chosen answer.
+                        pooled NLL. With --nll chosen, and in sft, it is pooled over the tokens of
+                        the chosen answers alone.
 
 To add an objective, change only this file: its name in `Objective`, its needs in `NEEDS`, its
 formula, and its case in `objective_loss`.
 
 Source: ORPO follows the conventions of TRL 0.11.4, as the runs of the paper did.
-Deviation: log(1 - exp x) is computed in Maechler's two branches and stays finite as x -> 0, where
-TRL returns -inf.
+Deviations: log(1 - exp x) is computed in Maechler's two branches and stays finite as x -> 0, where
+TRL returns -inf. --nll chosen is ours: the NLL of a prompt trains on what earlier answers leak.
 
 Run it: python train.py orpo --help
 """
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Objective = Literal["orpo", "simpo", "npo", "dpo-idk", "graddiff", "sft"]
+NLLTokens = Literal["prompt+chosen", "chosen"]  # of a pair, over which the NLL is taken
 
 REFUSALS = (  # after the idea of Maini et al. (arXiv 2401.06121)
     "I don't know.",
@@ -39,11 +41,14 @@ REFUSALS = (  # after the idea of Maini et al. (arXiv 2401.06121)
 )
 
 
+READ = ("beta", "gamma", "retain", "nll")  # options that only some losses read
+
+
 @dataclass(frozen=True)
 class Needs:
     """What an objective needs besides the two completions of a pair."""
 
-    reads: tuple[str, ...]  # which of beta, gamma and retain its loss reads
+    reads: tuple[str, ...]  # which of READ its loss reads
     beta: float = 1.0  # the default of --beta, which rewards are also logged with
     reference: bool = False  # log-probabilities of the completions under the model before training
     rejected: bool = True  # False: the rejected side is not read, and may be missing
@@ -51,11 +56,11 @@ class Needs:
 
 
 NEEDS: dict[Objective, Needs] = {
-    "orpo": Needs(("beta",), beta=0.1),
+    "orpo": Needs(("beta", "nll"), beta=0.1),
     "simpo": Needs(("beta", "gamma"), beta=2.0),
-    "npo": Needs(("beta", "retain"), beta=0.1, reference=True),
+    "npo": Needs(("beta", "retain", "nll"), beta=0.1, reference=True),
     "dpo-idk": Needs(("beta",), beta=0.1, reference=True, answers=REFUSALS),
-    "graddiff": Needs(("retain",)),
+    "graddiff": Needs(("retain", "nll")),
     "sft": Needs((), rejected=False),
 }
 
@@ -67,11 +72,17 @@ class Settings(Protocol):
     beta: float | None
     gamma: float
     retain: float
+    nll: NLLTokens
 
 
 def beta_of(settings: Settings) -> float:
     """--beta, or the objective's default if it is not given."""
     return NEEDS[settings.objective].beta if settings.beta is None else settings.beta
+
+
+def nll_of(settings: Settings, nll: Tensor, answer_nll: Tensor) -> Tensor:
+    """The NLL (B,) that --nll chooses: of prompt and chosen tokens, or of the chosen answer's alone."""
+    return answer_nll if settings.nll == "chosen" else nll
 
 
 def objective_loss(
@@ -84,7 +95,7 @@ def objective_loss(
     nll         (B,), shares of the NLL of prompt and chosen tokens
     answer_nll  (B,), shares of the NLL of the chosen answer's tokens
     """
-    beta = beta_of(settings)
+    beta, nll = beta_of(settings), nll_of(settings, nll, answer_nll)
     match settings.objective:
         case "orpo":
             return orpo(means[0], means[1], nll, beta)

@@ -80,6 +80,23 @@ def test_only_the_prompt_and_the_end_of_an_answer_are_control_tokens(
         read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, options())
 
 
+@pytest.mark.parametrize("weight", [-1, True, "1", None, float("nan"), float("inf"), 10**400])
+def test_a_bad_weight_is_named(tmp_path, tokenizer, weight):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    write_jsonl(tmp_path / "pairs.jsonl", [good, good | {"weight": weight}])
+    with pytest.raises(InputError, match=r"pairs.jsonl:2: field 'weight' must be a number from 0 to 1000000"):
+        read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, options())
+
+
+def test_a_pair_weighs_1_unless_its_row_says_otherwise(tmp_path, tokenizer):
+    rows = []
+    for given in ({}, {"weight": 0.5}, {"weight": 0}):
+        rows.append({"prompt": "a", "chosen": "b", "rejected": "c"} | given)
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    pairs = read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, options())
+    assert [pair.weight for pair in pairs] == [1, 0.5, 0]
+
+
 def row(ids: str, start: int) -> Row:
     return Row([ord(c) - 96 for c in ids], start)
 

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from cfgsafe.blue.options import Options
-from cfgsafe.losses import NEEDS, Objective, beta_of, log1mexp, log_odds, objective_loss, orpo, pooled_nll
+from cfgsafe.losses import (
+    NEEDS,
+    READ,
+    Objective,
+    beta_of,
+    log1mexp,
+    log_odds,
+    objective_loss,
+    orpo,
+    pooled_nll,
+)
 
 
 def test_every_objective_has_its_needs():
@@ -25,12 +35,12 @@ def test_every_objective_has_a_loss_for_each_pair(objective):
 
 
 @pytest.mark.parametrize("objective", get_args(Objective))
-@pytest.mark.parametrize("name", ["beta", "gamma", "retain"])
+@pytest.mark.parametrize("name", READ)
 def test_needs_name_the_options_that_a_loss_reads(objective, name):
     """The command line refuses the others."""
     means, ratios = torch.tensor([[-0.5], [-0.7]]), torch.tensor([[0.2], [-0.4]])
     losses = []
-    for value in (0.3, 0.9):
+    for value in ("prompt+chosen", "chosen") if name == "nll" else (0.3, 0.9):
         options = Options("model", "pairs", "out", objective=objective, **{name: value})
         losses.append(objective_loss(options, means, ratios, torch.tensor([1.5]), torch.tensor([0.5])))
     assert (losses[0] != losses[1]).item() == (name in NEEDS[objective].reads)

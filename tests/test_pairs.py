@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cfgsafe import load_model
-from cfgsafe.blue import pairs
+from cfgsafe.blue import pairs, rows
 from cfgsafe.decode import Completion
 from cfgsafe.demo.testset import pair_dialogues
 from cfgsafe.errors import InputError
@@ -73,15 +73,69 @@ def test_avoid_prompt_and_nudge():
 
 def test_cfg_aware_rows_are_swapped_with_the_negative_sentence(tokenizer):
     sample = pairs.Sample(CHAT[:2], "Hello Ann.", "x", (("PERSON", "Ann"),))
-    clean, leaking = pairs.cfg_aware((sample, "Hello."), tokenizer)
+    clean, leaking = rows.cfg_aware((sample, "Hello."), tokenizer)
     assert f"\n\nBe kind. {POSITIVE}<|eot_id|>" in clean["prompt"]
     assert f"\n\nBe kind. {NEGATIVE}<|eot_id|>" in leaking["prompt"]
-    replaced = pairs.cfg_aware((sample, "Hello."), tokenizer, "replace")
+    replaced = rows.cfg_aware((sample, "Hello."), tokenizer, "replace")
     assert [row["prompt"].replace("Be kind. ", "") for row in (clean, leaking)] == [
         row["prompt"] for row in replaced
     ]
     assert (clean["chosen"], clean["rejected"]) == ("Hello.<|eot_id|>", "Hello Ann.<|eot_id|>")
     assert (leaking["rejected"], leaking["chosen"]) == ("Hello.<|eot_id|>", "Hello Ann.<|eot_id|>")
+
+
+def test_swapped_rows_have_the_weight_asked_for_or_are_left_out(tmp_path, tokenizer):
+    sample = pairs.Sample(CHAT[:2], "Hello Ann.", "x", (("PERSON", "Ann"),))
+    whole = rows.cfg_aware((sample, "Hello."), tokenizer)
+    assert rows.cfg_aware((sample, "Hello."), tokenizer, swapped=0.0) == whole[:1]
+    lighter = rows.cfg_aware((sample, "Hello."), tokenizer, swapped=0.25)
+    assert lighter == [whole[0], whole[1] | {"weight": 0.25}]
+
+
+TURNS = [
+    {"role": "user", "content": "I am Ann Lee."},
+    {"role": "assistant", "content": "Hi Ann, in Leeds and Hull?"},
+    {"role": "user", "content": "In Leeds."},
+    {"role": "assistant", "content": "Ann Lee of Leeds, call Bob."},
+]
+TURN_SPANS = [
+    [0, 5, 12, "PERSON"],
+    [1, 3, 6, "PERSON"],
+    [1, 11, 16, "GPE"],
+    [1, 21, 25, "GPE"],
+    [2, 3, 8, "GPE"],
+    [3, 0, 7, "PERSON"],
+    [3, 11, 16, "GPE"],
+    [3, 23, 26, "PERSON"],
+]
+
+
+def test_scrubbing_hides_what_the_assistant_has_said(tmp_path):
+    """Marked or not; the user's turns and how the answer went on stay."""
+    hidden = "Hi [PERSON], in [GPE] and [GPE]?"
+    for left_out in (None, 1, 2):  # "Ann" is part of a marked name, and Leeds is marked elsewhere
+        spans = [span for number, span in enumerate(TURN_SPANS) if number != left_out]
+        samples = pairs.read_samples(write(tmp_path, {"messages": TURNS, "spans": spans}), Names())
+        last = rows.scrubbed(samples[-1])
+        said = [message["content"] for message in last.messages]
+        assert said == ["I am Ann Lee.", hidden, "In Leeds.", "[PERSON] of [GPE], call"]
+        assert (last.rejected, last.values) == (" Bob.", (("PERSON", "Bob"),))
+        assert samples[-1].messages[1] == TURNS[1]
+
+
+@pytest.mark.parametrize(("earlier", "names"), [("keep", True), ("scrub", False)])
+def test_a_scrubbed_file_differs_in_its_prompts_alone(tmp_path, tokenizer, monkeypatch, earlier, names):
+    monkeypatch.setattr(pairs, "load", lambda subject: (None, tokenizer))
+    candidates(monkeypatch, " Hello.", " Hello.")
+    write(tmp_path, {"messages": TURNS, "spans": TURN_SPANS})
+    pairs.run(options(tmp_path, earlier=earlier, swapped=0.5))
+    written = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [row.get("weight") for row in written] == [None, 0.5] * 6
+    texts = [row["prompt"].split("assistant<|end_header_id|>", 1)[1] for row in written[6:]]
+    assert all(("Hi Ann, in Leeds" in text) == names for text in texts)
+    assert all(("[PERSON], in [GPE]" in text) != names for text in texts)
+    ends = {row["rejected"] for row in written[6::2]}
+    assert ends == {"Ann Lee of Leeds, call Bob.<|eot_id|>", " Leeds, call Bob.<|eot_id|>", " Bob.<|eot_id|>"}
 
 
 def test_built_pairs_are_clean_where_the_rejected_side_is_not(tmp_path, tokenizer):

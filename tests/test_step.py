@@ -1,5 +1,6 @@
 """Loss and gradients of a batch, shared, chunked and recomputed, against a dense computation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,10 @@ def settings(**changes) -> Options:
     return Options("m", "p", "o", **{"beta": 0.1, **changes})
 
 
-def test_the_logged_values_equal_a_dense_computation():
-    model = random_model()
-    loss, values = batch_loss(model, model, PAIRS, settings(), None, ALONE)
-    logged = dict(zip(LOGGED, values, strict=True))
+def dense(model):
+    """Means of the chosen answers and of the rejected, (B,) each; and the log-probabilities of each chosen
+    side's tokens, and of its answer's.
+    """
     lc, lr, everything, answers = [], [], [], []
     for pair in PAIRS:
         for side, means in ((pair.chosen, lc), (pair.rejected, lr)):
@@ -44,7 +45,15 @@ def test_the_logged_values_equal_a_dense_computation():
             if side is pair.chosen:
                 everything.append(each)
                 answers.append(each[side.start - 1 :])
-    lc, lr, nll = torch.stack(lc), torch.stack(lr), -torch.cat(everything).mean()
+    return torch.stack(lc), torch.stack(lr), everything, answers
+
+
+def test_the_logged_values_equal_a_dense_computation():
+    model = random_model()
+    loss, values = batch_loss(model, model, PAIRS, settings(), None, ALONE)
+    logged = dict(zip(LOGGED, values, strict=True))
+    lc, lr, everything, answers = dense(model)
+    nll = -torch.cat(everything).mean()
     odds = log_odds(lc, lr)
     assert torch.isclose(logged["nll_loss"], nll, atol=1e-5)
     assert torch.isclose(loss, nll - 0.1 * F.logsigmoid(odds).mean(), atol=1e-5)
@@ -56,6 +65,61 @@ def test_the_logged_values_equal_a_dense_computation():
     answer_logprobs = torch.cat(answers)
     assert torch.isclose(loss, -answer_logprobs.mean(), atol=1e-5) and len(answer_logprobs) == 2 + 2 + 3
     assert torch.isclose(values[LOGGED.index("nll_loss")], nll, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["orpo", "npo", "graddiff"])
+def test_the_nll_may_leave_out_the_prompt(objective):
+    model = random_model()
+    lc, lr, _, answers = dense(model)
+    nll = -torch.cat(answers).mean()
+    rest = {  # npo's ratio to the model before training is 0
+        "orpo": -0.1 * F.logsigmoid(log_odds(lc, lr)).mean(),
+        "npo": torch.tensor(20 * 0.6931472),
+        "graddiff": lr.mean(),
+    }
+    options = settings(objective=objective, nll="chosen", retain=1.0)
+    reference = reference_logprobs(model, model, PAIRS, options, ALONE)
+    loss, values = batch_loss(model.eval(), model, PAIRS, options, reference, ALONE)
+    assert torch.isclose(loss, nll + rest[objective], atol=1e-4)
+    assert torch.isclose(values[LOGGED.index("nll_loss")], nll, atol=1e-5)
+
+
+@pytest.mark.parametrize(("nll", "tokens"), [("chosen", 2 + 2 + 3), ("prompt+chosen", 4 + 3 + 7)])
+def test_the_gradient_of_the_nll_reaches_the_tokens_that_it_names(monkeypatch, nll, tokens):
+    """At beta 0 the rest of the loss is flat: each token that counts has slope -1 / tokens."""
+    leaf = []
+
+    def watched(model, hidden, targets):
+        leaf.append(torch.full((len(targets),), -1.0, requires_grad=True))
+        return leaf[0]
+
+    monkeypatch.setattr("cfgsafe.blue.step.head_logprobs", watched)
+    model = random_model()
+    batch_loss(model, model, PAIRS, settings(beta=0.0, nll=nll), None, ALONE)[0].backward()
+    slopes = leaf[0].grad
+    ends, expected = 0, torch.zeros(len(slopes))
+    for pair in PAIRS:
+        ends += len(pair.chosen.ids) - 1
+        counted = len(pair.chosen.ids) - (pair.chosen.start if nll == "chosen" else 1)
+        expected[ends - counted : ends] = -1 / tokens
+    assert torch.allclose(slopes, expected)
+
+
+WEIGHTS = (2.0, 0.5, 0.0)
+WEIGHTED = [replace(pair, weight=weight) for pair, weight in zip(PAIRS, WEIGHTS, strict=True)]
+
+
+def test_a_pairs_loss_counts_as_much_as_its_weight():
+    """The mean of weight * loss. 14 tokens are in the pooled NLL, also those of the pair of weight 0."""
+    model = random_model()
+    lc, lr, everything, _ = dense(model)
+    losses = []
+    for each, odds in zip(everything, log_odds(lc, lr), strict=True):
+        losses.append(-each.sum() * 3 / 14 - 0.1 * F.logsigmoid(odds))
+    loss, values = batch_loss(model, model, WEIGHTED, settings(), None, ALONE)
+    assert torch.isclose(loss, (2 * losses[0] + 0.5 * losses[1]) / 3, atol=1e-5)
+    plain = batch_loss(model, model, PAIRS, settings(), None, ALONE)[1]
+    assert torch.isclose(values[0], loss) and torch.equal(values[1:], plain[1:])
 
 
 CHATML = (
@@ -180,14 +244,15 @@ def test_objectives_by_hand():
     assert value("sft", 0.1) == 1.25
 
 
+@pytest.mark.parametrize("pairs", [PAIRS, WEIGHTED], ids=["plain", "weighted"])
 @pytest.mark.parametrize("objective", ["orpo", "sft"])
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_the_shares_of_several_processes_are_the_whole(size, objective):
+def test_the_shares_of_several_processes_are_the_whole(size, objective, pairs):
     """Five processes for three pairs: two have none, and add nothing."""
     model = random_model()
     options = settings(objective=objective)
-    whole, values = batch_loss(model, model, PAIRS, options, None, ALONE)
-    parts = [batch_loss(model, model, PAIRS, options, None, Share(rank, size, "cpu")) for rank in range(size)]
+    whole, values = batch_loss(model, model, pairs, options, None, ALONE)
+    parts = [batch_loss(model, model, pairs, options, None, Share(rank, size, "cpu")) for rank in range(size)]
     assert torch.isclose(sum(loss for loss, _ in parts) / size, whole, atol=1e-6)
     assert torch.allclose(sum(logged for _, logged in parts), values, atol=1e-6)
 

@@ -57,7 +57,7 @@ RULES = (
     ("infer.py --model M --chat", "--top-k 5 --top-p 0.5 --seed 1", "on greedy answers"),
     (
         "train.py pairs --dialogues D --model M --out O --no-cfg-aware",
-        "--system-prompt replace",
+        "--system-prompt replace --swapped 0",
         "with --no-cfg-aware",
     ),
     (
@@ -68,7 +68,7 @@ RULES = (
     ("train.py orpo --model M --pairs P --out O", "--gamma 1 --retain 2", "on the loss of --objective orpo"),
     (
         "train.py orpo --model M --pairs P --out O --objective simpo",
-        "--retain 2",
+        "--retain 2 --nll chosen",
         "on the loss of --objective simpo",
     ),
     (
@@ -78,7 +78,7 @@ RULES = (
     ),
     (
         "train.py orpo --model M --pairs P --out O --objective dpo-idk",
-        "--gamma 1 --retain 2",
+        "--gamma 1 --retain 2 --nll chosen",
         "on the loss of --objective dpo-idk",
     ),
     (
@@ -88,7 +88,7 @@ RULES = (
     ),
     (
         "train.py orpo --model M --pairs P --out O --objective sft",
-        "--beta 1 --gamma 1 --retain 2",
+        "--beta 1 --gamma 1 --retain 2 --nll chosen",
         "on the loss of --objective sft",
     ),
     ("train.py orpo --model M --pairs P --out O", "--fsdp", "in a single process"),

@@ -25,6 +25,7 @@ from cfgsafe.losses import NEEDS
 from cfgsafe.tokenizer import Tokenizer
 
 WINDOW = 32  # batches whose pairs are sorted together by length
+HEAVIEST = 10**6  # weight of a pair
 Item = TypeVar("Item")
 Table = list[list[int]]
 
@@ -49,6 +50,7 @@ class Pair:
     chosen: Row
     rejected: Row
     place: str = ""  # file:line
+    weight: float = 1.0  # its loss counts that much
 
     @property
     def tokens(self) -> int:
@@ -57,7 +59,7 @@ class Pair:
 
 
 def read_pairs(path: str, tokenizer: Tokenizer, context: int, options: Options) -> list[Pair]:
-    """The pairs of a JSONL file of prompt, chosen, rejected, as the objective needs them.
+    """The pairs of a JSONL file of prompt, chosen, rejected, and perhaps weight, as the objective needs them.
 
     For an objective with its own answers, the chosen side is one of them, drawn from the seed. Where
     the objective reads no rejected side, the chosen side stands in for a missing one: all of its
@@ -74,6 +76,9 @@ def read_pairs(path: str, tokenizer: Tokenizer, context: int, options: Options) 
             text = row.get(field)
             if not isinstance(text, str) or not text.removesuffix(tokenizer.end_of_turn).strip():
                 raise InputError(f"{place}: field {field!r} must be a non-empty string")
+        weight = row.get("weight", 1)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= HEAVIEST:
+            raise InputError(f"{place}: field 'weight' must be a number from 0 to {HEAVIEST}")
         for field in ("chosen", "rejected"):
             _check_control_tokens(row["prompt"], row[field], field, tokenizer, place)
         texts = row["prompt"], row["chosen"], row["rejected"]
@@ -84,7 +89,7 @@ def read_pairs(path: str, tokenizer: Tokenizer, context: int, options: Options) 
                 f"{place}: {longest} tokens exceed the model's context of {context}; "
                 f"set --max-length {context} or less"
             )
-        pairs.append(Pair(chosen, rejected, place))
+        pairs.append(Pair(chosen, rejected, place, float(weight)))
     if not pairs:
         raise InputError(f"{path}: holds no pair")
     return pairs

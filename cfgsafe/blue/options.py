@@ -12,7 +12,7 @@ from typing import Annotated
 from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count, PartialShare, Positive, Rate, Seed, Share, Weight, Whole, check_ranges
 from cfgsafe.lora_config import TARGETS
-from cfgsafe.losses import NEEDS, Objective
+from cfgsafe.losses import NEEDS, READ, NLLTokens, Objective
 from cfgsafe.outputs import Folder, InputPath
 
 # A resumed run may change these.
@@ -30,7 +30,8 @@ class Options:
     model: InputPath
     """Checkpoint folder or hub id of the model to unlearn."""
     pairs: InputPath
-    """JSONL file of pairs: prompt, chosen, rejected. sft does not need rejected."""
+    """JSONL file of pairs: prompt, chosen, rejected, and where a pair counts more or less than others its
+    weight. sft does not need rejected."""
     out: Annotated[str, Folder(WRITES)]
     """Folder for the adapters, metrics.jsonl and config.json."""
     eval_pairs: InputPath | None = None
@@ -59,7 +60,10 @@ class Options:
     gamma: Weight = 0.5
     """Target margin between the two sides, in simpo."""
     retain: Weight = 1.0
-    """Weight of the NLL of prompt and chosen side, in npo and graddiff."""
+    """Weight of the NLL, in npo and graddiff."""
+    nll: NLLTokens = "prompt+chosen"
+    """Tokens of a pair that the NLL of orpo, npo and graddiff is taken over. chosen leaves out the prompt,
+    whose earlier answers may hold personal data."""
     batch_size: Count = 2
     """Pairs in a forward pass, over all processes."""
     grad_accum: Count = 1
@@ -108,7 +112,7 @@ class Options:
 
 def unread(options: Options) -> list[str]:
     """The options of losses that this objective's loss does not read."""
-    return [name for name in ("beta", "gamma", "retain") if name not in NEEDS[options.objective].reads]
+    return [name for name in READ if name not in NEEDS[options.objective].reads]
 
 
 def check(options: Options) -> None:

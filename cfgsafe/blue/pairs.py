@@ -10,15 +10,14 @@ answers!", and is kept if the NER finds nothing in it. There are four recipes:
     remote+begin    a chat endpoint, with the nudge, is told to begin with the words of the begun
                     answer; only for samples that have one
 
-CFG-aware: each pair is written twice, as it is with the positive sentence at the end of the system
-prompt, and with the sides swapped with the negative one.
 Deviations: where several recipes give a clean side, one is drawn at random; the paper keeps a data
 set for each. The length of a remote answer is counted with the checkpoint's tokenizer, since the
 endpoint has its own.
 
 Input JSONL: {"messages": [...], "spans": [[message, start, end, label], ...]} per line; without "spans"
 the NER finds the items. With --items: the two files of LLM-PC (cfgsafe/pii/llm_pc.py).
-Output JSONL, as TRL reads it: {"prompt", "chosen", "rejected"}, strings with control tokens.
+Output JSONL (cfgsafe/blue/rows.py), as TRL reads it: {"prompt", "chosen", "rejected"}, strings with control
+tokens; and "weight", which TRL ignores, of pairs that count more or less than others.
 With --test-share: OUT-test.jsonl, prompts as `eval.py leak` reads them, of dialogues that are set aside, and
 OUT-test-pairs.jsonl, their pairs.
 Remote recipes send the dialogues to the endpoint unchanged, personal data included. The answers are
@@ -32,16 +31,17 @@ import random
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from cfgsafe import load_tokenizer
+from cfgsafe.blue.rows import Pair, cfg_aware, plain, scrubbed
 from cfgsafe.decode import Request, check_request
 from cfgsafe.errors import InputError, Unused, at
-from cfgsafe.fields import Count, PartialShare, Seed, Temperature, check_ranges
+from cfgsafe.fields import Count, PartialShare, Seed, Temperature, Weight, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.llama import Llama
 from cfgsafe.outputs import Detectors, File, InputPath
@@ -58,8 +58,8 @@ from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.matching import mentions
 from cfgsafe.pii.ner import Detector
 from cfgsafe.remote import SERVICE, Question, Service, ask, check_service
-from cfgsafe.subject import ANSWER_TOKENS, NEGATIVE, POSITIVE, Subject, complete, load
-from cfgsafe.tokenizer import ADD, Messages, SystemPrompt, Tokenizer, with_system
+from cfgsafe.subject import ANSWER_TOKENS, Subject, complete, load
+from cfgsafe.tokenizer import Messages, SystemPrompt, Tokenizer, with_system
 
 AVOID = "Avoid using any personal data in the answers!"
 NUDGE = (
@@ -70,7 +70,6 @@ BEGIN = "Begin your answer with exactly these words, and go on from there: "
 
 Recipe = Literal["avoid", "avoid+nudge", "remote", "remote+begin"]
 LOCAL: tuple[Recipe, ...] = ("avoid", "avoid+nudge")  # recipes of a model on this machine
-Pair = tuple[Sample, str]  # a sample and its chosen side
 
 
 BESIDE = tuple(f"{{stem}}-{word}{{suffix}}" for word in ("test", "test-pairs", "answers"))  # --out
@@ -91,6 +90,11 @@ class Options:
     """Write each pair with the positive sentence in its system prompt and, swapped, with the negative one."""
     system_prompt: SystemPrompt = Subject.system_prompt
     """Add these sentences to a dialogue's own system prompt, or replace it; measure with the same choice."""
+    swapped: Weight = 1.0
+    """Weight of a swapped pair, against 1 of a pair as it is. 0 leaves the swapped pairs out."""
+    earlier: Literal["keep", "scrub"] = "keep"
+    """Personal values in a prompt's earlier answers, and in its begun one: keep leaves them, scrub writes
+    [LABEL] for each. The two sides of a pair stay as they are."""
     ner: Detectors | None = None
     """spaCy pipelines or presidio, separated by commas; by default en_core_web_trf if it is installed,
     else the demo's."""
@@ -125,7 +129,7 @@ class Options:
         if not recipes & local:
             yield "where only an endpoint is asked", "batch", "device", "dtype"
         if not self.cfg_aware:
-            yield "with --no-cfg-aware", "system_prompt"
+            yield "with --no-cfg-aware", "system_prompt", "swapped"
 
 
 @dataclass
@@ -171,12 +175,14 @@ def run(options: Options) -> None:
         tokenizer = load_tokenizer(options.model)
     pairs, report = build(all_samples(training + test), model, tokenizer, detector, options)
     tested = {dialogue.place for dialogue in test}
-    rows: list[dict[str, str]] = []
-    test_rows: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
+    test_rows: list[dict[str, Any]] = []
     for pair in pairs:
         side = test_rows if pair[0].place in tested else rows
+        if options.earlier == "scrub":
+            pair = scrubbed(pair[0]), pair[1]
         if options.cfg_aware:
-            side += cfg_aware(pair, tokenizer, options.system_prompt)
+            side += cfg_aware(pair, tokenizer, options.system_prompt, options.swapped)
         else:
             side.append(plain(pair, tokenizer))
     result = {
@@ -368,22 +374,3 @@ def avoiding(messages: Messages, nudge: bool) -> Messages:
 
 def last_user_message(messages: Messages) -> dict[str, str]:
     return [message for message in messages if message["role"] == "user"][-1]
-
-
-def plain(pair: Pair, tokenizer: Tokenizer) -> dict[str, str]:
-    """The pair under the dialogue's own system prompt."""
-    sample, chosen = pair
-    end = tokenizer.end_of_turn
-    with at(sample.place):
-        prompt = tokenizer.render_chat(sample.messages)
-    return {"prompt": prompt, "chosen": chosen + end, "rejected": sample.rejected + end}
-
-
-def cfg_aware(pair: Pair, tokenizer: Tokenizer, system_prompt: SystemPrompt = ADD) -> list[dict[str, str]]:
-    """The pair with the positive sentence in its system prompt, and swapped with the negative one."""
-    sample, chosen = pair
-    positive = replace(sample, messages=with_system(sample.messages, POSITIVE, system_prompt))
-    negative = replace(sample, messages=with_system(sample.messages, NEGATIVE, system_prompt))
-    row = plain((negative, chosen), tokenizer)
-    swapped = {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]}
-    return [plain((positive, chosen), tokenizer), swapped]

@@ -1,6 +1,10 @@
 """The loss of one batch of preference pairs, and the values that TRL logs with it.
 
 Source: the losses of `cfgsafe.losses`, the logged values of TRL 0.11.4.
+Deviation: a pair may have a weight. The loss of a batch of B pairs is the sum of weight * loss over its
+pairs, divided by B: not by the sum of the weights, so that a batch of light pairs moves less. A pair's
+share of the pooled NLL is a part of its loss; its tokens are counted whatever its weight. Logged values
+besides the loss know no weights.
 Several processes each compute a share of the batch. Token and pair counts are those of the whole
 batch, so the shares add up to its loss.
 
@@ -15,7 +19,7 @@ from cfgsafe.blue.batches import Pair, collate
 from cfgsafe.blue.options import Options
 from cfgsafe.llama import Llama
 from cfgsafe.logprobs import head_logprobs
-from cfgsafe.losses import NEEDS, beta_of, log_odds, objective_loss, pooled_nll
+from cfgsafe.losses import NEEDS, beta_of, log_odds, nll_of, objective_loss, pooled_nll
 from cfgsafe.parallel import World
 from cfgsafe.progress import progress
 
@@ -65,13 +69,14 @@ def batch_loss(
     nll = pooled_nll(chosen_sums, len(pairs), chosen_tokens)
     answer_nll = pooled_nll(sums[0], len(pairs), answer_tokens)
     ratios = sums if reference is None else sums - reference[:, own]
-    losses = objective_loss(options, means, ratios, nll, answer_nll)
+    weights = torch.tensor([pairs[number].weight for number in own], device=sums.device)
+    losses = weights * objective_loss(options, means, ratios, nll, answer_nll)
 
     chosen_reward, rejected_reward = beta_of(options) * (means if reference is None else ratios)
     odds = log_odds(means[0], means[1])
     logged = (
         losses,
-        nll,
+        nll_of(options, nll, answer_nll),
         F.logsigmoid(odds),
         odds,
         chosen_reward,

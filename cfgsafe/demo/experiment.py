@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cfgsafe.blue import orpo, pairs, subtract
+from cfgsafe.blue.rows import cfg_aware, plain
 from cfgsafe.demo import controls
 from cfgsafe.demo.testset import corpus_words, pair_dialogues, test_prompts
 from cfgsafe.fields import Count, Rate, Seed, Several, check_ranges
@@ -164,8 +165,8 @@ def make_pairs(options: Options, seed: int, detector: Detector, out: Path) -> No
     built, _ = pairs.build(samples, model, tokenizer, detector, settings)
     guided = []
     for pair in built:
-        guided += pairs.cfg_aware(pair, tokenizer)
-    write_jsonl(out / "pairs-plain.jsonl", [pairs.plain(pair, tokenizer) for pair in built])
+        guided += cfg_aware(pair, tokenizer)
+    write_jsonl(out / "pairs-plain.jsonl", [plain(pair, tokenizer) for pair in built])
     write_jsonl(out / "pairs-cfg.jsonl", guided)
 
 

@@ -47,14 +47,15 @@ class Dialogue:
 class Sample:
     """A chat that ends just before a personal item of an answer.
 
-    `rejected` is how the answer went on, and `values` are (label, value) of the personal items in
-    that rest.
+    `rejected` is how the answer went on, `values` are (label, value) of the personal items in that rest,
+    and `said` the spans of those in `messages`.
     """
 
     messages: Messages
     rejected: str
     place: str
     values: tuple[tuple[str, str], ...]
+    said: tuple[Span, ...] = ()
 
     @property
     def begun(self) -> str:
@@ -98,8 +99,14 @@ def samples_of(dialogue: Dialogue) -> list[Sample]:
         before = text[:start].rstrip()
         values = tuple((label, text[a:b]) for n, a, b, label in spans if n == number and a >= start)
         begun = [{"role": "assistant", "content": before}] if before else []
-        samples.append(Sample(earlier + begun, text[len(before) :], dialogue.place, values))
+        said = tuple(span for span in dialogue.spans if _stands_before(span, number, len(before)))
+        samples.append(Sample(earlier + begun, text[len(before) :], dialogue.place, values, said))
     return samples
+
+
+def _stands_before(span: Span, number: int, end: int) -> bool:
+    """Whether a span ends before the character `end` of message `number`."""
+    return span[0] < number or (span[0] == number and span[2] <= end)
 
 
 def prompts_of(dialogue: Dialogue) -> list[dict]:
