@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from cfgsafe import load_model
 from cfgsafe.blue import orpo
+from cfgsafe.blue.loop import learning_rate
 from cfgsafe.blue.options import check
-from cfgsafe.blue.orpo import Options, learning_rate
+from cfgsafe.blue.orpo import Options
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.lora import adapter_updates, load_adapter

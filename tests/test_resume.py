@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_identity import overwrite
 
-from cfgsafe.blue import orpo, resume
+from cfgsafe.blue import loop, orpo, resume
 from cfgsafe.blue.orpo import Options
 from cfgsafe.errors import CfgsafeError, InputError
 from cfgsafe.files import write_jsonl
@@ -227,7 +227,7 @@ def test_new_contents_at_the_same_path_are_noticed(
 def killed(tmp_path_factory, checkpoint, pairs) -> Path:
     """The folder of a run that ended after step 7, with the state of step 5."""
     out = tmp_path_factory.mktemp("killed") / "o"
-    real = orpo.take_step
+    real = loop.take_step
 
     def dies(run, step, lr, what):
         if what == "step 8":
@@ -235,7 +235,7 @@ def killed(tmp_path_factory, checkpoint, pairs) -> Path:
         return real(run, step, lr, what)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(orpo, "take_step", dies)
+        patch.setattr(loop, "take_step", dies)
         orpo.run(options(checkpoint, pairs, out))
     return out
 
@@ -340,7 +340,7 @@ def test_an_option_that_the_run_began_with_cannot_be_left_out(tmp_path, checkpoi
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, checkpoint, pairs, monkeypatch):
     """The loss is finite, and the step that follows it spoils the weights."""
-    real = orpo.take_step
+    real = loop.take_step
 
     def spoils(run, step, lr, what):
         values = real(run, step, lr, what)
@@ -348,7 +348,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, checkpoint, pairs, 
             next(iter(run.parameters.values())).data[0, 0] = torch.nan
         return values
 
-    monkeypatch.setattr(orpo, "take_step", spoils)
+    monkeypatch.setattr(loop, "take_step", spoils)
     with pytest.raises(InputError, match="after step 5 .*lora_A.* not finite; start anew with a lower --lr"):
         orpo.run(options(checkpoint, pairs, tmp_path / "o"))
     assert not resume.states(tmp_path / "o")

@@ -21,6 +21,7 @@ Run it: python -m cfgsafe.bench memory
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from cfgsafe.blue.batches import Pair
 from cfgsafe.blue.options import Options
@@ -86,21 +87,29 @@ def step_bytes(
 
 def recomputed(model: Llama, pairs: list[Pair], options: Options, world: World) -> int:
     """How many blocks to recompute: --recompute, or as few as the GPU's free memory allows; 0 on a CPU."""
+    longest = 0  # tokens of a pair
+    for pair in pairs:
+        shared = pair.rejected.start if options.share_prefix else 0
+        longest = max(longest, pair.tokens - shared)
+    slots = longest * -(-options.batch_size // world.size)  # pairs of one process, rounded up
+    return blocks_to_recompute(
+        model, slots, list(adapter_parameters(model).values()), options.recompute, world
+    )
+
+
+def blocks_to_recompute(
+    model: Llama, slots: int, parameters: list[nn.Parameter], wanted: int | None, world: World
+) -> int:
+    """The same for a stage's largest batch, of `slots` tokens, and its adapter; `wanted` is --recompute."""
     layers = model.config.num_hidden_layers
-    if options.recompute is not None:
-        return min(options.recompute, layers)
+    if wanted is not None:
+        return min(wanted, layers)
     if not world.device.startswith("cuda"):
         return 0
     free, everything = torch.cuda.mem_get_info(world.device)
     limit = torch.cuda.get_per_process_memory_fraction(world.device) * everything
     unused = limit - torch.cuda.memory_allocated(world.device)
     room = min(free, unused) - SPARE * everything
-    longest = 0  # tokens of a pair
-    for pair in pairs:
-        shared = pair.rejected.start if options.share_prefix else 0
-        longest = max(longest, pair.tokens - shared)
-    slots = longest * -(-options.batch_size // world.size)  # pairs of one process, rounded up
-    parameters = adapter_parameters(model).values()
     for blocks in range(layers):
         step = step_bytes(
             model.config,
