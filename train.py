@@ -3,6 +3,7 @@
     python train.py demo            unlearn, guard and measure the embedded model: 5 min on 2 CPU cores
     python train.py pairs           preference pairs from dialogues
     python train.py orpo            LoRA adapter by ORPO on pairs
+    python train.py distil          an adapter whose single row gives the distribution of a guided pair
     python train.py subtract        base - scale * (tuned - base)
     python train.py merge           a checkpoint with an adapter merged into it
     python train.py attacker        the red team's attacker: SFT, GFlowNet, smoothing, adaptation
@@ -14,7 +15,7 @@
 `python train.py STAGE --help` lists a stage's options.
 """
 
-from cfgsafe.blue import merge, orpo, pairs, subtract
+from cfgsafe.blue import distil, merge, orpo, pairs, subtract
 from cfgsafe.cli import Commands, run_subcommand
 from cfgsafe.demo import experiment, pretrain, redteam, testset
 from cfgsafe.red import safety, stages
@@ -23,6 +24,7 @@ STAGES: Commands = {
     "demo": (experiment.Options, experiment.run),
     "pairs": (pairs.Options, pairs.run),
     "orpo": (orpo.Options, orpo.run),
+    "distil": (distil.Options, distil.run),
     "subtract": (subtract.Options, subtract.run),
     "merge": (merge.Options, merge.run),
     "attacker": (stages.Options, stages.run),

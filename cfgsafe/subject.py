@@ -145,8 +145,12 @@ def answers(
     max_new_tokens: int,
     places: list[str] | None = None,
     kept: Path | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[Answer]:
-    """Greedy answers of the subject. An error names the entry of `places`, or else `what` and a number.
+    """Answers of the subject, greedy or at a temperature: conversation i is then drawn from `seed` + i.
+
+    An error names the entry of `places`, or else `what` and a number.
 
     Each answer is written to the file `kept` as it comes (`AnswerLog`), so that a later call with the
     same requests, and with the same contents of model and adapter, computes only what is missing. One
@@ -156,7 +160,10 @@ def answers(
     requests, keys = [], []
     for number, messages in enumerate(conversations):
         place = places[number] if places else f"{what} {number + 1}"
-        request = checked_request(subject, model, tokenizer, messages, place, max_new_tokens=max_new_tokens)
+        sampling: dict = {"max_new_tokens": max_new_tokens}
+        if temperature:
+            sampling |= {"temperature": temperature, "seed": seed + number}
+        request = checked_request(subject, model, tokenizer, messages, place, **sampling)
         requests.append(request)
         keys.append(digest_of((weights, subject.dtype, request)))
     log, failed = AnswerLog(kept), {}

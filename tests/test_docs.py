@@ -25,6 +25,7 @@ TINY = {  # command -> what makes it short
     "train.py dialogues": "--count 5",
     "train.py pairs": "",
     "train.py orpo": "--epochs 3",
+    "train.py distil": "--limit 2 --max-new-tokens 8 --epochs 1",
     "train.py merge": "",
     "train.py subtract": "",
     "train.py attacker --stage gfn": "--steps 2 --batch-size 16 --answer-tokens 16 --samples 2",

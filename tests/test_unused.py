@@ -92,6 +92,12 @@ RULES = (
         "on the loss of --objective sft",
     ),
     ("train.py orpo --model M --pairs P --out O", "--fsdp", "in a single process"),
+    (
+        "train.py distil --model M --prompts P --out O --adapter A",
+        "--rank 16 --lora-alpha 32 --targets q_proj",
+        "with --adapter, which has its own",
+    ),
+    ("train.py distil --model M --prompts P --out O --temperature 0", "--samples 2", "on greedy answers"),
     ("train.py safety --model M --attacks F --out O", "--space log --negative x", "without --guidance"),
     (
         "train.py safety --model M --attacks F --out O --temperature 0",

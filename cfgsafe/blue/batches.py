@@ -221,7 +221,19 @@ class Step(NamedTuple):
     batches: list[list[int]]
 
 
-def plan(lengths: list[int], options: Options) -> list[Step]:
+@dataclass(frozen=True)
+class Order:
+    """What `plan` reads of the options of a stage that has no others of this kind."""
+
+    epochs: int
+    batch_size: int
+    grad_accum: int
+    seed: int
+    shuffle: bool = True
+    group_by_length: bool = False
+
+
+def plan(lengths: list[int], options: Options | Order) -> list[Step]:
     """All steps of a run over pairs of these `lengths` in tokens; every pair comes once an epoch.
 
     With --group-by-length, windows of WINDOW batches are cut from the epoch's order, each is sorted

@@ -17,7 +17,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from cfgsafe.blue.origin import is_cfg_aware
+from cfgsafe.blue.origin import distilled_for, is_cfg_aware
 from cfgsafe.checkpoint import empty_model, rewrite_checkpoint
 from cfgsafe.errors import CheckpointError, InputError, Unused
 from cfgsafe.fields import Count, check_ranges
@@ -31,6 +31,10 @@ from cfgsafe.subject import POSITIVE, Subject, answers, load
 NEEDED = (
     f'the merged model protects only with "{POSITIVE}" in the system prompt; '
     "guidance needs its other sentence as well; --check measures what it leaks"
+)
+DISTILLED = (
+    'it was distilled for one prompt: the merged model protects only with "{sentence}" in the system prompt; '
+    "train.py distil --student none makes one that needs no sentence"
 )
 
 
@@ -84,12 +88,17 @@ def run(options: Options) -> None:
 
 
 def warn(options: Options) -> None:
-    """Say what a CFG-aware adapter, or one of unknown training, needs."""
+    """Say what an adapter needs that is CFG-aware, distilled under a sentence, or of unknown training."""
+    sentence = distilled_for(options.adapter)
+    if sentence is not None:
+        if sentence:
+            print(f"WARNING: {options.adapter}: {DISTILLED.format(sentence=sentence)}", file=sys.stderr)
+        return
     aware = is_cfg_aware(options.adapter)
     if aware:
         print(f"WARNING: {options.adapter} is CFG-aware: {NEEDED}", file=sys.stderr)
     elif aware is None:
-        why = "its training is unknown: no config.json of train.py orpo beside its folder tells"
+        why = "its training is unknown: no config.json of its training beside its folder tells"
         print(f"WARNING: {options.adapter}: {why}. If it is CFG-aware, {NEEDED}", file=sys.stderr)
 
 

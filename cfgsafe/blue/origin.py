@@ -1,7 +1,8 @@
-"""What an adapter's training taught it: `train.py orpo` writes it down, `train.py merge` warns of it.
+"""What an adapter's training taught it: its stage writes it down, `train.py merge` warns of it.
 
 Half of the pairs of a CFG-aware training set teach to share personal data, under the negative
-sentence. What such an adapter does without the positive one is not what it was made for.
+sentence. What such an adapter does without the positive one is not what it was made for. An adapter of
+`train.py distil` is guarded under the one prompt that it was distilled for.
 
 Run it: python train.py merge --help
 """
@@ -15,6 +16,7 @@ from cfgsafe.hub import resolve
 from cfgsafe.subject import NEGATIVE, POSITIVE
 
 CFG_AWARE = "cfg_aware"  # its key in the config.json of a training run, beside the adapters' folders
+STUDENT = "student"  # the same, of a run of train.py distil: the prompt that it was distilled for
 
 
 def record(options: Options) -> dict[str, bool | None]:
@@ -41,6 +43,21 @@ def is_cfg_aware(adapter: str) -> bool | None:
 
     Raises CheckpointError or InputError if adapter or record cannot be read.
     """
-    path = Path(resolve(adapter)).parent / CONFIG
-    recorded = read_json(path).get(CFG_AWARE) if path.exists() else None
+    recorded = _recorded(adapter).get(CFG_AWARE)
     return recorded if isinstance(recorded, bool) else None
+
+
+def distilled_for(adapter: str) -> str | None:
+    """The sentence that a distilled adapter needs in the system prompt, "" for none; None if not distilled.
+
+    Raises what `is_cfg_aware` raises.
+    """
+    recorded = _recorded(adapter)
+    if STUDENT not in recorded:
+        return None
+    return "" if recorded[STUDENT] == "none" else str(recorded.get("positive"))
+
+
+def _recorded(adapter: str) -> dict:
+    path = Path(resolve(adapter)).parent / CONFIG
+    return read_json(path) if path.exists() else {}
