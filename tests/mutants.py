@@ -299,6 +299,8 @@ MUTANTS = (
            before="means.pop(right) - max(means)", after="means.pop(right) - means[0]"),
     Mutant("margin-without-floor", "cfgsafe/measure/utility.py",
            "part.clamp(min=LEAST).mean()", "part.mean()", "test_utility.py"),
+    Mutant("cloze-shows-the-options", "cfgsafe/measure/utility.py",
+           'INSTRUCTION + row["question"]', "prompt(row)", "test_utility.py"),
     Mutant("error-bars-swapped", "cfgsafe/report/figures.py", tests="test_report.py",
            before="[[max(0.0, value - low)], [max(0.0, high - value)]]",
            after="[[max(0.0, high - value)], [max(0.0, value - low)]]"),

@@ -33,6 +33,7 @@ RULES = (
     ("eval.py utility --model M", f"--remote-model J {SERVICE}", "without --score judge"),
     ("eval.py utility --model M", "--shots F", "without --protocol cot5"),
     ("eval.py utility --model M --score loglik", "--max-new-tokens 8", "with --score loglik"),
+    ("eval.py utility --model M --protocol cloze", "--max-new-tokens 8", "with --score loglik"),
     ("eval.py perplexity --model M", UNGUIDED, "without --guidance"),
     ("eval.py canaries --model M", UNGUIDED, "without --guidance"),
     ("eval.py extract --model M", UNGUIDED, "without --guidance"),

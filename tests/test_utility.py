@@ -1,4 +1,4 @@
-"""Questions from files and the hub, both protocols and the three scores; guidance on each of them."""
+"""Questions from files and the hub, all protocols and the three scores; guidance on each of them."""
 
 import json
 import math
@@ -250,11 +250,18 @@ def test_a_worked_answer_is_right_by_its_letter_and_unparsed_ones_get_no_credit(
 
 
 @pytest.mark.parametrize("guidance", [None, 3.0])
-def test_option_scores_by_hand(checkpoint, guidance):
-    """The lead and the option continue the answer under both system prompts: eq. 6 of the paper."""
-    who = utility.Options(checkpoint, guidance=guidance)
+@pytest.mark.parametrize("protocol", ["short", "cloze"])
+def test_option_scores_by_hand(checkpoint, guidance, protocol):
+    """The lead and the option continue the answer under both system prompts: eq. 6 of the paper.
+
+    Cloze asks the bare question: the options stand nowhere.
+    """
+    who = utility.Options(checkpoint, guidance=guidance, protocol=protocol)
     model, tokenizer = subject.load(who)
-    asked = [utility.conversation(QUESTION)]
+    question = "Provide a short answer to the question: What is hot?"
+    if protocol == "short":
+        question = utility.prompt(QUESTION)
+    asked = utility.conversations([("q:1", QUESTION)], who)
     (parts,) = utility.option_logprobs(who, model, tokenizer, [("q:1", QUESTION)], asked)
     assert len(parts) == 2
     for option, part in zip(QUESTION["options"], parts, strict=True):
@@ -262,11 +269,7 @@ def test_option_scores_by_hand(checkpoint, guidance):
         assert tokenizer.decode(ids) == f" {option}" and len(part) == len(ids)
         probabilities = []
         for added in [""] if guidance is None else [f" {POSITIVE}", f" {NEGATIVE}"]:
-            said = {
-                "system": utility.SYSTEM + added,
-                "user": utility.prompt(QUESTION),
-                "assistant": "The answer is",
-            }
+            said = {"system": utility.SYSTEM + added, "user": question, "assistant": "The answer is"}
             chat = [{"role": role, "content": text} for role, text in said.items()]
             prompt = tokenizer.encode_chat(chat)
             logits = model.head(model(torch.tensor([prompt + ids])))[0, len(prompt) - 1 : -1]
@@ -297,6 +300,16 @@ def test_the_likeliest_option_by_mean_and_by_sum(files, checkpoint, monkeypatch,
     assert first["correct"] and not first["correct_by_sum"] and first["margin"] == 1.0
     assert second["option_logprobs"] == [None, None]
     assert not second["correct"] and not second["decided"] and second["margin"] == 0.0
+
+
+def test_cloze_is_scored_by_likelihood_without_being_told(files, checkpoint, monkeypatch, capsys):
+    """The figures of both ways of comparing, whatever --score is left to."""
+    scored_as(monkeypatch, [[-3.0], [-2.0, -2.0]], [[-1.0], [-2.0]])
+    for score in (None, "loglik"):
+        utility.run(utility.Options(checkpoint, questions=files["questions"], protocol="cloze", score=score))
+        result = json.loads(capsys.readouterr().out)
+        assert (result["protocol"], result["score"]) == ("cloze", "loglik")
+        assert (result["utility"], result["utility_by_sum"]) == (100.0, 50.0)
 
 
 def test_margins_by_hand(monkeypatch):
@@ -431,6 +444,8 @@ def test_a_judged_run_reports_all_figures(files, checkpoint, service, capsys, mo
     ("options", "words"),
     [
         ({"score": "loglik", "protocol": "cot5"}, "--score loglik"),
+        ({"score": "exact", "protocol": "cloze"}, "--score exact: --protocol cloze shows no options"),
+        ({"score": "judge", "protocol": "cloze"}, "--score judge: --protocol cloze shows no options"),
         ({"score": "judge", "out": "x"}, "--remote-model"),
         ({"score": "judge", "service": Service("m")}, "--out FILE"),
         ({"limit": 0}, "--limit 0"),
@@ -458,7 +473,14 @@ def test_answers_are_kept_and_scored_again_without_the_model(files, checkpoint, 
 
 @pytest.mark.parametrize(
     ("protocol", "score"),
-    [("short", "exact"), ("short", "loglik"), ("short", "judge"), ("cot5", "exact"), ("cot5", "judge")],
+    [
+        ("short", "exact"),
+        ("short", "loglik"),
+        ("short", "judge"),
+        ("cot5", "exact"),
+        ("cot5", "judge"),
+        ("cloze", "loglik"),
+    ],
 )
 def test_every_protocol_and_score_is_guided(files, checkpoint, service, monkeypatch, capsys, protocol, score):
     seen = []

@@ -2,13 +2,15 @@
 
 Source: Smirnov (arXiv 2412.06846): zero-shot "Provide a short answer to the question: ..." on
 MMLU-Pro (--protocol short), judged by GPT-4o-mini (--score judge); TIGER-Lab's 5-shot chain of
-thought (--protocol cot5), see cfgsafe/measure/mmlu_pro.py.
+thought (--protocol cot5), see cfgsafe/measure/mmlu_pro.py; for models too small to choose from a
+list, the question without its options (--protocol cloze), whose answer is the likeliest option, as
+in Brown et al. (arXiv 2005.14165), section 2.4.
 The prompt of the short protocol is that of the paper's code: numbered options, one a line.
 Deviations: a neutral system prompt, not an empty one. By default the score is exact: the
 answer must give the right option, see cfgsafe/measure/grading.py, or for cot5 its letter. With --score
-loglik the model writes nothing: its answer is the option most likely after "The answer is", by the
-mean over the option's tokens; the margin by which the right option leads still tells models apart
-that answer everything right.
+loglik, which cloze always has, the model writes nothing: its answer is the option most likely after
+"The answer is", by the mean over the option's tokens; the margin by which the right option leads still
+tells models apart that answer everything right.
 
 Questions JSONL or parquet in MMLU-Pro's shape: {"question", "options", "answer_index"} a row;
 options "N/A" are dropped. With --out FILE, answers are kept in FILE.kept and a judge's replies in
@@ -46,6 +48,7 @@ from cfgsafe.tokenizer import Messages, Tokenizer
 INSTRUCTION = "Provide a short answer to the question: "
 SYSTEM = "You are a helpful assistant."
 LEAD = "The answer is"  # stands before each option: chat models seldom begin with the bare option
+LOGLIK = "loglik"
 LONGEST = {"short": ANSWER_TOKENS, "cot5": 2048}  # tokens of an answer
 
 Scored = tuple[dict, list[dict]]  # figures of all questions, and the columns that each row gets
@@ -57,12 +60,14 @@ class Options(Subject):
 
     questions: InputPath = QUIZ
     """JSONL or parquet file, mmlu-pro/validation or mmlu-pro/test; default: the demo's quiz."""
-    protocol: Literal["short", "cot5"] = "short"
-    """short: zero-shot, short answers. cot5: TIGER-Lab's five examples and chain of thought."""
+    protocol: Literal["short", "cot5", "cloze"] = "short"
+    """short: zero-shot, short answers. cot5: TIGER-Lab's five examples and chain of thought. cloze:
+    the options are not shown, and their likelihood decides."""
     shots: InputPath = "mmlu-pro/validation"
     """Source of the worked examples for cot5: a file or name, as for --questions."""
-    score: Literal["exact", "loglik", "judge"] = "exact"
-    """exact: option, line or letter given. loglik: the likeliest option. judge: verdict of --remote-model."""
+    score: Literal["exact", "loglik", "judge"] | None = None
+    """exact: option, line or letter given. loglik: the likeliest option. judge: verdict of --remote-model.
+    Default: exact, for cloze loglik."""
     service: tyro.conf.OmitArgPrefixes[Service] = field(default_factory=Service)
     """Endpoint of the judge."""
     out: Annotated[str, File(("{name}.kept", "{name}.judge"))] | None = None
@@ -72,12 +77,17 @@ class Options(Subject):
     max_new_tokens: Count | None = None
     """Longest answer, in tokens; default: 256 for short, 2048 for cot5."""
 
+    @property
+    def scored(self) -> str:
+        """--score, or the default of the protocol."""
+        return self.score or (LOGLIK if self.protocol == "cloze" else "exact")
+
     def unused(self) -> Unused:
         """See `Subject.unused`."""
         yield from super().unused()
         if self.score != "judge":
             yield "without --score judge", *SERVICE
-        if self.score == "loglik":
+        if self.scored == LOGLIK:
             yield "with --score loglik, which writes nothing", "max_new_tokens"
         else:
             yield from self.unused_if_greedy()
@@ -92,19 +102,24 @@ def run(options: Options) -> None:
     if options.out:
         make_folder(Path(options.out).parent)
     model, tokenizer = load(options)
-    measure = by_likelihood if options.score == "loglik" else by_answer
+    measure = by_likelihood if options.scored == LOGLIK else by_answer
     figures, columns = measure(options, model, tokenizer, placed, asked)
     if options.out:
         rows = [{**row, **column} for (_, row), column in zip(placed, columns, strict=True)]
         write_jsonl(options.out, rows)
-    settings = {"protocol": options.protocol, "score": options.score, **options.guarded}
+    settings = {"protocol": options.protocol, "score": options.scored, **options.guarded}
     print(json.dumps({"questions": len(placed), **settings, **figures}))
 
 
 def check_options(options: Options) -> None:
     """Raise InputError for options that do not go together."""
     check_ranges(options)
-    if options.score == "loglik" and options.protocol == "cot5":
+    if options.protocol == "cloze" and options.scored != LOGLIK:
+        raise InputError(
+            f"--score {options.score}: --protocol cloze shows no options to choose from, and scores them by "
+            "likelihood; leave out --score"
+        )
+    if options.score == LOGLIK and options.protocol == "cot5":
         raise InputError(
             "--score loglik: a chain of thought has no fixed answer to score; use --protocol short"
         )
@@ -126,6 +141,8 @@ def conversations(placed: Placed, options: Options) -> list[Messages]:
     """A conversation for each question. Raises InputError if the examples do not suit it."""
     if options.protocol == "short":
         return [conversation(row) for _, row in placed]
+    if options.protocol == "cloze":
+        return [_chat(INSTRUCTION + row["question"]) for _, row in placed]
     shots = mmlu_pro.read_shots(options.shots)
     return [_chat(text) for text in mmlu_pro.cot_prompts(placed, shots)]
 
@@ -163,7 +180,7 @@ def by_answer(
     percentage = share_interval([bool(right) for right in grades])
     unparsed = share_interval([right is None for right in grades])
     others = {"unparsed": unparsed, "cut_off": cut_off(given), "no_answer": no_answer(given)}
-    if options.score == "exact":
+    if options.scored == "exact":
         return to_json({"utility": percentage, **others}), columns
     verdicts = judge.judge(rows, texts, judge.remote(options.service, Path(f"{options.out}.judge")))
     for column, verdict in zip(columns, verdicts, strict=True):
