@@ -6,6 +6,7 @@
     python train.py distil          an adapter whose single row gives the distribution of a guided pair
     python train.py subtract        base - scale * (tuned - base)
     python train.py merge           a checkpoint with an adapter merged into it
+    python train.py quantise        a checkpoint rounded to what 8 or 4 bits hold
     python train.py attacker        the red team's attacker: SFT, GFlowNet, smoothing, adaptation
     python train.py safety          refusals of the attacks that succeeded
     python train.py redteam-demo    attack the embedded models, train on the successes, attack again: 10 min
@@ -15,7 +16,7 @@
 `python train.py STAGE --help` lists a stage's options.
 """
 
-from cfgsafe.blue import distil, merge, orpo, pairs, subtract
+from cfgsafe.blue import distil, merge, orpo, pairs, quantise, subtract
 from cfgsafe.cli import Commands, run_subcommand
 from cfgsafe.demo import experiment, pretrain, redteam, testset
 from cfgsafe.red import safety, stages
@@ -27,6 +28,7 @@ STAGES: Commands = {
     "distil": (distil.Options, distil.run),
     "subtract": (subtract.Options, subtract.run),
     "merge": (merge.Options, merge.run),
+    "quantise": (quantise.Options, quantise.run),
     "attacker": (stages.Options, stages.run),
     "safety": (safety.Options, safety.run),
     "redteam-demo": (redteam.Options, redteam.run),

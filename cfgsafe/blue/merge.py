@@ -13,6 +13,7 @@ Run it: python train.py merge --model cfgsafe/demo/leaky --adapter runs/orpo/epo
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from cfgsafe.checkpoint import empty_model, rewrite_checkpoint
 from cfgsafe.errors import CheckpointError, InputError, Unused
 from cfgsafe.fields import Count, check_ranges
 from cfgsafe.hub import PROMPTS, resolve
-from cfgsafe.lora import HEAD, TIED, adapter_updates, load_adapter, merged
+from cfgsafe.lora import HEAD, TIED, Update, adapter_updates, load_adapter, merged
 from cfgsafe.measure import leak
 from cfgsafe.measure.intervals import Estimate, to_json
 from cfgsafe.outputs import Folder, InputPath
@@ -71,35 +72,44 @@ def run(options: Options) -> None:
     check_ranges(options)
     prompts = read_prompts(options) if options.check else []
     base = resolve(options.model)
-    skeleton, _ = empty_model(base)
-    load_adapter(resolve(options.adapter), skeleton, device="cpu")
-    updates = {f"{path}.weight": update for path, update in adapter_updates(skeleton).items()}
-    if f"{HEAD}.weight" in updates and skeleton.config.tie_word_embeddings:
-        raise CheckpointError(TIED)
+    updates = updates_of(base, options.adapter)
 
     def change(name: str, weight: Tensor) -> Tensor:
         return merged(weight, updates[name]) if name in updates else weight
 
     count = rewrite_checkpoint(base, options.out, change)
     print(f"{options.out}: {count} tensors, {len(updates)} of them changed")
-    warn(options)
+    warn(options.adapter)
     if options.check:
         print(json.dumps({"prompts": len(prompts), **to_json(check(options, prompts))}))
 
 
-def warn(options: Options) -> None:
+def updates_of(base: Path, adapter: str) -> dict[str, Update]:
+    """Tensor of the checkpoint -> the adapter's update of it.
+
+    Raises CheckpointError where the adapter does not fit, or cannot be merged.
+    """
+    skeleton, _ = empty_model(base)
+    load_adapter(resolve(adapter), skeleton, device="cpu")
+    updates = {f"{path}.weight": update for path, update in adapter_updates(skeleton).items()}
+    if f"{HEAD}.weight" in updates and skeleton.config.tie_word_embeddings:
+        raise CheckpointError(TIED)
+    return updates
+
+
+def warn(adapter: str) -> None:
     """Say what an adapter needs that is CFG-aware, distilled under a sentence, or of unknown training."""
-    sentence = distilled_for(options.adapter)
+    sentence = distilled_for(adapter)
     if sentence is not None:
         if sentence:
-            print(f"WARNING: {options.adapter}: {DISTILLED.format(sentence=sentence)}", file=sys.stderr)
+            print(f"WARNING: {adapter}: {DISTILLED.format(sentence=sentence)}", file=sys.stderr)
         return
-    aware = is_cfg_aware(options.adapter)
+    aware = is_cfg_aware(adapter)
     if aware:
-        print(f"WARNING: {options.adapter} is CFG-aware: {NEEDED}", file=sys.stderr)
+        print(f"WARNING: {adapter} is CFG-aware: {NEEDED}", file=sys.stderr)
     elif aware is None:
         why = "its training is unknown: no config.json of its training beside its folder tells"
-        print(f"WARNING: {options.adapter}: {why}. If it is CFG-aware, {NEEDED}", file=sys.stderr)
+        print(f"WARNING: {adapter}: {why}. If it is CFG-aware, {NEEDED}", file=sys.stderr)
 
 
 def read_prompts(options: Options) -> list[leak.Prompt]:
