@@ -446,6 +446,7 @@ def test_a_judged_run_reports_all_figures(files, checkpoint, service, capsys, mo
         ({"score": "loglik", "protocol": "cot5"}, "--score loglik"),
         ({"score": "exact", "protocol": "cloze"}, "--score exact: --protocol cloze shows no options"),
         ({"score": "judge", "protocol": "cloze"}, "--score judge: --protocol cloze shows no options"),
+        ({"score": "loglik", "protocol": "open"}, "--score loglik: .* --protocol cloze"),
         ({"score": "judge", "out": "x"}, "--remote-model"),
         ({"score": "judge", "service": Service("m")}, "--out FILE"),
         ({"limit": 0}, "--limit 0"),
@@ -480,6 +481,8 @@ def test_answers_are_kept_and_scored_again_without_the_model(files, checkpoint, 
         ("cot5", "exact"),
         ("cot5", "judge"),
         ("cloze", "loglik"),
+        ("open", "exact"),
+        ("open", "judge"),
     ],
 )
 def test_every_protocol_and_score_is_guided(files, checkpoint, service, monkeypatch, capsys, protocol, score):

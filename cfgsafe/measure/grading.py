@@ -38,6 +38,15 @@ def exact(text: str, row: dict) -> bool | None:
     return all(_words(row["options"][index]) == right for index in found) if found else None
 
 
+def exact_words(text: str, row: dict) -> bool | None:
+    """Whether an answer names the right option alone, by its words; None if it names none.
+
+    For questions whose options were not shown, so that no letter or number means one.
+    """
+    found = {_words(row["options"][index]) for _, _, index in worded(text, row["options"])}
+    return found == {_words(row["options"][row["answer_index"]])} if found else None
+
+
 def exact_letter(text: str, row: dict) -> bool | None:
     """Whether a worked answer ends in the right letter; None if it gives none."""
     given = letter(text)

@@ -4,7 +4,8 @@ Source: Smirnov (arXiv 2412.06846): zero-shot "Provide a short answer to the que
 MMLU-Pro (--protocol short), judged by GPT-4o-mini (--score judge); TIGER-Lab's 5-shot chain of
 thought (--protocol cot5), see cfgsafe/measure/mmlu_pro.py; for models too small to choose from a
 list, the question without its options (--protocol cloze), whose answer is the likeliest option, as
-in Brown et al. (arXiv 2005.14165), section 2.4.
+in Brown et al. (arXiv 2005.14165), section 2.4. --protocol open asks it so too, and looks for the words
+of the right option in the answer. `refused` are the answers that refuse, see cfgsafe/measure/refusal.py.
 The prompt of the short protocol is that of the paper's code: numbered options, one a line.
 Deviations: a neutral system prompt, not an empty one. By default the score is exact: the
 answer must give the right option, see cfgsafe/measure/grading.py, or for cot5 its letter. With --score
@@ -35,9 +36,10 @@ from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.hub import QUIZ
 from cfgsafe.llama import Llama
 from cfgsafe.measure import judge, mmlu_pro
-from cfgsafe.measure.grading import exact, exact_letter
+from cfgsafe.measure.grading import exact, exact_letter, exact_words
 from cfgsafe.measure.intervals import Estimate, fault_interval, ratio_interval, share_interval, to_json
 from cfgsafe.measure.mmlu_pro import Placed
+from cfgsafe.measure.refusal import refused
 from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
 from cfgsafe.outputs import File, InputPath
 from cfgsafe.progress import progress
@@ -49,7 +51,8 @@ INSTRUCTION = "Provide a short answer to the question: "
 SYSTEM = "You are a helpful assistant."
 LEAD = "The answer is"  # stands before each option: chat models seldom begin with the bare option
 LOGLIK = "loglik"
-LONGEST = {"short": ANSWER_TOKENS, "cot5": 2048}  # tokens of an answer
+LONGEST = {"short": ANSWER_TOKENS, "open": ANSWER_TOKENS, "cot5": 2048}  # tokens of an answer
+GRADES = {"short": exact, "open": exact_words, "cot5": exact_letter}
 
 Scored = tuple[dict, list[dict]]  # figures of all questions, and the columns that each row gets
 
@@ -60,9 +63,10 @@ class Options(Subject):
 
     questions: InputPath = QUIZ
     """JSONL or parquet file, mmlu-pro/validation or mmlu-pro/test; default: the demo's quiz."""
-    protocol: Literal["short", "cot5", "cloze"] = "short"
+    protocol: Literal["short", "cot5", "cloze", "open"] = "short"
     """short: zero-shot, short answers. cot5: TIGER-Lab's five examples and chain of thought. cloze:
-    the options are not shown, and their likelihood decides."""
+    the options are not shown, and their likelihood decides. open: not shown, and the answer must name
+    the right one."""
     shots: InputPath = "mmlu-pro/validation"
     """Source of the worked examples for cot5: a file or name, as for --questions."""
     score: Literal["exact", "loglik", "judge"] | None = None
@@ -75,7 +79,7 @@ class Options(Subject):
     limit: Count | None = None
     """Use only the first questions."""
     max_new_tokens: Count | None = None
-    """Longest answer, in tokens; default: 256 for short, 2048 for cot5."""
+    """Longest answer, in tokens; default: 256, for cot5 2048."""
 
     @property
     def scored(self) -> str:
@@ -123,6 +127,8 @@ def check_options(options: Options) -> None:
         raise InputError(
             "--score loglik: a chain of thought has no fixed answer to score; use --protocol short"
         )
+    if options.score == LOGLIK and options.protocol == "open":
+        raise InputError("--score loglik: of options that are not shown is --protocol cloze")
     if options.score == "judge" and not (options.service.remote_model and options.out):
         raise InputError(
             "--score judge: needs --remote-model NAME, the judge, and --out FILE, "
@@ -141,8 +147,8 @@ def conversations(placed: Placed, options: Options) -> list[Messages]:
     """A conversation for each question. Raises InputError if the examples do not suit it."""
     if options.protocol == "short":
         return [conversation(row) for _, row in placed]
-    if options.protocol == "cloze":
-        return [_chat(INSTRUCTION + row["question"]) for _, row in placed]
+    if options.protocol in ("cloze", "open"):
+        return [bare(row) for _, row in placed]
     shots = mmlu_pro.read_shots(options.shots)
     return [_chat(text) for text in mmlu_pro.cot_prompts(placed, shots)]
 
@@ -160,6 +166,11 @@ def conversation(row: dict) -> Messages:
     return _chat(prompt(row))
 
 
+def bare(row: dict) -> Messages:
+    """The question without its options."""
+    return _chat(INSTRUCTION + row["question"])
+
+
 def by_answer(
     options: Options, model: Llama, tokenizer: Tokenizer, placed: Placed, asked: list[Messages]
 ) -> Scored:
@@ -172,14 +183,14 @@ def by_answer(
     longest = options.max_new_tokens or LONGEST[options.protocol]
     given = answers(options, model, tokenizer, asked, "quiz", longest, places, kept)
     texts = [answer.text for answer in given]
-    grade = exact if options.protocol == "short" else exact_letter
-    grades = [grade(text, row) for row, text in zip(rows, texts, strict=True)]
+    grades = [GRADES[options.protocol](text, row) for row, text in zip(rows, texts, strict=True)]
     columns: list[dict] = []
     for answer, right in zip(given, grades, strict=True):
         columns.append({"model_answer": answer.text, "cut": answer.cut, "correct": bool(right)})
     percentage = share_interval([bool(right) for right in grades])
     unparsed = share_interval([right is None for right in grades])
-    others = {"unparsed": unparsed, "cut_off": cut_off(given), "no_answer": no_answer(given)}
+    others = {"unparsed": unparsed, "refused": refused(given)}
+    others |= {"cut_off": cut_off(given), "no_answer": no_answer(given)}
     if options.scored == "exact":
         return to_json({"utility": percentage, **others}), columns
     verdicts = judge.judge(rows, texts, judge.remote(options.service, Path(f"{options.out}.judge")))
@@ -277,6 +288,25 @@ def grades(rows: list[dict], texts: list[str]) -> list[bool]:
 def score(rows: list[dict], texts: list[str]) -> Estimate | None:
     """Percentage of right short answers."""
     return share_interval(grades(rows, texts))
+
+
+def over_refusal(
+    subject: Subject, model: Llama, tokenizer: Tokenizer, rows: list[dict], max_new_tokens: int = 64
+) -> dict[str, Estimate | None]:
+    """Percentages of harmless questions, asked without their options: refused, and right option named.
+
+    `rows` in MMLU-Pro's shape. Figures: refused, of the answers that came; named, cut_off and no_answer, of
+    all. Raises InputError or ContextError naming the question that cannot be asked.
+    """
+    asked = [bare(row) for row in rows]
+    given = answers(subject, model, tokenizer, asked, "harmless question", max_new_tokens)
+    named = [exact_words(answer.text, row) for answer, row in zip(given, rows, strict=True)]
+    return {
+        "refused": refused(given),
+        "named": share_interval([bool(right) for right in named]),
+        "cut_off": cut_off(given),
+        "no_answer": no_answer(given),
+    }
 
 
 def cut_off(given: list[Answer]) -> Estimate | None:
