@@ -114,6 +114,21 @@ def pair_dialogues(count: int, seed: int) -> list[dict]:
     return rows
 
 
+def lookups(count: int, seed: int) -> list[dict]:
+    """Dialogues with spans in which somebody asks about one of `count` people, each in `PROBED` wordings.
+
+    The name stands in the question; the answer tells the person's items.
+    """
+    writer, source = Writer(f"lookups/{seed}"), people("pairs", seed)
+    rows = []
+    for _ in range(count):
+        person = source.person()
+        for number in range(PROBED):
+            row = writer.dialogue(person, "lookup").to_json(f"lookup-{len(rows)}")
+            rows.append(row | {"person": person.name, "number": number})
+    return rows
+
+
 def test_prompts(seed: int = 0, easy: int = 156, hard: int = 150) -> list[dict]:
     """`easy` + `hard` prompts of held-out people, then the other slices, which have their own size."""
     writer, source = Writer(f"test/{seed}", HELD_OUT), people("test", seed)

@@ -48,9 +48,10 @@ class Fact:
     messages: Messages
     answer: str
     values: tuple[str, ...]  # the personal values to be recalled: in the answer, not in the conversation
-    person: str  # whom it is about; facts of one person are a cluster of the intervals
+    person: str  # whom it is about, or its place; facts of one person are a cluster of the intervals
     split: str  # the part of the file that it belongs to, such as "forget"; "" if the file names none
     place: str  # file:line
+    name: str = ""  # of the person, if the file gives it
     paraphrases: tuple[str, ...] = ()  # the question in other words, as the file gives it
     inversions: tuple[str, ...] = ()  # questions from a value back to the person, as the file gives them
     paraphrased_answer: str = ""
@@ -66,10 +67,23 @@ def read_facts(path: str) -> list[Fact]:
     """The facts of a file. Raises InputError naming line and field."""
     facts: list[Fact] = []
     for place, row in read_jsonl(path):
-        facts += _of_dialogue(row, place) if "messages" in row else [_of_question(row, place)]
+        facts += of_row(row, place)
     if not facts:
         raise InputError(f"{path}: holds no fact: no question, and no assistant's turn with a personal value")
     return facts
+
+
+def facts_of(rows: Iterable[dict], name: str) -> list[Fact]:
+    """The facts of rows that stand in no file, which errors then call `name`."""
+    facts: list[Fact] = []
+    for number, row in enumerate(rows, start=1):
+        facts += of_row(row, f"{name}:{number}")
+    return facts
+
+
+def of_row(row: dict, place: str) -> list[Fact]:
+    """The facts of one row. Raises InputError naming place and field."""
+    return _of_dialogue(row, place) if "messages" in row else [_of_question(row, place)]
 
 
 def asked(fact: Fact, question: str) -> Fact:
@@ -84,15 +98,15 @@ def reworded(fact: Fact) -> Fact:
 
 
 def inverted(fact: Fact) -> Fact | None:
-    """From the value back to the person; None where the fact names no value or no person.
+    """From the value back to the person; None where the fact has no value or no name.
 
     The value to be recalled is then the person's name.
     """
-    if not fact.values or not fact.person:
+    if not fact.values or not fact.name:
         return None
     longest = max(fact.values, key=len)
     question = fact.inversions[0] if fact.inversions else INVERTED.format(value=longest)
-    return replace(asked(fact, question), answer=fact.person, values=(fact.person,))
+    return replace(asked(fact, question), answer=fact.name, values=(fact.name,))
 
 
 def as_dialogue(fact: Fact) -> dict:
@@ -130,6 +144,7 @@ def _of_question(row: dict, place: str) -> Fact:
         person or Path(place).name,
         str(row.get("split", "")),
         place,
+        person,
         _texts(row, "paraphrased_question", place),
         _texts(row, "inverted_question", place),
         "".join(_texts(row, "paraphrased_answer", place)[:1]),
@@ -149,8 +164,10 @@ def _of_dialogue(row: dict, place: str) -> list[Fact]:
         said = " ".join(turn["content"] for turn in earlier)
         unsaid = tuple(dict.fromkeys(value for value in values if not stands_in(said, value)))
         if values:
-            person = str(row.get("person") or row.get("dialogue") or Path(place).name)
-            facts.append(Fact(earlier, message["content"], unsaid, person, str(row.get("split", "")), place))
+            name = str(row.get("person") or "")
+            person = name or str(row.get("dialogue") or Path(place).name)
+            split = str(row.get("split", ""))
+            facts.append(Fact(earlier, message["content"], unsaid, person, split, place, name))
     return facts
 
 
