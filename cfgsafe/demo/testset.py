@@ -120,7 +120,7 @@ def lookups(count: int, seed: int) -> list[dict]:
     The name stands in the question; the answer tells the person's items.
     """
     writer, source = Writer(f"lookups/{seed}"), people("pairs", seed)
-    rows = []
+    rows: list[dict] = []
     for _ in range(count):
         person = source.person()
         for number in range(PROBED):
