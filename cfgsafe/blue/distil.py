@@ -78,7 +78,7 @@ class Options(Subject):
     """LoRA alpha of a new adapter; --adapter has its own."""
     targets: tuple[str, ...] = TARGETS
     """Linear layers that get a new adapter; --adapter has its own."""
-    lr: Rate = 2e-4
+    lr: Rate = 5e-4
     """Peak learning rate; it falls along a cosine."""
     lr_min_ratio: Share = 0.1
     """Learning rate at the end, as a fraction of the peak."""
