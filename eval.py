@@ -5,6 +5,7 @@
     python eval.py perplexity       held-out text under the model
     python eval.py extract          attacks that ask for the items masked in scrubbed dialogues
     python eval.py canaries         are persons of the training data more likely than invented twins?
+    python eval.py memorised        what a model has kept of the facts that it was trained on
     python eval.py attack           success and diversity of attackers against a target
     python eval.py sweep            leaks, utility and broken words over guidance, with a figure
     python eval.py table            the paper's tables from the results of runs and sweeps
@@ -17,7 +18,7 @@
 
 from cfgsafe.cli import Commands, run_subcommand
 from cfgsafe.demo import exam
-from cfgsafe.measure import canaries, detectors, extract, leak, perplexity, utility
+from cfgsafe.measure import canaries, detectors, extract, leak, memorised, perplexity, utility
 from cfgsafe.red import evaluate
 from cfgsafe.report import html, sweep, tables
 
@@ -27,6 +28,7 @@ COMMANDS: Commands = {
     "perplexity": (perplexity.Options, perplexity.run),
     "extract": (extract.Options, extract.run),
     "canaries": (canaries.Options, canaries.run),
+    "memorised": (memorised.Options, memorised.run),
     "attack": (evaluate.Options, evaluate.run),
     "sweep": (sweep.Options, sweep.run),
     "table": (tables.Options, tables.run),

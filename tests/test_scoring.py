@@ -51,9 +51,9 @@ def test_batch_limits_what_is_scored_together(score, model, tokenizer, monkeypat
     sizes = []
     whole = scoring._score_batch
 
-    def spy(model, requests, continuations):
+    def spy(model, requests, *more):
         sizes.append(len(requests))
-        return whole(model, requests, continuations)
+        return whole(model, requests, *more)
 
     monkeypatch.setattr(scoring, "_score_batch", spy)
     for batch, expected in ((2, [2, 1]), (128, [3])):
@@ -69,9 +69,9 @@ def test_a_forward_of_scoring_holds_no_more_tokens_than_one_of_prefill(model, mo
     requests = [pair, pair, pair, long, long]
     whole, sizes = scoring._score_batch, []
 
-    def spy(model, some, continuations):
+    def spy(model, some, *more):
         sizes.append(len(some))
-        return whole(model, some, continuations)
+        return whole(model, some, *more)
 
     expected = continuation_logprobs(model, requests, [[3, 4]] * 5, batch=1)
     monkeypatch.setattr(scoring, "_score_batch", spy)

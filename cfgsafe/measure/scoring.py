@@ -1,11 +1,14 @@
 """How likely a text is under a subject, with the guidance that its answers have.
 
-Perplexity, option scores and ranked candidates all come from here. The formulas: cfgsafe/rescore.py.
+Perplexity, option scores, ranked candidates and the measures of memory all come from here. The formulas:
+cfgsafe/rescore.py; of the standardised log-probability, Min-K%++ (Zhang et al., arXiv 2404.02936, eq. 5).
 
 Run it: python eval.py utility --help
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +23,20 @@ from cfgsafe.rescore import continuation_states, guided_logprobs, side_logits
 LEAST = math.log(1e-9)  # where one impossible token would make a mean infinite, none counts as less likely
 TOKENS_AT_ONCE = 512  # rows of logits that exist at a time
 FORWARD_TOKENS = PREFILL_TOKENS  # most tokens of one forward, padding included
+LEAST_VARIANCE = 1e-6  # of the log-probability of a token that is all but certain
+
+# Turns guided log-probabilities (t, V) and the tokens (t, 1) into numbers about each token (t, K), of which
+# the first is its log-probability.
+Look = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the guided distribution says about each token of a text; all are (T,), on the CPU."""
+
+    logprobs: Tensor  # float32, nats; -inf where guidance makes the token impossible
+    likeliest: Tensor  # bool: it is the most likely one, so that greedy decoding would go on with it
+    standardised: Tensor  # float32: (log p - mean) / deviation, both over the distribution
 
 
 @torch.inference_mode()
@@ -32,12 +49,50 @@ def continuation_logprobs(
     continuation must fit in the context. At most `batch` requests are computed together, and no more than
     fit into FORWARD_TOKENS. Raises InputError where the model's numbers are not finite.
     """
+    return [columns[:, 0] for columns in _in_batches(model, requests, continuations, batch, at_target)]
+
+
+@torch.inference_mode()
+def continuation_scores(
+    model: Llama, requests: list[Request], continuations: list[list[int]], *, batch: int = 16
+) -> list[TokenScores]:
+    """As `continuation_logprobs`, with all that `TokenScores` tells."""
+    scores = []
+    for columns in _in_batches(model, requests, continuations, batch, at_target_and_around):
+        logprobs, likeliest, standardised = columns.unbind(-1)
+        scores.append(TokenScores(logprobs, likeliest > 0, standardised))
+    return scores
+
+
+def at_target(logprobs: Tensor, targets: Tensor) -> Tensor:
+    """A `Look`: the log-probability alone, (t, 1)."""
+    return logprobs.gather(-1, targets)
+
+
+def at_target_and_around(logprobs: Tensor, targets: Tensor) -> Tensor:
+    """A `Look`: log-probability, whether it is the highest (0 or 1), and the standardised one, (t, 3).
+
+    Ties go to the lowest token id, as in decoding. No token counts as less likely than LEAST.
+    """
+    found = logprobs.gather(-1, targets)  # (t, 1)
+    likeliest = logprobs.argmax(-1, keepdim=True) == targets
+    chances, bounded = logprobs.exp(), logprobs.clamp(min=LEAST)  # (t, V)
+    mean = (chances * bounded).sum(-1, keepdim=True)
+    variance = (chances * (bounded - mean).square()).sum(-1, keepdim=True)
+    standardised = (found.clamp(min=LEAST) - mean) / variance.clamp(min=LEAST_VARIANCE).sqrt()
+    return torch.cat((found, likeliest.to(found), standardised), -1)
+
+
+def _in_batches(
+    model: Llama, requests: list[Request], continuations: list[list[int]], batch: int, look: Look
+) -> list[Tensor]:
+    """What `look` tells of each token of each continuation, (T, K) float32."""
     results: list[Tensor] = []
     while len(results) < len(requests):
         start = len(results)
         some, texts = requests[start : start + batch], continuations[start : start + batch]
         size = _size(some, texts)
-        results += _score_batch(model, some[:size], texts[:size])
+        results += _score_batch(model, some[:size], texts[:size], look)
     return results
 
 
@@ -69,8 +124,10 @@ def check_fits(model: Llama, request: Request, continuation: list[int], place: s
         )
 
 
-def _score_batch(model: Llama, requests: list[Request], continuations: list[list[int]]) -> list[Tensor]:
-    """`continuation_logprobs` in one forward."""
+def _score_batch(
+    model: Llama, requests: list[Request], continuations: list[list[int]], look: Look
+) -> list[Tensor]:
+    """`_in_batches` in one forward."""
     prompts, given, adapters = [], [], []  # of each row
     for request, continuation in zip(requests, continuations, strict=True):
         for prompt in request.rows:
@@ -81,20 +138,22 @@ def _score_batch(model: Llama, requests: list[Request], continuations: list[list
     scores = []
     for request, continuation in zip(requests, continuations, strict=True):
         sides = [next(states) for _ in request.rows]
-        scores.append(_score(model, request, sides, continuation))
+        scores.append(_score(model, request, sides, continuation, look))
     return scores
 
 
-def _score(model: Llama, request: Request, sides: list[Tensor], continuation: list[int]) -> Tensor:
-    """Log-probabilities (T,) of the continuation from the hidden states (T, C) of each side."""
+def _score(
+    model: Llama, request: Request, sides: list[Tensor], continuation: list[int], look: Look
+) -> Tensor:
+    """What `look` tells of the continuation's tokens, (T, K), from the hidden states (T, C) of each side."""
     targets = torch.tensor(continuation, device=model.device)[:, None]  # (T, 1)
     parts = []
     for start in range(0, len(continuation), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
         logits = side_logits(model, request, [states[part] for states in sides])
         logprobs = guided_logprobs(request, logits[0], logits[1] if request.guided else None)
-        parts.append(logprobs.gather(-1, targets[part])[:, 0])
-    scores = torch.cat(parts).cpu() if parts else torch.zeros(0)
+        parts.append(look(logprobs, targets[part]))
+    scores = torch.cat(parts).cpu() if parts else torch.zeros(0, 3)
     if scores.isnan().any():  # as `guide` gives it where a logit is not finite
         raise InputError(
             "the model gives numbers that are not finite, so that no likelihood can be told; look at its "
