@@ -37,6 +37,7 @@ TINY = {  # command -> what makes it short
     "eval.py utility": "--limit 5",
     "eval.py perplexity": "--limit 5",
     "eval.py canaries": "",
+    "eval.py memorised": "--max-new-tokens 16",
     "eval.py extract --model cfgsafe/demo/leaky --attack rr": "--limit 4 --samples 2",
     "eval.py extract": "--limit 4",
     "eval.py attack": "--draws 4 --samples 2 --answer-tokens 16",

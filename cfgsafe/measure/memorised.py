@@ -196,14 +196,13 @@ def ask(
 def in_forms(fact: Fact) -> dict[str, Fact]:
     """The fact as trained, in other words and inverted.
 
-    It is inverted only where the person's name stands in the fact, or it may be no name, and where the
-    conversation before the inverted question does not hold it, or it would be an echo.
+    It is not inverted where the conversation before it holds the name, which would be an echo.
     """
     forms = {AS_TRAINED: fact, REWORDED: reworded(fact)}
     back = inverted(fact)
-    if back is not None and stands_in(f"{_conversation(fact)} {fact.answer}", fact.person):
-        if not stands_in(_conversation(back), fact.person):
-            forms[INVERTED] = back
+    said = " ".join(message["content"] for message in back.messages) if back else ""
+    if back and not stands_in(said, back.answer):
+        forms[INVERTED] = back
     return forms
 
 
@@ -299,7 +298,3 @@ def _recall(found: list[Found], form: str) -> Figures:
         f"recall_partial{form}": share_interval(parts, totals, persons),
         f"rouge_l{form}": share_interval(rouge, clusters=persons),
     }
-
-
-def _conversation(fact: Fact) -> str:
-    return " ".join(message["content"] for message in fact.messages)
