@@ -1,14 +1,14 @@
-"""Membership inference: are the answers that a model was trained on told from those about other people?
+"""Membership inference: are the answers that a model was trained on told from others?
 
 Source: the loss (Yeom et al., arXiv 1709.01604), and Min-K%++ (Zhang et al., arXiv 2404.02936):
-z_t = (log p(x_t) - mu_t) / sigma_t, mean and deviation of log p over the vocabulary, and the mean over the
-20 % of the tokens with the lowest z.
-Deviations: all of it under guidance; tokens less likely than 1e-9 count as that, and the variance as at
-least 1e-6 (cfgsafe/measure/scoring.py). A person is one unit, with the mean over its facts, because facts of
-one person are not independent, and persons have different numbers of them.
+z_t = (log p(x_t) - mu_t) / sigma_t, mean and deviation of log p over the vocabulary, and the mean
+over the 20 % of the tokens with the lowest z.
+Deviations: all of it under guidance; tokens less likely than 1e-9 count as that, and the variance
+as at least 1e-6 (cfgsafe/measure/scoring.py). A person is one unit, with the mean over its facts,
+because facts of one person are not independent, and persons have different numbers of them.
 
-AUC 0.5: nothing is told. The people never trained on must be like the others in everything else: other
-names, other kinds of facts or another style are told apart without any memory.
+AUC 0.5: nothing is told. The people never trained on must be like the others in everything else:
+other names, other kinds of facts or another style are told apart without any memory.
 
 Run it: python eval.py memorised --model M --facts facts.jsonl --unseen others.jsonl
 """
@@ -28,7 +28,7 @@ def by_loss(scores: TokenScores) -> float:
 
 
 def by_min_k(scores: TokenScores) -> float:
-    """Min-K%++: mean of the lowest standardised log-probabilities, at least one: higher for members."""
+    """Min-K%++: mean of the lowest standardised log-probabilities; higher for members."""
     z = scores.standardised.sort().values
     return z[: max(1, int(LOWEST * len(z)))].mean().item()
 

@@ -1,8 +1,8 @@
-"""How much of an answer that it was trained on a model still has: word by word, and in what it answers.
+"""How much of an answer that it was trained on a model still has.
 
-Source: exact memorisation (Tirumala et al., arXiv 2205.10770) and extraction strength (Carlini et al.,
-arXiv 2012.07805) as open-unlearning (Dorna et al., arXiv 2506.12618) defines them for question-answer
-pairs; ROUGE-L recall as TOFU uses it (Maini et al., arXiv 2401.06121).
+Source: exact memorisation (Tirumala et al., arXiv 2205.10770) and extraction strength (Carlini et
+al., arXiv 2012.07805) as open-unlearning (Dorna et al., arXiv 2506.12618) defines them for
+question-answer pairs; ROUGE-L recall as TOFU uses it (Maini et al., arXiv 2401.06121).
 Deviations:
 - The most likely token is that of the guided distribution.
 - Extraction strength is 0 where the last token is wrong; open-unlearning's loop gives 1 / T there.
@@ -35,8 +35,8 @@ def answer_scores(
 ) -> list[TokenScores]:
     """What the guided subject makes of texts[i] as the answer to facts[i], token by token.
 
-    Blanks around a text are stripped, as by Llama's chat template. Raises InputError or ContextError naming
-    the fact's place.
+    Blanks around a text are stripped, as by Llama's chat template. Raises InputError or
+    ContextError naming the fact's place.
     """
     requests, tokens = [], []
     for fact, text in zip(facts, texts, strict=True):
@@ -53,12 +53,12 @@ def answer_scores(
 
 
 def exact_memorisation(likeliest: Tensor) -> float:
-    """Share of the answer's tokens that are the most likely ones; `likeliest` (T,) says of each if it is."""
+    """Share of the answer's tokens that are the most likely; `likeliest` (T,) says which are."""
     return likeliest.float().mean().item()
 
 
 def extraction_strength(likeliest: Tensor) -> float:
-    """1 - k / T, where the k first tokens are the fewest after which all the others are the most likely.
+    """1 - k / T, where after the first k tokens, as few as can be, all are the most likely.
 
     `likeliest` (T,) says of each token if it is the most likely after the right ones before it.
     """
@@ -68,7 +68,7 @@ def extraction_strength(likeliest: Tensor) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """Share of the reference's words that stand in the answer in their order; 0 of a reference without any.
+    """Share of the reference's words that stand in the answer in their order; 0 if it has none.
 
     >>> rouge_l("She was born in May, in Leeds.", "Born in Leeds")
     1.0
@@ -85,9 +85,10 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def longest_part(answer: str, value: str) -> float:
-    """The longest part of the value that stands in the answer, case ignored, as a share of its length.
+    """The longest part of the value that stands in the answer, case ignored: its share of the value.
 
-    Unrelated texts share a few letters as well, so the figure of a model that never saw the value is not 0.
+    Unrelated texts share a few letters as well, so the figure of a model that never saw the value
+    is not 0.
 
     >>> longest_part("Ask JO@mail.org", "jo@mail.com")
     0.7272727272727273

@@ -1,20 +1,21 @@
-"""What a model has kept of the facts that it was trained on: recall, memorisation, truth, membership.
+"""What a model has kept of the facts that it was trained on.
 
-Source: the measures of cfgsafe/measure/memorisation.py, truth.py and membership.py, which name theirs.
-Each fact is asked as trained, in other words and, where a value and a person are known, inverted: from the
-value to the person. A value counts as recalled where the whole of it stands in the answer, in any spelling
-(cfgsafe/pii/matching.py, the rule of `eval.py leak`).
+Source: the measures of cfgsafe/measure/memorisation.py, truth.py and membership.py, which name
+theirs. Each fact is asked as trained, in other words and, where a value and a person are known,
+inverted: from the value to the person. A value counts as recalled where the whole of it stands in
+the answer, in any spelling (cfgsafe/pii/matching.py, the rule of `eval.py leak`).
 Deviations: everything is under the guidance asked for; intervals are over persons.
 
 Figures, each with those of its splits where the facts have several ("forget.recall"):
 
     percent     recall, recall_partial, rouge_l; the same of the question _reworded and _inverted;
                 exact_memorisation, extraction_strength; cut_off, no_answer
-    0 to 1      probability; truth_ratio, as TOFU the mean of the smaller of R and 1 / R, so that 1 is
-                ignorance; forget_quality; membership_loss and membership_min_k, AUCs; model_utility
+    0 to 1      probability; truth_ratio, as TOFU the mean of the smaller of R and 1 / R, so that 1
+                is ignorance; forget_quality; membership_loss and membership_min_k, AUCs;
+                model_utility
 
-Recall is over the values, the other figures over the facts. Facts of cfgsafe/pii/facts.py; what a file does
-not hold leaves its figures out.
+Recall is over the values, the other figures over the facts. Facts of cfgsafe/pii/facts.py; what a
+file does not hold leaves its figures out.
 
 Run it: python eval.py memorised --model M --facts facts.jsonl
 """
@@ -148,11 +149,11 @@ def memorised(
 ) -> Figures:
     """The figures above, by name; those that the facts do not allow are None or left out.
 
-    `unseen` are facts about people never trained on (membership), `never` the `truth_ratios` of a model
-    never trained on the facts (forget quality), `known` what should be kept (model utility): retained facts,
-    and questions by `truth.as_facts`; each of their splits is a set. The file `out` gets a row for each
-    fact, and `out`.kept beside it keeps answers as `subject.answers` does. Raises InputError and ContextError
-    naming the fact that cannot be asked.
+    `unseen` are facts about people never trained on (membership), `never` the `truth_ratios` of a
+    model never trained on the facts (forget quality), `known` what should be kept (model utility):
+    retained facts, and questions by `truth.as_facts`; each of their splits is a set. The file `out`
+    gets a row for each fact, and `out`.kept beside it keeps answers as `subject.answers` does.
+    Raises InputError and ContextError naming the fact that cannot be asked.
     """
     kept = Path(f"{out}.kept") if out else None
     found = ask(subject, model, tokenizer, facts, max_new_tokens, kept, never)
@@ -179,7 +180,7 @@ def ask(
     never: Sequence[float | None] = (),
     forms: Sequence[str] = (AS_TRAINED, REWORDED, INVERTED),
 ) -> list[Found]:
-    """Ask each fact in its forms, and score the answers that it gives; `never` as for `memorised`."""
+    """Ask each fact in its forms, and score the answers that it gives; `never`: see `memorised`."""
     asked = [{form: each for form, each in in_forms(fact).items() if form in forms} for fact in facts]
     every = list(chain.from_iterable(each.values() for each in asked))
     conversations, places = [each.messages for each in every], [each.place for each in every]
@@ -240,8 +241,8 @@ def utility(
 ) -> Estimate | None:
     """TOFU's model utility, 0 to 1, over the splits of the facts; None without facts.
 
-    An answer that did not come counts as an empty one. Where a fact has wrong answers and no paraphrase, as
-    a multiple-choice question, its probability is that of the right answer among all.
+    An answer that did not come counts as an empty one. Where a fact has wrong answers and no
+    paraphrase, as a multiple-choice question, its probability is that of the right answer among all.
     """
     sets: dict[str, list[Known]] = {}
     for each in ask(subject, model, tokenizer, facts, max_new_tokens, kept, forms=(AS_TRAINED,)):

@@ -1,7 +1,8 @@
 """How likely a text is under a subject, with the guidance that its answers have.
 
-Perplexity, option scores, ranked candidates and the measures of memory all come from here. The formulas:
-cfgsafe/rescore.py; of the standardised log-probability, Min-K%++ (Zhang et al., arXiv 2404.02936, eq. 5).
+Perplexity, option scores, ranked candidates and the measures of memory all come from here. The
+formulas: cfgsafe/rescore.py; of the standardised log-probability, Min-K%++ (Zhang et al., arXiv
+2404.02936).
 
 Run it: python eval.py utility --help
 """
@@ -70,7 +71,7 @@ def at_target(logprobs: Tensor, targets: Tensor) -> Tensor:
 
 
 def at_target_and_around(logprobs: Tensor, targets: Tensor) -> Tensor:
-    """A `Look`: log-probability, whether it is the highest (0 or 1), and the standardised one, (t, 3).
+    """A `Look`: log-probability, whether it is the highest, and the standardised one, (t, 3).
 
     Ties go to the lowest token id, as in decoding. No token counts as less likely than LEAST.
     """
@@ -145,7 +146,7 @@ def _score_batch(
 def _score(
     model: Llama, request: Request, sides: list[Tensor], continuation: list[int], look: Look
 ) -> Tensor:
-    """What `look` tells of the continuation's tokens, (T, K), from the hidden states (T, C) of each side."""
+    """What `look` tells of each token, (T, K), from the hidden states (T, C) of each side."""
     targets = torch.tensor(continuation, device=model.device)[:, None]  # (T, 1)
     parts = []
     for start in range(0, len(continuation), TOKENS_AT_ONCE):

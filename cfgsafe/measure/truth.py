@@ -1,13 +1,15 @@
 """TOFU's figures: probability, truth ratio, forget quality and model utility.
 
-Source: Maini et al. (arXiv 2401.06121), section 2.2: P(a | q)^(1 / |a|); the truth ratio of eq. 1, the
-arithmetic mean of that probability over the perturbed answers, over that of the paraphrased answer; forget
-quality, the p-value of a two-sample Kolmogorov-Smirnov test; model utility, a harmonic mean of nine figures.
+Source: Maini et al. (arXiv 2401.06121), section 2.2: P(a | q)^(1 / |a|); the truth ratio of eq. 1,
+the arithmetic mean of that probability over the perturbed answers, over that of the paraphrased
+answer; forget quality, the p-value of a two-sample Kolmogorov-Smirnov test; model utility, a
+harmonic mean of nine figures.
 Deviations:
-- The probabilities are those of the guided distribution, over the answer's tokens without the one that
-  ends it. No token counts as less likely than 1e-9, or one that guidance makes impossible would decide alone.
-- The arithmetic mean of eq. 1 holds everywhere. TOFU's code takes the geometric one for forget quality, and
-  open-unlearning (arXiv 2506.12618) for all, so their figures differ from these.
+- The probabilities are those of the guided distribution, over the answer's tokens without the one
+  that ends it. No token counts as less likely than 1e-9, or one that guidance makes impossible
+  would decide alone.
+- The arithmetic mean of eq. 1 holds everywhere. TOFU's code takes the geometric one for forget
+  quality, and open-unlearning (arXiv 2506.12618) for all, so their figures differ from these.
 - The model never trained on the facts has the same guidance, so that only the training differs.
 - Utility is over the figures that there are: a set without wrong answers has no truth ratio.
 
@@ -40,14 +42,14 @@ class Truth:
 
     @property
     def ratio(self) -> float | None:
-        """The truth ratio, 0 or more: below 1 where the truth is preferred; None without wrong answers."""
+        """The truth ratio, 0 or more: below 1 where the truth is preferred; None without wrong ones."""
         if not self.perturbed:
             return None
         return sum(self.perturbed) / len(self.perturbed) / self.paraphrased
 
     @property
     def chosen(self) -> float:
-        """The probability of the answer among it and the wrong ones: of a multiple-choice question."""
+        """The probability of the answer among it and the wrong ones: of multiple choice."""
         return self.answer / (self.answer + sum(self.perturbed))
 
 
@@ -57,7 +59,7 @@ def normalised(logprobs: Tensor) -> float:
 
 
 def texts_of(fact: Fact) -> list[str]:
-    """The answers whose log-probabilities `truth_of` takes: its own, the paraphrased, the perturbed ones."""
+    """The answers whose log-probabilities `truth_of` takes: own, paraphrased, perturbed."""
     return [text for text in (fact.answer, fact.paraphrased_answer, *fact.perturbed_answers) if text]
 
 
@@ -69,7 +71,7 @@ def truth_of(fact: Fact, logprobs: Sequence[Tensor]) -> Truth:
 
 
 def as_facts(questions: Placed) -> list[Fact]:
-    """Multiple-choice questions as facts: wrong options are perturbed answers, the category is the split.
+    """Multiple-choice questions as facts: wrong options are perturbed answers, categories splits.
 
     They are asked without their options.
     """
@@ -86,8 +88,9 @@ def as_facts(questions: Placed) -> list[Fact]:
 def ks_p_value(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Chance that two samples of one distribution differ at least as much: two-sided, exact.
 
-    The samples, n and m values, are a path from (0, 0) to (n, m), all equally likely; the chance is that of
-    a path that strays as far from the diagonal as theirs does. Ties are taken as scipy.stats.ks_2samp does.
+    The samples, n and m values, are a path from (0, 0) to (n, m), all equally likely; the chance is
+    that of a path that strays as far from the diagonal as theirs does. Ties are taken as
+    scipy.stats.ks_2samp does.
     """
     n, m = len(ours), len(theirs)
     pooled = np.concatenate((ours, theirs))
@@ -106,10 +109,10 @@ def ks_p_value(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def forget_quality(
     ours: Sequence[float | None], theirs: Sequence[float | None]
 ) -> dict[str, Estimate | None]:
-    """The p-value between the truth ratios of two models, and its logarithm to the base 10; no intervals.
+    """The p-value between the truth ratios of two models, and its logarithm to the base 10.
 
-    Facts without a truth ratio are left out. A low p-value shows that the models differ, a high one proves
-    nothing: few facts give high ones.
+    Facts without a truth ratio are left out. A low p-value shows that the models differ, a high one
+    proves nothing: few facts give high ones.
     """
     samples = [[ratio for ratio in ratios if ratio is not None] for ratios in (ours, theirs)]
     if not all(samples):
@@ -130,9 +133,9 @@ class Known:
 
 
 def model_utility(sets: Sequence[Sequence[Known]]) -> Estimate | None:
-    """Harmonic mean of the means over each set of probability, ROUGE-L and truth; None without any facts.
+    """Harmonic mean of the means over each set of probability, ROUGE-L and truth; None without facts.
 
-    The interval is linearised, over persons, the sets independent; none is given where the mean is 0.
+    The interval is linearised, over persons, the sets independent; none is given for a 0.
     """
     parts = []  # of each set, (facts, figures)
     for known in filter(None, sets):
