@@ -7,6 +7,7 @@
     python train.py subtract        base - scale * (tuned - base)
     python train.py merge           a checkpoint with an adapter merged into it
     python train.py quantise        a checkpoint rounded to what 8 or 4 bits hold
+    python train.py relearn         how fast a few rows bring forgotten facts back
     python train.py attacker        the red team's attacker: SFT, GFlowNet, smoothing, adaptation
     python train.py safety          refusals of the attacks that succeeded
     python train.py redteam-demo    attack the embedded models, train on the successes, attack again: 10 min
@@ -16,7 +17,7 @@
 `python train.py STAGE --help` lists a stage's options.
 """
 
-from cfgsafe.blue import distil, merge, orpo, pairs, quantise, subtract
+from cfgsafe.blue import distil, merge, orpo, pairs, quantise, relearn, subtract
 from cfgsafe.cli import Commands, run_subcommand
 from cfgsafe.demo import experiment, pretrain, redteam, testset
 from cfgsafe.red import safety, stages
@@ -29,6 +30,7 @@ STAGES: Commands = {
     "subtract": (subtract.Options, subtract.run),
     "merge": (merge.Options, merge.run),
     "quantise": (quantise.Options, quantise.run),
+    "relearn": (relearn.Options, relearn.run),
     "attacker": (stages.Options, stages.run),
     "safety": (safety.Options, safety.run),
     "redteam-demo": (redteam.Options, redteam.run),

@@ -1,13 +1,13 @@
 """Weights rounded to 8 or 4 bits in groups of 32, as engines on small machines hold them.
 
-Source: Q8_0 and Q4_0 of GGUF (the reference quantisers of ggml): the numbers of a row in groups of 32
-with one scale d each, which is stored in half precision; round to nearest.
+Source: Q8_0 and Q4_0 of GGUF (the reference quantisers of ggml): the numbers of a row in groups
+of 32 with one scale d each, which is stored in half precision; round to nearest.
     8 bits: d = max |w| / 127,                      w' = d * round(w / d)
     4 bits: d = -e / 8, e the number of largest |w|, w' = d * clip(floor(w / d + 1/2), -8, 7)
-So 4 bits have eight steps on the side of the largest number, and seven on the other. The error is at most
-d / 2 but for what is clipped there, where it is at most d, and but for the rounding of d.
-Deviation: the last group of a row whose length is no multiple of 32 is shorter; GGUF leaves such a tensor
-in half precision.
+So 4 bits have eight steps on the side of the largest number, and seven on the other. The error is
+at most d / 2 but for what is clipped there, where it is at most d, and but for the rounding of d.
+Deviation: the last group of a row whose length is no multiple of 32 is shorter; GGUF leaves such
+a tensor in half precision.
 
 Run it: python train.py quantise --model cfgsafe/demo/leaky --bits 4 --out runs/int4
 """

@@ -92,6 +92,8 @@ RULES = (
         "--beta 1 --gamma 1 --retain 2 --nll chosen",
         "on the loss of --objective sft",
     ),
+    ("train.py relearn --model M --rows R --facts F --out O", UNGUIDED, "without --guidance"),
+    ("train.py relearn --model M --rows R --facts F --out O", "--alpha 0.1", "on greedy answers"),
     ("train.py orpo --model M --pairs P --out O", "--fsdp", "in a single process"),
     (
         "train.py distil --model M --prompts P --out O --adapter A",

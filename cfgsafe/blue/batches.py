@@ -61,38 +61,46 @@ class Pair:
 def read_pairs(path: str, tokenizer: Tokenizer, context: int, options: Options) -> list[Pair]:
     """The pairs of a JSONL file of prompt, chosen, rejected, and perhaps weight, as the objective needs them.
 
-    For an objective with its own answers, the chosen side is one of them, drawn from the seed. Where
-    the objective reads no rejected side, the chosen side stands in for a missing one: all of its
-    tokens are shared, so it costs nothing. Raises InputError naming the line and field.
+    For an objective with its own answers, the chosen side is one of them, drawn from the seed. Raises
+    InputError naming the line and field.
     """
     needs, rng = NEEDS[options.objective], random.Random(options.seed)
     pairs = []
     for place, row in read_jsonl(path):
         if needs.answers:
             row["chosen"] = rng.choice(needs.answers)
-        if not needs.rejected:
-            row.setdefault("rejected", row.get("chosen"))
-        for field in ("prompt", "chosen", "rejected"):
-            text = row.get(field)
-            if not isinstance(text, str) or not text.removesuffix(tokenizer.end_of_turn).strip():
-                raise InputError(f"{place}: field {field!r} must be a non-empty string")
-        weight = row.get("weight", 1)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= HEAVIEST:
-            raise InputError(f"{place}: field 'weight' must be a number from 0 to {HEAVIEST}")
-        for field in ("chosen", "rejected"):
-            _check_control_tokens(row["prompt"], row[field], field, tokenizer, place)
-        texts = row["prompt"], row["chosen"], row["rejected"]
-        chosen, rejected = tokenise(*texts, tokenizer, options.max_length, options.max_prompt_length)
-        longest = max(len(chosen.ids), len(rejected.ids))
-        if longest > context:
-            raise InputError(
-                f"{place}: {longest} tokens exceed the model's context of {context}; "
-                f"set --max-length {context} or less"
-            )
-        pairs.append(Pair(chosen, rejected, place, float(weight)))
+        pairs.append(pair_of(row, place, tokenizer, context, options))
     if not pairs:
         raise InputError(f"{path}: holds no pair")
     return pairs
+
+
+def pair_of(row: dict, place: str, tokenizer: Tokenizer, context: int, options: Options) -> Pair:
+    """The pair of one row.
+
+    Where the objective reads no rejected side, the chosen side stands in for a missing one: all of its
+    tokens are shared, so it costs nothing. Raises InputError naming `place` and the field.
+    """
+    if not NEEDS[options.objective].rejected:
+        row.setdefault("rejected", row.get("chosen"))
+    for field in ("prompt", "chosen", "rejected"):
+        text = row.get(field)
+        if not isinstance(text, str) or not text.removesuffix(tokenizer.end_of_turn).strip():
+            raise InputError(f"{place}: field {field!r} must be a non-empty string")
+    weight = row.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= HEAVIEST:
+        raise InputError(f"{place}: field 'weight' must be a number from 0 to {HEAVIEST}")
+    for field in ("chosen", "rejected"):
+        _check_control_tokens(row["prompt"], row[field], field, tokenizer, place)
+    texts = row["prompt"], row["chosen"], row["rejected"]
+    chosen, rejected = tokenise(*texts, tokenizer, options.max_length, options.max_prompt_length)
+    longest = max(len(chosen.ids), len(rejected.ids))
+    if longest > context:
+        raise InputError(
+            f"{place}: {longest} tokens exceed the model's context of {context}; "
+            f"set --max-length {context} or less"
+        )
+    return Pair(chosen, rejected, place, float(weight))
 
 
 def _check_control_tokens(prompt: str, answer: str, field: str, tokenizer: Tokenizer, place: str) -> None:

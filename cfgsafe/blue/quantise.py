@@ -1,12 +1,13 @@
 """Write a checkpoint whose linear layers hold only what 8 or 4 bits can hold.
 
-Source: the rounding of cfgsafe/quantise.py. Rounding is known to bring unlearnt text back (Zhang et al.,
-arXiv 2410.16454; arXiv 2605.02196): an update that is smaller than half a step is rounded away. So the
-model that is served with few bits must be asked, not the one that was trained.
+Source: the rounding of cfgsafe/quantise.py. Rounding is known to bring unlearnt text back (Zhang
+et al., arXiv 2410.16454; arXiv 2605.02196): an update that is smaller than half a step is rounded
+away. So the model that is served with few bits must be asked, not the one that was trained.
 
-An adapter is merged first, as `train.py merge` does. The rounded numbers are written in the data type of
-the base, so that every command can ask the checkpoint; it is as large as before. Embeddings, output head
-and norms stay as they are: in GGUF, too, they have more bits than the rest.
+An adapter is merged first, as `train.py merge` does. The rounded numbers are written in the data
+type of the base, so that every command can ask the checkpoint; it is as large as before.
+Embeddings, output head and norms stay as they are: in GGUF, too, they have more bits than the
+rest.
 
 Run it: python train.py quantise --model cfgsafe/demo/leaky --adapter runs/orpo/epoch-3 --out runs/int4
 """

@@ -1,12 +1,13 @@
 """Whether an answer refuses: by its phrases, for questions that nobody needs to refuse.
 
-Source: Röttger et al., XSTest (arXiv 2308.01263), who measure refusals of safe questions, and find simple
-matching of phrases close to people's judgement. The phrases are ours.
-A refusal also is to say that one does not know: unlearning teaches it, and where it spreads to harmless
-questions it costs as much.
-Deviations: only the first SENTENCES sentences count, because who answers may still name a limit at the end.
-English only. An answer that evades without a phrase of the list is none; whether the right answer is named
-is the figure to hold beside (`utility.over_refusal`).
+Source: Röttger et al., XSTest (arXiv 2308.01263), who measure refusals of safe questions, and
+find simple matching of phrases close to people's judgement. The phrases are ours.
+A refusal also is to say that one does not know: unlearning teaches it, and where it spreads to
+harmless questions it costs as much.
+Deviations: only the first SENTENCES sentences count, because who answers may still name a limit
+at the end.
+English only. An answer that evades without a phrase of the list is none; whether the right answer
+is named is the figure to hold beside (`utility.over_refusal`).
 
 Run it: python eval.py utility --model cfgsafe/demo/leaky --protocol open
 """

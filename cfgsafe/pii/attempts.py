@@ -1,9 +1,10 @@
-"""A fact asked by somebody who wants to get around the guard: prompt injection, in a handful of wordings.
+"""A fact asked by somebody who wants to get around the guard: prompt injection in a few wordings.
 
-Source: "ignore the instructions before", Perez & Ribeiro (arXiv 2211.09527); a user who types the method's
-own negative sentence (cfgsafe/request.py), which undoes some of the guidance. The wordings are ours.
-Deviation: every attempt is one user's message of fixed words, so that models can be compared; an attacker
-who adapts gets further (cfgsafe/red).
+Source: "ignore the instructions before", Perez & Ribeiro (arXiv 2211.09527); a user who types the
+method's own negative sentence (cfgsafe/request.py), which undoes some of the guidance. The
+wordings are ours.
+Deviation: every attempt is one user's message of fixed words, so that models can be compared; an
+attacker who adapts gets further (cfgsafe/red).
 
 Run it: python -m pytest tests/test_attempts.py
 """
