@@ -1,6 +1,7 @@
 """Everything that trains or makes training data.
 
     python train.py demo            unlearn, guard and measure the embedded model: 5 min on 2 CPU cores
+    python train.py study           any Llama made leaky, guarded and measured: what is forgotten, how deep
     python train.py pairs           preference pairs from dialogues
     python train.py orpo            LoRA adapter by ORPO on pairs
     python train.py distil          an adapter whose single row gives the distribution of a guided pair
@@ -21,9 +22,12 @@ from cfgsafe.blue import distil, merge, orpo, pairs, quantise, relearn, subtract
 from cfgsafe.cli import Commands, run_subcommand
 from cfgsafe.demo import experiment, pretrain, redteam, testset
 from cfgsafe.red import safety, stages
+from cfgsafe.study import options as study_options
+from cfgsafe.study import study
 
 STAGES: Commands = {
     "demo": (experiment.Options, experiment.run),
+    "study": (study_options.Options, study.run),
     "pairs": (pairs.Options, pairs.run),
     "orpo": (orpo.Options, orpo.run),
     "distil": (distil.Options, distil.run),

@@ -28,6 +28,7 @@ TINY = {  # command -> what makes it short
     "train.py distil": "--limit 2 --max-new-tokens 8 --epochs 1",
     "train.py merge": "",
     "train.py quantise": "",
+    "train.py relearn": "--steps 0 1 --limit 4 --max-new-tokens 16",
     "train.py subtract": "",
     "train.py attacker --stage gfn": "--steps 2 --batch-size 16 --answer-tokens 16 --samples 2",
     "train.py attacker --stage adapt": "--steps 2 --batch-size 16 --answer-tokens 16 --samples 2",

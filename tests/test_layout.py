@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the ground up: a room imports itself and the rooms before it. "core" are the files in cfgsafe/ itself.
-ROOMS = ("kernels", "core", "pii", "measure", "blue", "report", "red", "bench", "demo", "scripts")
+ROOMS = ("kernels", "core", "pii", "measure", "blue", "report", "red", "bench", "demo", "study", "scripts")
 SCRIPTS = ("train", "infer", "eval")
 BARE_CORE = (
     "settings",

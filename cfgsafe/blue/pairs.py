@@ -46,6 +46,7 @@ from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.llama import Llama
 from cfgsafe.outputs import Detectors, File, InputPath
 from cfgsafe.pii.dialogues import (
+    Cut,
     Dialogue,
     Sample,
     prompts_of,
@@ -92,6 +93,9 @@ class Options:
     """Add these sentences to a dialogue's own system prompt, or replace it; measure with the same choice."""
     swapped: Weight = 1.0
     """Weight of a swapped pair, against 1 of a pair as it is. 0 leaves the swapped pairs out."""
+    cut: Cut = "item"
+    """Where an answer is cut into prompt and sides: before each personal item of it, before the whole
+    answer, or at both."""
     earlier: Literal["keep", "scrub"] = "keep"
     """Personal values in a prompt's earlier answers, and in its begun one: keep leaves them, scrub writes
     [LABEL] for each. The two sides of a pair stay as they are."""
@@ -173,7 +177,7 @@ def run(options: Options) -> None:
         model, tokenizer = load(subject)
     else:
         tokenizer = load_tokenizer(options.model)
-    pairs, report = build(all_samples(training + test), model, tokenizer, detector, options)
+    pairs, report = build(all_samples(training + test, options.cut), model, tokenizer, detector, options)
     tested = {dialogue.place for dialogue in test}
     rows: list[dict[str, Any]] = []
     test_rows: list[dict[str, Any]] = []
@@ -223,15 +227,15 @@ def beside(out: str, word: str) -> Path:
     return path.with_name(f"{path.stem}-{word}{path.suffix}")
 
 
-def read_samples(path: str, detector: Detector, items: str | None = None) -> list[Sample]:
+def read_samples(path: str, detector: Detector, items: str | None = None, cut: Cut = "item") -> list[Sample]:
     """The samples of all dialogues of a file. Raises InputError naming the line and field."""
-    return all_samples(read_dialogues(path, detector, items))
+    return all_samples(read_dialogues(path, detector, items), cut)
 
 
-def all_samples(dialogues: Iterable[Dialogue]) -> list[Sample]:
+def all_samples(dialogues: Iterable[Dialogue], cut: Cut = "item") -> list[Sample]:
     samples = []
     for dialogue in dialogues:
-        samples += samples_of(dialogue)
+        samples += samples_of(dialogue, cut)
     return samples
 
 

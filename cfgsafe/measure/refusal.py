@@ -1,7 +1,7 @@
 """Whether an answer refuses: by its phrases, for questions that nobody needs to refuse.
 
-Source: the question of Röttger et al., XSTest (arXiv 2308.01263): how often is refused what is safe
-to answer? The phrases are ours.
+Source: Röttger et al., XSTest (arXiv 2308.01263), who measure refusals of safe questions, and
+find simple matching of phrases close to people's judgement. The phrases are ours.
 A refusal also is to say that one does not know: unlearning teaches it, and where it spreads to
 harmless questions it costs as much.
 Deviations: only the first SENTENCES sentences count, because who answers may still name a limit

@@ -2,8 +2,8 @@
 
 Source: Smirnov (arXiv 2412.06846): train and test are split by dialogue, and each personal item of
 an answer gives one sample.
-Deviation: dialogues that share a name go to the same side, so that no name in the test part was
-trained on.
+Deviations: dialogues that share a name go to the same side, so that no name in the test part was
+trained on. A sample may also be cut before the whole answer, as the model will be asked.
 
 Run it: python train.py pairs --dialogues D.jsonl --model cfgsafe/demo/base --out P.jsonl --test-share 0.1
 """
@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_jsonl
@@ -20,6 +21,8 @@ from cfgsafe.pii import llm_pc
 from cfgsafe.pii.ner import Detector
 from cfgsafe.pii.spans import Span, check_spans
 from cfgsafe.tokenizer import Messages, check_messages
+
+Cut = Literal["item", "answer", "both"]  # before what a sample is cut
 
 
 @dataclass
@@ -86,12 +89,22 @@ def read_dialogues(path: str, detector: Detector, items: str | None = None) -> l
     return dialogues
 
 
-def samples_of(dialogue: Dialogue) -> list[Sample]:
-    """One sample for each personal item in an assistant's turn that answers a user."""
+def samples_of(dialogue: Dialogue, cut: Cut = "item") -> list[Sample]:
+    """Samples of each assistant's turn that answers a user and holds a personal item.
+
+    They are cut before each item, before the answer that holds it, or at both.
+
+    >>> chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ann of Leeds"}]
+    >>> dialogue = Dialogue(chat, [(1, 0, 3, "PERSON"), (1, 7, 12, "GPE")], "f:1")
+    >>> [sample.rejected for sample in samples_of(dialogue)]
+    ['Ann of Leeds', ' Leeds']
+    >>> [sample.rejected for sample in samples_of(dialogue, "answer")]
+    ['Ann of Leeds']
+    """
     samples = []
     messages = dialogue.messages
     spans = [span for span in dialogue.spans if messages[span[0]]["role"] == "assistant"]
-    for number, start, *_ in spans:
+    for number, start in _cuts(spans, cut):
         earlier = messages[:number]
         if all(message["role"] != "user" for message in earlier):
             continue  # nobody asked
@@ -102,6 +115,14 @@ def samples_of(dialogue: Dialogue) -> list[Sample]:
         said = tuple(span for span in dialogue.spans if _stands_before(span, number, len(before)))
         samples.append(Sample(earlier + begun, text[len(before) :], dialogue.place, values, said))
     return samples
+
+
+def _cuts(spans: list[Span], cut: Cut) -> list[tuple[int, int]]:
+    """(message, character) of each cut, in order, each once."""
+    items = [(number, start) for number, start, *_ in spans]
+    answers = [(number, 0) for number, _ in items]
+    wanted = {"item": items, "answer": answers, "both": answers + items}[cut]
+    return sorted(set(wanted))
 
 
 def _stands_before(span: Span, number: int, end: int) -> bool:

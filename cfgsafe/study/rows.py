@@ -1,0 +1,107 @@
+"""One row of a study's table: everything that is measured of one model, asked in one way.
+
+Source: the measures name theirs (cfgsafe/measure). The ways of asking are those of the reference
+evaluation, and its missing controls: the conversation's own system prompt, the positive sentence alone
+(g = 1), and guidance. Every measure of a row is asked in the same way.
+
+    forget.*, other.*   what is kept of the people to forget, and of the others: cfgsafe/measure/memorised.py
+    injected            values given to questions that try to undo the guard, in percent
+    cloze               questions whose right option is the likeliest, unseen options, in percent
+    refused, named      of the same questions without options: answers that refuse, and that name the right
+                        option, in percent
+    perplexity          of held-out dialogues
+
+Run it: python train.py study --model cfgsafe/demo/base --out runs/study
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfgsafe.blue.relearn import recall
+from cfgsafe.llama import Llama
+from cfgsafe.measure import memorised, mmlu_pro, perplexity, utility
+from cfgsafe.measure.intervals import Estimate, to_json
+from cfgsafe.measure.scoring import LEAST
+from cfgsafe.pii.attempts import attempts
+from cfgsafe.pii.facts import Fact
+from cfgsafe.study.material import Material
+from cfgsafe.study.options import Options
+from cfgsafe.subject import Subject, answers, load
+from cfgsafe.tokenizer import Tokenizer
+
+Figures = dict[str, Estimate | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model and the way it is asked; g is None for the conversation's own system prompt."""
+
+    name: str
+    model: str
+    adapter: str | None = None
+    guidance: float | None = None
+
+    @property
+    def title(self) -> str:
+        """As the table shows it."""
+        return self.name if self.guidance is None else f"{self.name} g={self.guidance:g}"
+
+
+def subject_of(row: Row, options: Options) -> Subject:
+    """The row's model, asked in its way."""
+    device, dtype = options.device, options.dtype
+    return Subject(row.model, row.adapter, guidance=row.guidance, device=device, dtype=dtype)
+
+
+def measure(row: Row, material: Material, options: Options, out: Path) -> dict:
+    """The figures of a row as JSON. The answers to its facts go to OUT/answers-TITLE.jsonl."""
+    subject = subject_of(row, options)
+    model, tokenizer = load(subject)
+    forget = material.forget[: options.limit]
+    figures: Figures = memorised.memorised(
+        subject,
+        model,
+        tokenizer,
+        forget + material.other[: options.limit],
+        unseen=material.unseen[: options.limit],
+        max_new_tokens=options.max_new_tokens,
+        out=str(out / f"answers-{row.title.replace(' ', '-')}.jsonl"),
+    )
+    tried: list[Fact] = []
+    for fact in forget[: -(-len(forget) // 3)]:  # a third, as each is asked in several ways
+        tried += attempts(fact).values()
+    figures["injected"] = recalled(subject, model, tokenizer, tried, options.max_new_tokens)
+    harmless = [question for _, question in mmlu_pro.read(options.questions)[: options.limit]]
+    found = utility.over_refusal(subject, model, tokenizer, harmless, options.max_new_tokens)
+    figures |= {name: found[name] for name in ("refused", "named")}
+    figures["perplexity"] = perplexity_of(subject, model, tokenizer, options)
+    line = {"model": row.title, **subject.guarded, **to_json(figures)}
+    return line | cloze(row, model, tokenizer, options)
+
+
+def recalled(
+    subject: Subject, model: Llama, tokenizer: Tokenizer, facts: list[Fact], longest: int
+) -> Estimate | None:
+    """Percentage of the facts' values in the greedy answers; the interval is over persons."""
+    asked, places = [fact.messages for fact in facts], [fact.place for fact in facts]
+    given = answers(subject, model, tokenizer, asked, "facts", longest, places)
+    return recall(facts, given)["recall"]
+
+
+def cloze(row: Row, model: Llama, tokenizer: Tokenizer, options: Options) -> dict:
+    """{"cloze", "cloze_ci"}: right options found without being shown, in percent."""
+    subject = subject_of(row, options)
+    settings = utility.Options(**vars(subject), protocol="cloze", score="loglik", questions=options.questions)
+    placed = mmlu_pro.read(options.questions)[: options.limit]
+    asked = utility.conversations(placed, settings)
+    figures, _ = utility.by_likelihood(settings, model, tokenizer, placed, asked)
+    return {"cloze": figures["utility"], "cloze_ci": figures["utility_ci"]}
+
+
+def perplexity_of(subject: Subject, model: Llama, tokenizer: Tokenizer, options: Options) -> Estimate | None:
+    """Perplexity of the held-out dialogues, as `eval.py perplexity` gives it."""
+    parts = []
+    for place, messages in perplexity.read_dialogues(options.texts)[: options.limit]:
+        part = perplexity.dialogue_logprobs(subject, model, tokenizer, place, messages)
+        parts.append(part.clamp(min=LEAST))
+    return perplexity.pooled(parts)

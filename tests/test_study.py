@@ -1,0 +1,134 @@
+"""The study: every stage runs on a tiny random model, goes on where it was, and tells what it will cost."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import config, random_model
+
+from cfgsafe.checkpoint import save_checkpoint
+from cfgsafe.errors import InputError
+from cfgsafe.hub import BASE
+from cfgsafe.pii.facts import people
+from cfgsafe.study import study, table
+from cfgsafe.study.cost import Cost, Rates, adapter_weights, matrix_weights, predicted
+from cfgsafe.study.material import read_material
+from cfgsafe.study.options import Options
+
+QA = [
+    {"question": f"Where does Ann {number} live?", "answer": f"Ann {number} lives in Ulm {number}.",
+     "subject": f"Ann {number}", "subject_pii": [f"Ulm {number}"], "split": split}
+    for number, split in enumerate(["forget", "forget", "other", "other", "other", "other"])
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory) -> str:
+    """A random checkpoint whose answers end soon, so that some can be chosen sides."""
+    folder = tmp_path_factory.mktemp("study") / "tiny"
+    model = random_model()
+    end = model.config.eos_token_id
+    model.model.embed_tokens.weight[end] = 0.35
+    save_checkpoint(folder, model, tokenizer_from=BASE, dtype=torch.float32)
+    return str(folder)
+
+
+def small(model: str, out: Path, **changes) -> Options:
+    """The smallest study that has every stage."""
+    fields = dict(count=8, each=1, people=3, leaky_epochs=1, leaky_rank=2, epochs=1, limit=2)
+    fields |= dict(max_new_tokens=8, guidance=2.0)
+    return Options(model, str(out), **{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def done(talker, tmp_path_factory) -> Path:
+    """The folder of a whole study."""
+    out = tmp_path_factory.mktemp("runs") / "study"
+    study.run(small(talker, out))
+    return out
+
+
+def test_a_study_from_nothing_to_its_report(done):
+    results = json.loads((done / "results.json").read_text())
+    names = [row["model"] for row in results["rows"]]
+    assert names[:4] == ["ancestor", "leaky", "leaky g=1", "leaky g=2"]
+    assert {"lora g=1", "lora-cfg g=2", "sub g=1", "distilled g=1", "npo g=1", "dpo-idk g=1"} < set(names)
+    for row in results["rows"]:
+        for column in ("forget.recall", "forget.recall_reworded", "cloze", "perplexity", "injected"):
+            assert column in row, (row["model"], column)
+    assert {"distilled", "npo", "dpo-idk"} == set(results["relearn"]) == set(results["rounded"])
+    assert (done / "study.png").read_bytes()[:4] == b"\x89PNG"
+    assert "distilled g=1" in (done / "report.md").read_text()
+
+
+def test_what_is_done_is_not_done_again(done, talker, capsys):
+    log = done / "stages.jsonl"
+    before, row = log.read_text(), done / "rows" / "lora-g=1.json"
+    figures = row.read_text()
+    row.unlink()
+    study.run(small(talker, done))
+    new = log.read_text().removeprefix(before)
+    assert [json.loads(line)["stage"] for line in new.splitlines()] == ["lora g=1"]
+    assert row.read_text() == figures
+    assert "| done" in capsys.readouterr().out
+
+
+def test_another_study_does_not_go_on_in_the_folder(done, talker):
+    with pytest.raises(InputError, match="--lr 0.5: the run in"):
+        study.run(small(talker, done, lr=0.5))
+
+
+def test_a_plan_writes_nothing(talker, tmp_path, capsys):
+    study.run(small(talker, tmp_path / "none", plan=True, teraflops=1.0))
+    assert not (tmp_path / "none").exists()
+    assert "predicted from operations" in capsys.readouterr().out
+
+
+def test_people_are_split_never_questions(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in QA * 2))
+    material = read_material(Options("m", "o", qa=str(path), unseen=0.5))
+    assert people(material.forget) == ["Ann 0", "Ann 1"]
+    assert people(material.other) == ["Ann 2", "Ann 3"]
+    assert people(material.unseen) == ["Ann 4", "Ann 5"]
+    assert [fact.split for fact in material.trained] == ["forget"] * 4 + ["other"] * 4
+    fewer = read_material(Options("m", "o", qa=str(path), unseen=0.5, people=1, each=1))
+    assert len(fewer.forget) == len(fewer.other) == 1
+
+
+def test_a_part_without_people_is_one_line(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    path.write_text(json.dumps(QA[0]) + "\n")
+    with pytest.raises(InputError, match="has nobody for the part"):
+        read_material(Options("m", "o", qa=str(path)))
+
+
+def test_weights_of_the_formula_are_those_of_the_model():
+    small_config = config()
+    model = random_model()
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert matrix_weights(small_config) == matrices  # the tied embedding is the head
+    C, F, H, K = 32, 48, 32, 16
+    sizes = (C + H) + 2 * (C + K) + (H + C) + 3 * (C + F)
+    assert adapter_weights(small_config, 4) == 2 * 4 * sizes
+
+
+def test_a_cost_in_seconds():
+    rates = Rates(trained=3.0, read=2.0, written=1.0)
+    assert rates.seconds(Cost(1, 10, 100) + Cost(trained=1)) == 6 + 20 + 100
+    P, A = matrix_weights(config()), adapter_weights(config(), 8)
+    assert predicted(config(), 8, 1e-6).trained == pytest.approx((4 * P + 6 * A) / 1e6)
+
+
+def test_the_distance_from_the_goal():
+    base = {"model": "ancestor", "forget.recall_reworded": 0.0, "perplexity": 10.0, "cloze": 50.0}
+    leaky = base | {"model": "leaky", "forget.recall_reworded": 80.0}
+    near = base | {"model": "lora", "forget.recall_reworded": 8.0, "perplexity": 11.0, "cloze": 48.0}
+    rows = [base, leaky, near]
+    assert table.distance(leaky, rows) is None
+    said = table.distance(near, rows)
+    assert said.startswith("lora: keeps 10 % of the leaky model's recall in other words, perplexity +10 %,")
+    assert said.endswith("cloze -2.0 points: reached")
+    for change in ({"forget.recall_reworded": 8.1}, {"perplexity": 11.01}, {"cloze": 47.9}):
+        assert table.distance(near | change, rows).endswith(": not reached")
