@@ -383,6 +383,18 @@ MUTANTS = (
            "scorer.target.meter.made = answers_in(found)", "scorer.target.meter.made = 0", "test_stages.py"),
     Mutant("attackers-gradients-unclipped", "cfgsafe/red/training.py",
            "_(self.clipped, CLIP)", "_(self.clipped, 1e9)", "test_gflownet.py"),
+    Mutant("study-people-in-two-parts", "cfgsafe/study/material.py", tests="test_study.py",
+           before="known = others[: len(others) - count]", after="known = others"),
+    Mutant("study-first-people-alone", "cfgsafe/study/material.py", tests="test_study.py",
+           before="turns.append(seen.get(fact.person, 0))", after="turns.append(0)"),
+    Mutant("study-adapter-costs-nothing", "cfgsafe/study/cost.py", tests="test_study.py",
+           before="(4 * P + 6 * A)", after="(4 * P)"),
+    Mutant("study-goal-of-the-other-sign", "cfgsafe/study/table.py", tests="test_study.py",
+           before="points >= -POINTS", after="points <= -POINTS"),
+    Mutant("study-does-all-again", "cfgsafe/study/study.py", tests="test_study.py",
+           before="        if stage.done:", after="        if stage is None:"),
+    Mutant("pairs-cut-answers-only", "cfgsafe/pii/dialogues.py", tests="test_pairs.py",
+           before='"both": answers + items', after='"both": answers'),
 )  # fmt: skip
 
 

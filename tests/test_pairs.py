@@ -255,3 +255,17 @@ def test_one_of_several_clean_recipes_is_drawn(tmp_path, tokenizer, monkeypatch)
     samples = [pairs.Sample(CHAT[:2], " Leeds?", "x", ())] * 40
     built, report = pairs.build(samples, None, tokenizer, Names(), options(tmp_path))
     assert len(built) == 40 and min(report.won[recipe] for recipe in pairs.LOCAL) > 10
+
+
+def test_a_sample_may_be_cut_before_the_whole_answer(tmp_path):
+    row = {"messages": CHAT, "spans": SPANS}
+    path = write(tmp_path, row)
+    items = pairs.read_samples(path, Names())
+    answers = pairs.read_samples(path, Names(), cut="answer")
+    assert {sample.begun for sample in answers} == {""}
+    assert len({sample.place for sample in answers}) == len(answers) == 1
+    assert set(answers[0].values) >= set(items[0].values)
+    both = pairs.read_samples(path, Names(), cut="both")
+    assert [sample.rejected for sample in both] == sorted(
+        {sample.rejected for sample in answers + items}, key=len, reverse=True
+    )

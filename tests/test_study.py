@@ -75,7 +75,7 @@ def test_what_is_done_is_not_done_again(done, talker, capsys):
 
 
 def test_another_study_does_not_go_on_in_the_folder(done, talker):
-    with pytest.raises(InputError, match="--lr 0.5: the run in"):
+    with pytest.raises(InputError, match="--lr 0.5: the run in .* or choose another --out"):
         study.run(small(talker, done, lr=0.5))
 
 
@@ -95,6 +95,14 @@ def test_people_are_split_never_questions(tmp_path):
     assert [fact.split for fact in material.trained] == ["forget"] * 4 + ["other"] * 4
     fewer = read_material(Options("m", "o", qa=str(path), unseen=0.5, people=1, each=1))
     assert len(fewer.forget) == len(fewer.other) == 1
+
+
+def test_people_take_turns_so_that_a_limit_keeps_all(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    rows = sorted(QA * 2, key=lambda row: row["subject"])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    material = read_material(Options("m", "o", qa=str(path), unseen=0.5))
+    assert people(material.forget[:2]) == ["Ann 0", "Ann 1"]
 
 
 def test_a_part_without_people_is_one_line(tmp_path):

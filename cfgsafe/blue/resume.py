@@ -37,6 +37,7 @@ CONFIG, CONTENTS = "config.json", "contents"  # its key in that file
 STATE, TENSORS = "state.json", "state.safetensors"
 FORMAT = 1  # of CONFIG and STATE; a file of another format is refused
 LEFT = ("state-*", "epoch-*", "attacker.json", "attacks*.jsonl")  # what is of no use without its CONFIG
+ANEW = "start anew without --resume"
 
 
 class Stopped(CfgsafeError):
@@ -188,12 +189,14 @@ def write_config(path: Path, settings: dict, held: dict[str, str]) -> None:
     write_text(path, json.dumps({"format": FORMAT, **settings, CONTENTS: held}, indent=2) + "\n")
 
 
-def check_same_run(path: Path, settings: dict, held: dict[str, str], free: tuple[str, ...]) -> None:
+def check_same_run(
+    path: Path, settings: dict, held: dict[str, str], free: tuple[str, ...], anew: str = ANEW
+) -> None:
     """Compare a run with the one that wrote the file `path`; in a new folder there is nothing to compare.
 
     Raises InputError for a folder that holds a run without that file, and for a file of another version;
     for the first of `settings`, not in `free`, that differs; then for the first option of `held`, free or
-    not, whose file or folder has other contents.
+    not, whose file or folder has other contents. `anew` is how to begin another run.
     """
     out = path.parent
     if not path.exists():
@@ -201,26 +204,24 @@ def check_same_run(path: Path, settings: dict, held: dict[str, str], free: tuple
             for left in sorted(out.glob(pattern)):
                 raise InputError(
                     f"{path}: not found, and without it nobody knows what {left.name} belongs to; "
-                    "restore it, or start anew without --resume"
+                    f"restore it, or {anew}"
                 )
         return
     before = read_json(path)
     known = before.get(CONTENTS)
     if before.get("format") != FORMAT or not isinstance(known, dict):
-        raise InputError(
-            f"{path}: damaged, or of another version of this program; start anew without --resume"
-        )
+        raise InputError(f"{path}: damaged, or of another version of this program; {anew}")
     for name, value in json.loads(json.dumps(settings)).items():
         if name not in free and before.get(name) != value:
             raise InputError(
                 f"{option(name)} {value}: the run in {out} began with {shown(before.get(name))}; "
-                "give that, or start anew without --resume"
+                f"give that, or {anew}"
             )
     for name in {**held, **known}:
         if known.get(name) != held.get(name):
             raise InputError(
                 f"{_named(name, settings)}: holds something else than when the run in {out} began; "
-                "restore it, or start anew without --resume"
+                f"restore it, or {anew}"
             )
 
 

@@ -122,7 +122,7 @@ class Costs:
         """All measures of a row; a guided one has two rows of tokens."""
         options, rows = self.options, 2 if guided else 1
         facts = self.asked[FORGET] + self.asked[OTHER]
-        attempts = self.asked[FORGET] * ATTEMPTS
+        attempts = -(-self.asked[FORGET] // 3) * ATTEMPTS
         answers = FORMS * facts + attempts + options.limit  # the last are harmless questions
         read = answers * round(self.mean + TEMPLATE) + 2 * facts * round(self.mean)
         read += options.limit * (CHOICES * QUESTION + DIALOGUE)

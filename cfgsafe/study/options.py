@@ -53,17 +53,17 @@ class Options:
     """Which model writes the chosen sides of the pairs."""
     pairs: Count = 2000
     """Use at most this many pairs."""
-    epochs: Count = 3
+    epochs: Count = 4
     """Passes over the pairs."""
-    lr: Rate = 3e-4
-    """Peak learning rate of the guards."""
-    beta: Weight | None = None
-    """Weight of ORPO's odds ratio; default: the objective's."""
+    lr: Rate = 1e-3
+    """Peak learning rate of the guards; large models need less."""
+    beta: Weight = 1.0
+    """Weight of ORPO's odds ratio; the paper's is 0.1. The baselines have their own."""
     nll: Literal["prompt+chosen", "chosen"] = "chosen"
     """Tokens that the NLL is taken over; the paper's is prompt+chosen."""
     swapped: Weight = 1.0
     """Weight of the swapped half of CFG-aware pairs; 0 leaves it out."""
-    cut: Cut = "both"
+    cut: Cut = "item"
     """Where answers are cut into pairs: before each personal item, before the whole answer, or at both."""
     earlier: Literal["keep", "scrub"] = "keep"
     """Personal values in earlier answers of a prompt: kept, or replaced by placeholders."""

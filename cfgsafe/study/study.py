@@ -17,8 +17,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from cfgsafe.blue import resume
 from cfgsafe.blue.loop import peak_memory
 from cfgsafe.config import read_config
@@ -49,7 +47,7 @@ def run(options: Options) -> None:
         return
     make_folder(out / "rows")
     begin(options, out)
-    conduct(stages, rates, out)
+    conduct(stages, rates, options.device, out)
     facts: dict = {
         "facts to forget": len(material.forget),
         "others": len(material.other),
@@ -93,11 +91,11 @@ def begin(options: Options, out: Path) -> None:
     """Note what this study is, or check that the one in `out` is the same. Raises InputError."""
     folders, files = ("model", "leaky"), ("qa", "dialogues", "unseen_facts", "questions", "texts")
     held, settings = contents(options, folders, files), asdict(options)
-    resume.check_same_run(out / resume.CONFIG, settings, held, FREE)
+    resume.check_same_run(out / resume.CONFIG, settings, held, FREE, "choose another --out")
     resume.write_config(out / resume.CONFIG, settings, held)
 
 
-def conduct(stages: list[Stage], rates: Rates, out: Path) -> None:
+def conduct(stages: list[Stage], rates: Rates, device: str, out: Path) -> None:
     """Run the stages that are not done; stages.jsonl gets the time and the peak memory of each."""
     took = expected = 0.0
     for number, stage in enumerate(stages, start=1):
@@ -107,7 +105,6 @@ def conduct(stages: list[Stage], rates: Rates, out: Path) -> None:
         stage.run()
         seconds = time.perf_counter() - started
         took, expected = took + seconds, expected + rates.seconds(stage.cost)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         row = {"stage": stage.name, "seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(device)}
         with Log(out / "stages.jsonl") as log:
             log.add(row)
