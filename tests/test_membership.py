@@ -47,8 +47,8 @@ def test_min_k_looks_at_the_lowest_fifth():
 
 
 def test_a_person_is_one_unit_with_the_mean_over_its_facts():
-    """Ann: -2, Bo: -4; unseen Cy: -3. By facts the AUC would be 1/3, by persons it is 1/2."""
-    members = [scores([-1.0]), scores([-3.5]), scores([-1.5]), scores([-4.0])]
+    """Ann: -1.5, Bo: -4; unseen Cy: -3. By facts the AUC would be 3/4, by persons it is 1/2."""
+    members = [scores([-1.0]), scores([-2.0]), scores([-1.5]), scores([-4.0])]
     figures = membership(of("Ann", "Ann", "Ann", "Bo"), members, of("Cy"), [scores([-3.0])])
     assert figures["membership_loss"].value == figures["membership_min_k"].value == 0.5
     assert figures["membership_loss"].low < 0.5 < figures["membership_loss"].high
