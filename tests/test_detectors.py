@@ -116,8 +116,44 @@ def test_the_command_measures_the_detector_it_is_given(one, tmp_path, capsys):
     write_jsonl(tmp_path / "gold.jsonl", [row | {"spans": [[0, 0, 3, "PERSON"], [1, 0, 3, "PERSON"]]}])
     detectors.run(detectors.Options(one, gold=str(tmp_path / "gold.jsonl")))
     line = json.loads(capsys.readouterr().out)
-    assert (line["texts"], line["ner"]) == (2, one)
+    assert (line["texts"], line["ner"]) == (2, f"{one} (en_pipeline 0.0.0)")
     assert (line["recall_exact"], line["precision_exact"]) == (50, 100)
+
+
+def test_a_pipeline_is_named_by_its_own_name_and_version(one, other):
+    nlp = spacy.load(one)
+    nlp.meta |= {"name": "core_web_sm", "version": "3.8.0"}
+    nlp.to_disk(one)
+    detector = Detector(f"{one}, structured,{other}")
+    assert detector.name == f"{one} (en_core_web_sm 3.8.0),structured,{other} (en_pipeline 0.0.0)"
+
+
+def test_structured_joins_a_pipeline(one):
+    (found,) = Detector(f"structured,{one}")(["Ann: ann@example.com, on Monday."])
+    assert [(e.text, e.label) for e in found] == [("Ann", "PERSON"), ("ann@example.com", "EMAIL")]
+
+
+def test_facts_are_gold_where_their_values_stand(tmp_path):
+    """Question: the name. Answer: its last word, and both values; a value in the question is gold, too."""
+    rows = [
+        {
+            "question": "Where does Ann Lee live, born in Hull?",
+            "answer": "Mrs Lee of Hull lives at 5 Elm Row.",
+            "subject": "Ann Lee",
+            "subject_pii": ["5 Elm Row", "Hull"],
+        },
+        {"question": "Who?", "answer": "At 5 Elm Row.", "subject_pii": "5 Elm Row"},
+    ]
+    write_jsonl(tmp_path / "facts.jsonl", rows)
+    found = []
+    for text, gold, person in detectors.read_gold(str(tmp_path / "facts.jsonl")):
+        found.append(([(text[start:end], label) for start, end, label in gold], person))
+    assert found == [
+        ([("Ann Lee", "PERSON"), ("Hull", "PII")], "Ann Lee"),
+        ([("Lee", "PERSON"), ("Hull", "PII"), ("5 Elm Row", "PII")], "Ann Lee"),
+        ([], "facts.jsonl:2"),
+        ([("5 Elm Row", "PII")], "facts.jsonl:2"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -226,9 +226,13 @@ def candidates(monkeypatch, *texts: str) -> None:
     monkeypatch.setattr(pairs, "from_model", written)
 
 
-@pytest.mark.parametrize("text", [" Ann, hello.", " Leeds is fine."], ids=["by the NER", "an item"])
+@pytest.mark.parametrize(
+    "text",
+    [" Ann, hello.", " Leeds is fine.", " Write to a@b.org."],
+    ids=["by the NER", "an item", "by form"],
+)
 def test_personal_data_make_a_candidate_fall(tmp_path, tokenizer, monkeypatch, text):
-    """The NER finds Ann, who is no item of the sample. It misses Leeds, which is one."""
+    """The NER finds Ann, who is no item of the sample. It misses Leeds, which is one, and any address."""
 
     def only_ann(texts):
         return [[Entity(0, 3, "PERSON", "Ann")] if "Ann" in text else [] for text in texts]

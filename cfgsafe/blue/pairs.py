@@ -10,9 +10,10 @@ answers!", and is kept if the NER finds nothing in it. There are four recipes:
     remote+begin    a chat endpoint, with the nudge, is told to begin with the words of the begun
                     answer; only for samples that have one
 
-Deviations: where several recipes give a clean side, one is drawn at random; the paper keeps a data
-set for each. The length of a remote answer is counted with the checkpoint's tokenizer, since the
-endpoint has its own.
+Deviations: a chosen side falls as well by what cfgsafe/pii/structured.py finds in it, such as an address of
+e-mail, and by the known values of the answer that it replaces. Where several recipes give a clean side, one
+is drawn at random; the paper keeps a data set for each. The length of a remote answer is counted with the
+checkpoint's tokenizer, since the endpoint has its own.
 
 Input JSONL: {"messages": [...], "spans": [[message, start, end, label], ...]} per line; without "spans"
 the NER finds the items. With --items: the two files of LLM-PC (cfgsafe/pii/llm_pc.py).
@@ -58,6 +59,7 @@ from cfgsafe.pii.dialogues import (
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.matching import mentions
 from cfgsafe.pii.ner import Detector
+from cfgsafe.pii.structured import find
 from cfgsafe.remote import SERVICE, Question, Service, ask, check_service
 from cfgsafe.subject import ANSWER_TOKENS, Subject, complete, load
 from cfgsafe.tokenizer import Messages, SystemPrompt, Tokenizer, with_system
@@ -100,8 +102,8 @@ class Options:
     """Personal values in a prompt's earlier answers, and in its begun one: keep leaves them, scrub writes
     [LABEL] for each. The two sides of a pair stay as they are."""
     ner: Detectors | None = None
-    """spaCy pipelines or presidio, separated by commas; by default en_core_web_trf if it is installed,
-    else the demo's."""
+    """spaCy pipelines, presidio or structured, separated by commas; by default en_core_web_trf if it is
+    installed, else the demo's. A chosen side is always searched by structured as well."""
     temperature: Temperature = 0.7
     """Sampling temperature of the chosen side."""
     max_new_tokens: Count = ANSWER_TOKENS
@@ -277,7 +279,8 @@ def fault_of(
         return "too long"
     if not candidate.text.strip():
         return "empty"
-    if entities or any(mentions(candidate.text, label, value) for label, value in sample.values):
+    known = any(mentions(candidate.text, label, value) for label, value in sample.values)
+    if entities or known or find(candidate.text):
         return "personal data"
     texts = [candidate.text, sample.rejected, *(message["content"] for message in sample.messages)]
     if any(tokenizer.control_token_in(text) for text in texts):

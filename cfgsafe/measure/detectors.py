@@ -6,7 +6,9 @@ characters, and by *overlap* if they share a character. Labels are not compared,
 detector has its own.
 
 Gold JSONL: {"messages": [...], "spans": [[message, start, end, label], ...]} per line, with every
-personal value marked; `train.py dialogues --split gold` writes more of them.
+personal value marked; `train.py dialogues --split gold` writes more of them. Or facts, as
+cfgsafe/pii/facts.py describes them: the gold spans are then where "subject" and the values of "subject_pii"
+stand in question and answer, and what such a file does not list counts against precision.
 
 Run it: python eval.py detectors --ner cfgsafe/demo/ner
 """
@@ -20,7 +22,9 @@ from cfgsafe.errors import InputError, Unused
 from cfgsafe.files import read_jsonl
 from cfgsafe.hub import GOLD
 from cfgsafe.measure.intervals import Clusters, Estimate, share_interval, to_json
-from cfgsafe.pii.entities import Entity
+from cfgsafe.pii.entities import Entity, merge
+from cfgsafe.pii.facts import LABEL, of_row
+from cfgsafe.pii.matching import places
 from cfgsafe.pii.ner import Detector, is_single
 from cfgsafe.pii.spans import check_spans
 from cfgsafe.tokenizer import check_messages
@@ -35,11 +39,12 @@ class Options:
     """Measure precision and recall of a detector on texts with gold spans."""
 
     ner: str | None = None
-    """Detectors, separated by commas: spaCy pipelines or presidio; default: en_core_web_trf or the demo's."""
+    """Detectors, separated by commas: spaCy pipelines, presidio or structured. By default en_core_web_trf, or
+    the demo's."""
     combine: Literal["union", "vote"] = "union"
     """With several detectors: union keeps what any of them finds, vote what more than half find."""
     gold: str = GOLD
-    """JSONL of dialogues with spans for every personal value; default: the demo's test set."""
+    """JSONL of dialogues with spans for every personal value, or of facts; default: the demo's test set."""
 
     def unused(self) -> Unused:
         """See `errors.Unused`."""
@@ -57,9 +62,14 @@ def run(options: Options) -> None:
 
 
 def read_gold(path: str) -> list[tuple[str, Gold, str]]:
-    """(text, gold spans, place of its dialogue) of every message. Raises InputError naming line and field."""
+    """(text, gold spans, place of its dialogue) of every message, or question and answer of a fact; the
+    facts of a person are one dialogue. Raises InputError naming line and field.
+    """
     texts = []
     for place, row in read_jsonl(path):
+        if "question" in row:
+            texts += _gold_of_fact(row, place)
+            continue
         messages = check_messages(row.get("messages"), place)
         spans = check_spans(row.get("spans"), messages, place)
         gold: list[Gold] = [[] for _ in messages]
@@ -69,6 +79,22 @@ def read_gold(path: str) -> list[tuple[str, Gold, str]]:
             texts.append((message["content"], marked, place))
     if not texts:
         raise InputError(f"{path}: holds no dialogue")
+    return texts
+
+
+def _gold_of_fact(row: dict, place: str) -> list[tuple[str, Gold, str]]:
+    """Question and answer, with the places of the person's name, also in part, and of the listed values."""
+    (fact,) = of_row(row, place)
+    listed = row.get("subject_pii") or []
+    values = [("PERSON", fact.name)] if fact.name else []
+    values += [(LABEL, value) for value in ([listed] if isinstance(listed, str) else listed)]
+    texts = []
+    for text in (fact.question, fact.answer):
+        finds = []
+        for label, value in values:
+            finds += [Entity(start, end, label, value) for start, end in places(text, label, value)]
+        gold = [(entity.start, entity.end, entity.label) for entity in merge(text, [finds])]
+        texts.append((text, gold, fact.person))
     return texts
 
 

@@ -57,7 +57,8 @@ class Options(Subject):
     out: Annotated[str, Folder(("answers.jsonl", "answers.partial.jsonl"))] | None = None
     """Folder for the answers and what was found in them; an interrupted run continues there."""
     ner: Detectors | None = None
-    """Detectors, separated by commas: spaCy pipelines or presidio; default: en_core_web_trf or the demo's."""
+    """Detectors, separated by commas: spaCy pipelines, presidio or structured. By default en_core_web_trf, or
+    the demo's."""
     combine: Literal["union", "vote"] = "union"
     """With several detectors: union keeps what any of them finds, vote what more than half find."""
     known: InputPath | None = None

@@ -3,9 +3,9 @@
 Source: Smirnov (arXiv 2412.06846): spaCy's `en_core_web_trf`, without CARDINAL, DATE, PRODUCT and
 ORDINAL.
 Deviations: if that pipeline is not installed, the demo's own small one takes its place; results
-name what was used. Other spaCy pipelines and `presidio` (cfgsafe/pii/presidio.py) can replace or
-join it: finds that overlap become one entity, kept if any detector found it (union) or more than
-half of them did (vote).
+name what was used, a pipeline also by its own name and version. Other spaCy pipelines, `presidio`
+(cfgsafe/pii/presidio.py) and `structured` (cfgsafe/pii/structured.py) can replace or join it: finds that
+overlap become one entity, kept if any detector found it (union) or more than half of them did (vote).
 
 Run it: python eval.py leak --model cfgsafe/demo/leaky --ner cfgsafe/demo/ner,presidio
 """
@@ -18,26 +18,32 @@ from cfgsafe.hub import DEMO_PIPELINE
 from cfgsafe.identity import digest_of, file_digest
 from cfgsafe.pii.entities import Entity, merge
 from cfgsafe.pii.presidio import Recognisers
+from cfgsafe.pii.structured import find_all
 
 IGNORED = frozenset({"CARDINAL", "DATE", "PRODUCT", "ORDINAL"})
 PAPER_PIPELINE = "en_core_web_trf"
 PRESIDIO = "presidio"
+STRUCTURED = "structured"
 COMBINATIONS = ("union", "vote")
 
 
 class Detector:
     """Finds personal data with one or several detectors.
 
-    `names` are spaCy packages, folders or "presidio", with commas between; None is
+    `names` are spaCy packages, folders, "presidio" or "structured", with commas between; None is
     `default_pipeline()`. Finds of spaCy with an `ignored` label are left out. The attribute `name` says
-    what was loaded. Raises InputError.
+    what was loaded, as "folder (en_core_web_sm 3.8.0)". Raises InputError.
     """
 
     def __init__(self, names: str | None = None, combine: str = "union", ignored: frozenset[str] = IGNORED):
         if combine not in COMBINATIONS:
             raise InputError(f"--combine {combine}: must be one of {', '.join(COMBINATIONS)}")
-        self.name = default_pipeline() if names is None else names
-        self.parts = [load_detector(name.strip(), ignored) for name in self.name.split(",")]
+        given = (default_pipeline() if names is None else names).split(",")
+        self.parts = [load_detector(name.strip(), ignored) for name in given]
+        loaded = []
+        for name, part in zip(given, self.parts, strict=True):
+            loaded.append(part.name if isinstance(part, Pipeline) else name.strip())
+        self.name = ",".join(loaded)
         self.needed = len(self.parts) // 2 + 1 if combine == "vote" else 1
 
     def __call__(self, texts: list[str]) -> list[list[Entity]]:
@@ -84,6 +90,8 @@ def load_detector(name: str, ignored: frozenset[str]) -> Callable[[list[str]], l
     """The detector with that name. Raises InputError if it cannot be loaded."""
     if name == PRESIDIO:
         return Recognisers()
+    if name == STRUCTURED:
+        return find_all
     return Pipeline(name, ignored)
 
 
@@ -100,8 +108,12 @@ class Pipeline:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"--ner {name}: not a spaCy pipeline ({reason}); give a package name, a folder or {PRESIDIO}"
+                f"--ner {name}: not a spaCy pipeline ({reason}); give a package name, a folder, "
+                f"{PRESIDIO} or {STRUCTURED}"
             ) from None
+        meta = self.nlp.meta
+        own = f"{meta['lang']}_{meta['name']} {meta['version']}"
+        self.name = f"{name} ({own})"
 
     def __call__(self, texts: list[str]) -> list[list[Entity]]:
         found = []
