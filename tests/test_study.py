@@ -11,7 +11,7 @@ from cfgsafe.checkpoint import save_checkpoint
 from cfgsafe.errors import InputError
 from cfgsafe.hub import BASE
 from cfgsafe.pii.facts import people
-from cfgsafe.study import study, table
+from cfgsafe.study import rows, study, table
 from cfgsafe.study.cost import Cost, Rates, adapter_weights, matrix_weights, predicted
 from cfgsafe.study.material import read_material
 from cfgsafe.study.options import Options
@@ -103,6 +103,16 @@ def test_people_take_turns_so_that_a_limit_keeps_all(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     material = read_material(Options("m", "o", qa=str(path), unseen=0.5))
     assert people(material.forget[:2]) == ["Ann 0", "Ann 1"]
+
+
+def test_wrong_answers_give_forget_quality_against_the_ancestor(talker, tmp_path):
+    path = tmp_path / "qa.jsonl"
+    wrong = {"perturbed_answer": ["In Bonn.", "In Trier."], "paraphrased_answer": "In Ulm."}
+    path.write_text("".join(json.dumps(row | wrong) + "\n" for row in QA))
+    options = small(talker, tmp_path, qa=str(path), count=64)
+    ancestor = rows.measure(rows.Row("ancestor", talker), read_material(options), options, tmp_path)
+    assert ancestor["forget.forget_quality"] == 1.0  # no two samples are more alike
+    assert 0 < ancestor["forget.truth_ratio"] <= 1
 
 
 def test_a_part_without_people_is_one_line(tmp_path):

@@ -4,7 +4,8 @@ Source: the measures name theirs (cfgsafe/measure). The ways of asking are those
 evaluation, and its missing controls: the conversation's own system prompt, the positive sentence alone
 (g = 1), and guidance. Every measure of a row is asked in the same way.
 
-    forget.*, other.*   what is kept of the people to forget, and of the others: cfgsafe/measure/memorised.py
+    forget.*, other.*   what is kept of the people to forget, and of the others: cfgsafe/measure/memorised.py;
+                        forget quality compares with the ancestor, which never saw the facts
     injected            values given to questions that try to undo the guard, in percent
     cloze               questions whose right option is the likeliest, unseen options, in percent
     refused, named      of the same questions without options: answers that refuse, and that name the right
@@ -14,7 +15,7 @@ evaluation, and its missing controls: the conversation's own system prompt, the 
 Run it: python train.py study --model cfgsafe/demo/base --out runs/study
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cfgsafe.blue.relearn import recall
@@ -55,15 +56,20 @@ def subject_of(row: Row, options: Options) -> Subject:
 
 def measure(row: Row, material: Material, options: Options, out: Path) -> dict:
     """The figures of a row as JSON. The answers to its facts go to OUT/answers-TITLE.jsonl."""
-    subject = subject_of(row, options)
+    subject, forget = subject_of(row, options), material.forget[: options.limit]
+    facts = forget + material.other[: options.limit]
+    never: list[float | None] = []
+    if any(fact.perturbed_answers for fact in facts):
+        ancestor = replace(subject, model=options.model, adapter=None)
+        never = memorised.truth_ratios(ancestor, *load(ancestor), facts)
     model, tokenizer = load(subject)
-    forget = material.forget[: options.limit]
     figures: Figures = memorised.memorised(
         subject,
         model,
         tokenizer,
-        forget + material.other[: options.limit],
+        facts,
         unseen=material.unseen[: options.limit],
+        never=never,
         max_new_tokens=options.max_new_tokens,
         out=str(out / f"answers-{row.title.replace(' ', '-')}.jsonl"),
     )

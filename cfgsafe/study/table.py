@@ -31,7 +31,6 @@ COLUMNS = (
     Column("forget.membership_loss", "membership, loss: AUC", None),
     Column("forget.membership_min_k", "membership, Min-K%++: AUC", None),
     Column("forget.truth_ratio", "truth ratio", None),
-    Column("forget.ner_items_per_100", "NER items/100", None),
     Column("cloze", "cloze %", "cloze"),
     Column("refused", "refused %", "refused"),
     Column("named", "named %", None),
