@@ -108,7 +108,7 @@ def draw(rows: list[dict], curves: dict[str, dict[str, list[dict]]], path: Path)
         if recall and price:
             error = reach(*recall)
             left.errorbar(price, recall[0], yerr=error, label=row["model"], **marker(number, number))
-    left.set(xlabel="perplexity of held-out dialogues", ylabel="recall in other words, %")
+    left.set(xlabel="perplexity of held-out dialogues", xscale="log", ylabel="recall in other words, %")
     left.legend(fontsize=7)
     for number, (name, points) in enumerate(curves["relearn"].items()):
         for dashes, what in (("-", "related"), ("--", "unrelated")):
