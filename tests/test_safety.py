@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cfgsafe import load_model
-from cfgsafe.blue import earlier, orpo
+from cfgsafe.blue import earlier, loop, orpo
 from cfgsafe.blue.batches import read_pairs
 from cfgsafe.decode import Completion
 from cfgsafe.demo.corpus import people
@@ -367,7 +367,7 @@ def test_a_run_belongs_to_its_detector_and_to_the_rows_that_it_wrote(tmp_path, m
         raise RuntimeError("the power is gone")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(orpo, "take_step", dies)
+        patch.setattr(loop, "take_step", dies)
         safety.run(settings)
     settings.resume = True
     data, meta = tmp_path / "out" / "safety.jsonl", tmp_path / "ner" / "meta.json"
