@@ -200,7 +200,7 @@ MUTANTS = (
     Mutant("asked-a-step-late", "cfgsafe/blue/relearn.py",
            before="for number in range(wanted[-1] + 1):\n        if number:", tests="test_relearn.py",
            after="for number in range(wanted[-1] + 1):\n        if number > 1:"),
-    Mutant("an-answer-that-did-not-come-recalls-nothing", "cfgsafe/blue/relearn.py",
+    Mutant("an-answer-that-did-not-come-recalls-nothing", "cfgsafe/measure/memorisation.py",
            "if not answer.broken:", "if True:", "test_relearn.py"),
     Mutant("the-unmerged-model-is-rounded", "cfgsafe/blue/quantise.py",
            "weight = merged(weight, updates[name])", "pass", "test_quantise.py"),

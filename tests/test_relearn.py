@@ -9,7 +9,7 @@ from test_merge import adapted
 
 from cfgsafe import subject
 from cfgsafe.blue import orpo, relearn
-from cfgsafe.blue.relearn import Attack, Options, recall
+from cfgsafe.blue.relearn import Attack, Options, figures_of
 from cfgsafe.checkpoint import save_checkpoint
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
@@ -36,7 +36,7 @@ def test_recall_by_hand():
     none = Fact(FACTS[0].messages, "", (), "Ann", "", "f:2")
     given = [Answer("leeds, on 7  May", "stop"), Answer("x", "length"), Answer("Roma", "stop")]
     given.append(Answer("", "failed"))
-    figures = recall([first, none, FACTS[1], FACTS[2]], given)
+    figures = figures_of([first, none, FACTS[1], FACTS[2]], given)
     assert figures["recall"].value == pytest.approx(200 / 3)
     assert figures["cut_off"].value == figures["no_answer"].value == 25.0
 

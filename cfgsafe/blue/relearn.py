@@ -39,10 +39,10 @@ from cfgsafe.files import Answer, make_folder, write_text
 from cfgsafe.llama import Llama
 from cfgsafe.lora import adapter_parameters, merge
 from cfgsafe.measure.intervals import Estimate, fault_interval, share_interval, to_json
+from cfgsafe.measure.memorisation import recall
 from cfgsafe.outputs import Folder, InputPath
 from cfgsafe.parallel import World
 from cfgsafe.pii.facts import Fact, people, read_facts
-from cfgsafe.pii.matching import stands_in
 from cfgsafe.subject import Subject, answers, load
 from cfgsafe.tokenizer import Tokenizer
 
@@ -107,7 +107,7 @@ def run(options: Options) -> None:
 def relearn(
     subject: Subject, rows: list[Fact], facts: list[Fact], attack: Attack | None = None
 ) -> list[dict]:
-    """The curve: for each step asked for, in order, its number and the figures of `recall`, and the loss.
+    """The curve: for each step asked for, in order, its number and the figures of `figures_of`, and the loss.
 
     `loss` is the rows' mean loss a token in the step before, in nats; step 0 has none. Raises InputError
     naming the row or question that cannot be used, and CheckpointError.
@@ -128,7 +128,7 @@ def relearn(
             logged = loop.take_step(run, plan[number - 1], attack.lr, f"step {number}")
             model.eval()
         if number in wanted:
-            figures = recall(facts, ask(subject, model, tokenizer, facts, attack, number))
+            figures = figures_of(facts, ask(subject, model, tokenizer, facts, attack, number))
             loss = {"loss": round(logged["loss"], 4)} if number else {}
             curve.append({"step": number, **to_json(figures), **loss})
     return curve
@@ -179,17 +179,11 @@ def ask(
     return answers(subject, model, tokenizer, chats, what, attack.max_new_tokens, places)
 
 
-def recall(facts: list[Fact], given: list[Answer]) -> dict[str, Estimate | None]:
+def figures_of(facts: list[Fact], given: list[Answer]) -> dict[str, Estimate | None]:
     """Percentages: `recall` of the values, in the answers that came; cut_off and no_answer of the answers."""
-    found, totals, persons = [], [], []
-    for fact, answer in zip(facts, given, strict=True):
-        if not answer.broken:
-            found.append(sum(stands_in(answer.text, value) for value in fact.values))
-            totals.append(len(fact.values))
-            persons.append(fact.person)
     every = [fact.person for fact in facts]
     return {
-        "recall": share_interval(found, totals, persons),
+        "recall": recall(facts, given),
         "cut_off": share_interval([answer.cut for answer in given], clusters=every),
         "no_answer": fault_interval([answer.broken for answer in given], every),
     }

@@ -20,9 +20,12 @@ from difflib import SequenceMatcher
 from torch import Tensor
 
 from cfgsafe.errors import at
+from cfgsafe.files import Answer
 from cfgsafe.llama import Llama
+from cfgsafe.measure.intervals import Estimate, share_interval
 from cfgsafe.measure.scoring import TokenScores, check_fits, continuation_scores
 from cfgsafe.pii.facts import Fact
+from cfgsafe.pii.matching import stands_in
 from cfgsafe.progress import progress
 from cfgsafe.subject import Subject, request_for
 from cfgsafe.tokenizer import Tokenizer
@@ -50,6 +53,20 @@ def answer_scores(
         some = slice(start, start + subject.batch)
         scores += continuation_scores(model, requests[some], tokens[some], batch=subject.batch)
     return scores
+
+
+def recall(facts: Sequence[Fact], given: Sequence[Answer]) -> Estimate | None:
+    """Percentage of the facts' values of which the whole stands in the answer, in any spelling.
+
+    An answer that did not come is left out; the interval is over persons.
+    """
+    found, totals, persons = [], [], []
+    for fact, answer in zip(facts, given, strict=True):
+        if not answer.broken:
+            found.append(sum(stands_in(answer.text, value) for value in fact.values))
+            totals.append(len(fact.values))
+            persons.append(fact.person)
+    return share_interval(found, totals, persons)
 
 
 def exact_memorisation(likeliest: Tensor) -> float:

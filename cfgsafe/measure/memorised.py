@@ -39,6 +39,7 @@ from cfgsafe.measure.memorisation import (
     exact_memorisation,
     extraction_strength,
     longest_part,
+    recall,
     rouge_l,
 )
 from cfgsafe.measure.scoring import TokenScores
@@ -285,17 +286,17 @@ def _recall(found: list[Found], form: str) -> Figures:
 
     An answer that did not come is in none of them.
     """
-    whole, parts, totals, rouge, persons = [], [], [], [], []
+    parts, totals, rouge, persons = [], [], [], []
     for each in found:
         fact, answer = each.asked[form], each.answers[form]
         if not answer.broken:
-            whole.append(sum(stands_in(answer.text, value) for value in fact.values))
             parts.append(sum(longest_part(answer.text, value) for value in fact.values))
             totals.append(len(fact.values))
             rouge.append(rouge_l(answer.text, fact.answer))
             persons.append(fact.person)
+    asked, given = [each.asked[form] for each in found], [each.answers[form] for each in found]
     return {
-        f"recall{form}": share_interval(whole, totals, persons),
+        f"recall{form}": recall(asked, given),
         f"recall_partial{form}": share_interval(parts, totals, persons),
         f"rouge_l{form}": share_interval(rouge, clusters=persons),
     }

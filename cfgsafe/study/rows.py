@@ -18,10 +18,10 @@ Run it: python train.py study --model cfgsafe/demo/base --out runs/study
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cfgsafe.blue.relearn import recall
 from cfgsafe.llama import Llama
 from cfgsafe.measure import memorised, mmlu_pro, perplexity, utility
 from cfgsafe.measure.intervals import Estimate, to_json
+from cfgsafe.measure.memorisation import recall
 from cfgsafe.measure.scoring import LEAST
 from cfgsafe.pii.attempts import attempts
 from cfgsafe.pii.facts import Fact
@@ -91,7 +91,7 @@ def recalled(
     """Percentage of the facts' values in the greedy answers; the interval is over persons."""
     asked, places = [fact.messages for fact in facts], [fact.place for fact in facts]
     given = answers(subject, model, tokenizer, asked, "facts", longest, places)
-    return recall(facts, given)["recall"]
+    return recall(facts, given)
 
 
 def cloze(row: Row, model: Llama, tokenizer: Tokenizer, options: Options) -> dict:
