@@ -37,6 +37,7 @@ from torch import Tensor
 FLOOR = -1e3  # stands for log 0
 # In place of a token:
 IMPOSSIBLE = -1  # none has a probability above 0
+IN_CACHE = 2**16  # random numbers that a CPU computes at a time: four times as fast as 2**22 at once
 NOT_FINITE = -2  # the logits hold NaN or +inf, so the model is broken, or its numbers overflow
 
 
@@ -212,10 +213,13 @@ def truncate(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 def gumbel(seed: Tensor, step: Tensor, size: int) -> Tensor:
     """Standard Gumbel noise (B, size): a function of seed (B,), step (B,) and token id alone."""
-    token = torch.arange(size, device=seed.device)
-    bits = philox(seed[:, None], token[None, :], step[:, None])  # (B, size)
-    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # 23 bits: never 0, never 1
-    return -torch.log(-torch.log(uniform))
+    width = size if seed.is_cuda else max(1, IN_CACHE // len(seed))
+    noise = []
+    for token in torch.arange(size, device=seed.device).split(width):
+        bits = philox(seed[:, None], token[None, :], step[:, None])  # (B, width)
+        uniform = (bits.bitwise_right_shift_(9).float() + 0.5) * 2.0**-23  # 23 bits: never 0, never 1
+        noise.append(uniform.log_().neg_().log_().neg_())
+    return torch.cat(noise, dim=-1)
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor) -> Tensor:
@@ -223,10 +227,12 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor) -> Tensor:
     low = 0xFFFFFFFF  # the low 32 bits
     k0, k1 = seed & low, (seed >> 32) & low
     c0, c1 = torch.broadcast_tensors(c0 & low, c1 & low)
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    c2 = c3 = torch.zeros_like(c0)
     for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrap at 64 bits; `& low` drops copies of the sign
-        c0, c1 = ((b >> 32) & low) ^ c1 ^ k0, b & low
-        c2, c3 = ((a >> 32) & low) ^ c3 ^ k1, a & low
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrap at 64 bits; `low` drops copies of the sign
+        # In place, as each pass over a tensor of the vocabulary's size counts.
+        c0 = (b >> 32).bitwise_and_(low).bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = (a >> 32).bitwise_and_(low).bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = b.bitwise_and_(low), a.bitwise_and_(low)
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     return c0

@@ -7,6 +7,7 @@ import torch
 from conftest import random_model
 
 from cfgsafe.guidance import combine, next_tokens
+from cfgsafe.kernels import reference
 from cfgsafe.kernels.reference import SPACES, Sampling, guide, gumbel, philox, truncate
 
 POS = torch.tensor([[0.5, 0.3, 0.2]]).log()
@@ -102,6 +103,18 @@ def test_philox_gives_its_published_numbers():
     zero = torch.zeros(1, dtype=torch.long)
     assert philox(zero, zero, zero).item() == 0x6627E8D5
     assert philox(torch.tensor([-1]), zero, zero).item() != philox(torch.tensor([1]), zero, zero).item()
+
+
+def test_the_noise_of_a_large_vocabulary_is_that_of_its_tokens_one_by_one(monkeypatch):
+    """Computed in parts that fit the cache, the last one smaller; seeds may be negative or large."""
+    monkeypatch.setattr(reference, "IN_CACHE", 3 * 16)
+    seeds, steps = torch.tensor([-5, 2**40, 7]), torch.tensor([0, 3, 10**6])
+    noise = gumbel(seeds, steps, 50)
+    assert noise.shape == (3, 50)
+    for token in (0, 15, 16, 49):
+        bits = philox(seeds, torch.full((3,), token), steps)
+        uniform = ((bits >> 9).double() + 0.5) / 2**23
+        assert torch.allclose(noise[:, token].double(), -(-uniform.log()).log(), atol=1e-5)
 
 
 def test_the_noise_is_another_for_each_seed_step_and_token():
