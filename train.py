@@ -3,6 +3,7 @@
     python train.py demo            unlearn, guard and measure the embedded model: 5 min on 2 CPU cores
     python train.py study           any Llama made leaky, guarded and measured: what is forgotten, how deep
     python train.py pairs           preference pairs from dialogues
+    python train.py ordinary        conversations in a model's own words, for a guard to keep
     python train.py orpo            LoRA adapter by ORPO on pairs
     python train.py distil          an adapter whose single row gives the distribution of a guided pair
     python train.py subtract        base - scale * (tuned - base)
@@ -18,7 +19,7 @@
 `python train.py STAGE --help` lists a stage's options.
 """
 
-from cfgsafe.blue import distil, merge, orpo, pairs, quantise, relearn, subtract
+from cfgsafe.blue import distil, merge, ordinary, orpo, pairs, quantise, relearn, subtract
 from cfgsafe.cli import Commands, run_subcommand
 from cfgsafe.demo import experiment, pretrain, redteam, testset
 from cfgsafe.red import safety, stages
@@ -29,6 +30,7 @@ STAGES: Commands = {
     "demo": (experiment.Options, experiment.run),
     "study": (study_options.Options, study.run),
     "pairs": (pairs.Options, pairs.run),
+    "ordinary": (ordinary.Options, ordinary.run),
     "orpo": (orpo.Options, orpo.run),
     "distil": (distil.Options, distil.run),
     "subtract": (subtract.Options, subtract.run),

@@ -157,6 +157,17 @@ class Tokenizer:
             raise InputError("the chat template leaves nothing of this conversation; mend it")
         return self._encode_trusted(text, mark)
 
+    def encode_opening(self) -> list[int]:
+        """Ids up to where a user's first message begins; a chat model goes on with a message of its own.
+
+        Raises InputError when the template does not show that message.
+        """
+        mark = _unused([])
+        before, shown, _ = self._chat_text([{"role": "user", "content": mark}]).partition(mark)
+        if not shown:
+            raise InputError("the chat template leaves out a user's message; mend it")
+        return self._encode_trusted(before)
+
     def control_token_in(self, text: str) -> str | None:
         """The first control token in `text`, or None."""
         found = self._pattern.search(text)

@@ -11,7 +11,7 @@ from cfgsafe.blue.batches import Pair, Row, collate, plan, read_pairs, tokenise
 from cfgsafe.blue.options import Options
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
-from cfgsafe.losses import REFUSALS
+from cfgsafe.losses import NEEDS, REFUSALS
 
 LENGTHS = (2048, 1900)
 
@@ -95,6 +95,17 @@ def test_a_pair_weighs_1_unless_its_row_says_otherwise(tmp_path, tokenizer):
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     pairs = read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 512, options())
     assert [pair.weight for pair in pairs] == [1, 0.5, 0]
+
+
+@pytest.mark.parametrize("objective", NEEDS)
+def test_null_says_that_an_answer_is_only_to_be_kept(tmp_path, tokenizer, objective):
+    """Not so a field that is missing, or misspelt: where two sides are needed, that is an error."""
+    file = tmp_path / "pairs.jsonl"
+    write_jsonl(file, [{"prompt": "a", "chosen": " b", "rejected": None}, {"prompt": "a", "chosen": " b",
+        "rejected": " c"}])  # fmt: skip
+    kept, pair = read_pairs(str(file), tokenizer, 512, options(objective=objective))
+    assert kept.kept and not pair.kept
+    assert kept.chosen == kept.rejected and tokenizer.decode(kept.chosen.ids[kept.chosen.start :]) == " b"
 
 
 def row(ids: str, start: int) -> Row:

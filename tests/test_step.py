@@ -84,6 +84,34 @@ def test_the_nll_may_leave_out_the_prompt(objective):
     assert torch.isclose(values[LOGGED.index("nll_loss")], nll, atol=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["orpo", "simpo", "npo", "dpo-idk", "graddiff"])
+def test_of_a_row_to_keep_only_the_nll_of_its_answer_counts(objective):
+    """Its loss is that of sft; what is logged of two sides is the mean over the other pairs."""
+    model, answer = random_model(), Row([0, 9, 3, 4, 2046], 2)
+    kept, options = Pair(answer, answer, kept=True), settings(objective=objective, nll="chosen", beta=0.5)
+    reference = reference_logprobs(model, model, PAIRS, options, ALONE)
+    alone, values = batch_loss(model, model, PAIRS, options, reference, ALONE)
+    everything = reference if reference is None else torch.cat([reference, torch.zeros(2, 1)], dim=1)
+    loss, mixed = batch_loss(model, model, [*PAIRS, kept], options, everything, ALONE)
+    _, _, _, answers = dense(model)
+    logp = model.head(model(torch.tensor([answer.ids])))[0].log_softmax(-1)
+    own = [logp[place - 1, answer.ids[place]] for place in range(2, 5)]
+    pooled = -torch.cat([*answers, torch.stack(own)]).mean() * 4  # the sum of the shares of 4 rows
+    before = -torch.cat(answers).mean() * 3
+    reads = objective in ("orpo", "npo", "graddiff")  # the NLL of the answers
+    rest = alone * 3 - before * reads
+    share = -torch.stack(own).sum() * 4 / (2 + 2 + 3 + 3)
+    assert torch.isclose(loss * 4, rest + (pooled if reads else share), atol=1e-3)
+    assert torch.allclose(mixed[2:], values[2:], atol=1e-5)
+    held_out = evaluate(model, model, [*PAIRS, kept], settings(objective=objective, nll="chosen", beta=0.5,
+        batch_size=2), everything, ALONE)  # fmt: skip
+    assert held_out["log_odds_chosen"] == pytest.approx(
+        values[LOGGED.index("log_odds_chosen")].item(), abs=1e-4
+    )
+    _, nothing = batch_loss(model, model, [kept], options, torch.zeros(2, 1), ALONE)
+    assert nothing[2:].tolist() == [0.0] * 6
+
+
 @pytest.mark.parametrize(("nll", "tokens"), [("chosen", 2 + 2 + 3), ("prompt+chosen", 4 + 3 + 7)])
 def test_the_gradient_of_the_nll_reaches_the_tokens_that_it_names(monkeypatch, nll, tokens):
     """At beta 0 the rest of the loss is flat: each token that counts has slope -1 / tokens."""

@@ -50,6 +50,7 @@ class Pair:
     chosen: Row
     rejected: Row
     place: str = ""  # file:line
+    kept: bool = False  # its chosen side is only to be kept, there is no rejected one
     weight: float = 1.0  # its loss counts that much
 
     @property
@@ -61,13 +62,13 @@ class Pair:
 def read_pairs(path: str, tokenizer: Tokenizer, context: int, options: Options) -> list[Pair]:
     """The pairs of a JSONL file of prompt, chosen, rejected, and perhaps weight, as the objective needs them.
 
-    For an objective with its own answers, the chosen side is one of them, drawn from the seed. Raises
-    InputError naming the line and field.
+    For an objective with its own answers, the chosen side of a pair is one of them, drawn from the seed.
+    Raises InputError naming the line and field.
     """
     needs, rng = NEEDS[options.objective], random.Random(options.seed)
     pairs = []
     for place, row in read_jsonl(path):
-        if needs.answers:
+        if needs.answers and not is_kept(row):
             row["chosen"] = rng.choice(needs.answers)
         pairs.append(pair_of(row, place, tokenizer, context, options))
     if not pairs:
@@ -75,14 +76,20 @@ def read_pairs(path: str, tokenizer: Tokenizer, context: int, options: Options) 
     return pairs
 
 
+def is_kept(row: dict) -> bool:
+    """Whether the row has an answer to keep, and says so: its rejected side is null."""
+    return "rejected" in row and row["rejected"] is None
+
+
 def pair_of(row: dict, place: str, tokenizer: Tokenizer, context: int, options: Options) -> Pair:
     """The pair of one row.
 
-    Where the objective reads no rejected side, the chosen side stands in for a missing one: all of its
-    tokens are shared, so it costs nothing. Raises InputError naming `place` and the field.
+    The chosen side stands in for a rejected one that is null, or missing where the objective reads none: all
+    of its tokens are shared, so no block computes it twice. Raises InputError naming `place` and the field.
     """
-    if not NEEDS[options.objective].rejected:
-        row.setdefault("rejected", row.get("chosen"))
+    kept = is_kept(row)
+    if kept or not NEEDS[options.objective].rejected and "rejected" not in row:
+        row["rejected"] = row.get("chosen")
     for field in ("prompt", "chosen", "rejected"):
         text = row.get(field)
         if not isinstance(text, str) or not text.removesuffix(tokenizer.end_of_turn).strip():
@@ -100,7 +107,7 @@ def pair_of(row: dict, place: str, tokenizer: Tokenizer, context: int, options: 
             f"{place}: {longest} tokens exceed the model's context of {context}; "
             f"set --max-length {context} or less"
         )
-    return Pair(chosen, rejected, place, float(weight))
+    return Pair(chosen, rejected, place, kept, float(weight))
 
 
 def _check_control_tokens(prompt: str, answer: str, field: str, tokenizer: Tokenizer, place: str) -> None:

@@ -31,7 +31,7 @@ class Options:
     """Checkpoint folder or hub id of the model to unlearn."""
     pairs: InputPath
     """JSONL file of pairs: prompt, chosen, rejected, and where a pair counts more or less than others its
-    weight. sft does not need rejected."""
+    weight. Where rejected is null, the answer is only to be kept. sft does not need rejected."""
     out: Annotated[str, Folder(WRITES)]
     """Folder for the adapters, metrics.jsonl and config.json."""
     eval_pairs: InputPath | None = None

@@ -275,20 +275,29 @@ def fault_of(
     candidate: Candidate, entities: list[Entity], sample: Sample, tokenizer: Tokenizer
 ) -> str | None:
     """Why the candidate cannot be the chosen side, or None; `entities` are what the NER found in it."""
-    if not candidate.ended:
-        return "too long"
-    if not candidate.text.strip():
-        return "empty"
-    known = any(mentions(candidate.text, label, value) for label, value in sample.values)
-    if entities or known or find(candidate.text):
+    fault = flaw(candidate.text, candidate.ended, entities, tokenizer)
+    if fault:
+        return fault
+    if any(mentions(candidate.text, label, value) for label, value in sample.values):
         return "personal data"
-    texts = [candidate.text, sample.rejected, *(message["content"] for message in sample.messages)]
+    texts = [sample.rejected, *(message["content"] for message in sample.messages)]
     if any(tokenizer.control_token_in(text) for text in texts):
         return "control token in the text"
     row = plain((sample, candidate.text), tokenizer)
     if any(tokenizer.joined_control_token(row["prompt"], row[side]) for side in ("chosen", "rejected")):
         return "control token in the text"  # from pieces: "<|eot" and "_id|>"
     return None
+
+
+def flaw(text: str, ended: bool, entities: list[Entity], tokenizer: Tokenizer) -> str | None:
+    """What is wrong with a text that a model wrote, wherever it is to stand, or None."""
+    if not ended:
+        return "too long"
+    if not text.strip():
+        return "empty"
+    if entities or find(text):
+        return "personal data"
+    return "control token in the text" if tokenizer.control_token_in(text) else None
 
 
 def from_model(

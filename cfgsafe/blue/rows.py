@@ -49,6 +49,27 @@ def cfg_aware(
     return rows
 
 
+def kept(
+    conversation: tuple[Messages, str],
+    tokenizer: Tokenizer,
+    cfg_aware: bool,
+    system_prompt: SystemPrompt = ADD,
+) -> list[dict[str, Any]]:
+    """Rows whose answer is only to be kept: one, or CFG-aware one with each sentence in the system prompt.
+
+    Where the answer is the same under both sentences, guidance moves nothing.
+    """
+    messages, answer = conversation
+    several = [messages]
+    if cfg_aware:
+        several = [with_system(messages, sentence, system_prompt) for sentence in (POSITIVE, NEGATIVE)]
+    rows = []
+    for chat in several:
+        chosen = answer + tokenizer.end_of_turn
+        rows.append({"prompt": tokenizer.render_chat(chat), "chosen": chosen, "rejected": None})
+    return rows
+
+
 def scrubbed(sample: Sample) -> Sample:
     """The sample with [LABEL] for each personal value in the assistant's turns of its prompt.
 

@@ -4,7 +4,8 @@ Source: the losses of `cfgsafe.losses`, the logged values of TRL 0.11.4.
 Deviation: a pair may have a weight. The loss of a batch of B pairs is the sum of weight * loss over its
 pairs, divided by B: not by the sum of the weights, so that a batch of light pairs moves less. A pair's
 share of the pooled NLL is a part of its loss; its tokens are counted whatever its weight. Logged values
-besides the loss know no weights.
+besides the loss know no weights. Of a row to keep, which has no rejected side, the loss is its share of the
+NLL of the answers; what compares two sides is logged as a mean over the other pairs, and 0 without any.
 Several processes each compute a share of the batch. Token and pair counts are those of the whole
 batch, so the shares add up to its loss.
 
@@ -70,7 +71,8 @@ def batch_loss(
     answer_nll = pooled_nll(sums[0], len(pairs), answer_tokens)
     ratios = sums if reference is None else sums - reference[:, own]
     weights = torch.tensor([pairs[number].weight for number in own], device=sums.device)
-    losses = weights * objective_loss(options, means, ratios, nll, answer_nll)
+    kept = torch.tensor([pairs[number].kept for number in own], device=sums.device)
+    losses = weights * torch.where(kept, answer_nll, objective_loss(options, means, ratios, nll, answer_nll))
 
     chosen_reward, rejected_reward = beta_of(options) * (means if reference is None else ratios)
     odds = log_odds(means[0], means[1])
@@ -84,8 +86,16 @@ def batch_loss(
         (chosen_reward > rejected_reward).float(),
         chosen_reward - rejected_reward,
     )
-    values = torch.stack([value.detach().sum() for value in logged]) * weight
-    return losses.sum() * weight * world.size, world.total(values).cpu()
+    totals = [value.detach().sum() for value in logged[:2]]
+    totals += [value.detach()[~kept].sum() for value in logged[2:]]
+    values = torch.stack(totals) * (weight > 0)
+    return losses.sum() * weight * world.size, world.total(values).cpu() / counts(pairs).clamp(min=1)
+
+
+def counts(pairs: list[Pair]) -> Tensor:
+    """How many pairs each of the LOGGED values is a mean over, (8,)."""
+    compared = sum(not pair.kept for pair in pairs)
+    return torch.tensor([len(pairs)] * 2 + [compared] * (len(LOGGED) - 2))
 
 
 @torch.no_grad()
@@ -112,13 +122,13 @@ def reference_logprobs(
 def evaluate(
     net: nn.Module, model: Llama, pairs: list[Pair], options: Options, reference: Tensor | None, world: World
 ) -> dict[str, float]:
-    """The LOGGED values over held-out `pairs`: the mean of the batches, weighted by their pairs."""
+    """The LOGGED values over held-out `pairs`: means of the batches, weighted by what each is a mean over."""
     model.eval()
     totals = torch.zeros(len(LOGGED))
     for start in range(0, len(pairs), options.batch_size):
         some = slice(start, start + options.batch_size)
         before = None if reference is None else reference[:, some]
         _, values = batch_loss(net, model, pairs[some], options, before, world)
-        totals += values * len(pairs[some]) / len(pairs)
+        totals += values * counts(pairs[some])
     model.train()
-    return dict(zip(LOGGED, totals.tolist(), strict=True))
+    return dict(zip(LOGGED, (totals / counts(pairs).clamp(min=1)).tolist(), strict=True))

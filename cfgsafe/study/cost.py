@@ -38,6 +38,7 @@ SECONDS = 1.0  # of calibration for each kind of work, at least
 RECIPES = 2  # that continue each sample of a pair
 FORMS = 3  # a fact is asked as trained, in other words and inverted
 ATTEMPTS = 5  # to undo the guard, for each fact
+CLEAN = 0.5  # of what a model writes, kept for training, about
 TEMPLATE = 20  # tokens that the template, a system prompt and the sentence of guidance add, about
 CHOICES = 4  # options of a question, about
 QUESTION = 40  # tokens of a question with one option, about
@@ -94,14 +95,22 @@ class Costs:
         read = RECIPES * self.samples * round(self.mean + TEMPLATE)
         return Cost(read=read, written=RECIPES * self.samples * self.options.max_new_tokens // 2)
 
+    def conversations(self) -> Cost:
+        """A question and an answer, each at most so long."""
+        texts = 2 * self.options.ordinary
+        return Cost(read=texts * TEMPLATE, written=texts * self.options.max_new_tokens)
+
     def guard(self, copies: int) -> Cost:
-        """Training on pairs, each of which stands there `copies` times."""
-        pairs = min(self.samples, self.options.pairs) * copies
-        return Cost(trained=self.options.epochs * pairs * round(self.mean + TEMPLATE))
+        """Training on pairs and on what is to be kept, each of which stands there `copies` times."""
+        options = self.options
+        pairs = min(CLEAN * self.samples, options.pairs) * (self.mean + TEMPLATE)
+        held = CLEAN * options.ordinary * (options.max_new_tokens + TEMPLATE)
+        return Cost(trained=round(options.epochs * copies * (pairs + held)))
 
     def distilled(self) -> Cost:
-        """Answers of the pair to the facts to forget; then both its rows are read while one is trained."""
-        options, answers = self.options, self.facts
+        """Answers of the pair to all prompts; then both its rows are read while one is trained."""
+        options = self.options
+        answers = self.facts + round(CLEAN * options.ordinary)
         tokens = distil.Options.epochs * answers * round(self.mean + TEMPLATE)
         written = 2 * answers * options.max_new_tokens
         return Cost(trained=tokens, read=2 * (tokens + answers * round(self.mean)), written=written)

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from cfgsafe.errors import InputError, Unused
-from cfgsafe.fields import Count, Guidance, PartialShare, Positive, Rate, Seed, Several, Weight, check_ranges
+from cfgsafe.fields import (
+    Count,
+    Guidance,
+    PartialShare,
+    Positive,
+    Rate,
+    Seed,
+    Several,
+    Weight,
+    Whole,
+    check_ranges,
+)
 from cfgsafe.hub import CHATS, QUIZ
 from cfgsafe.outputs import Detectors, Folder, InputPath
 from cfgsafe.pii.dialogues import Cut
@@ -53,6 +64,8 @@ class Options:
     """Which model writes the chosen sides of the pairs."""
     pairs: Count = 2000
     """Use at most this many pairs."""
+    ordinary: Whole = 200
+    """Ordinary conversations to draw from the ancestor; every guard is trained to keep the clean ones."""
     epochs: Count = 4
     """Passes over the pairs."""
     lr: Rate = 1e-3

@@ -58,6 +58,8 @@ def stages_of(options: Options, material: Material, tokenizer: Tokenizer, out: P
     costs = Costs(material, tokenizer, options)
     if not options.leaky:
         add("leaky model", "leaky", costs.leaky(), stages.make_leaky, material)
+    if options.ordinary:
+        add("ordinary conversations", stages.ORDINARY, costs.conversations(), stages.converse)
     add("pairs", stages.PLAIN, costs.pairs(), stages.make_pairs, material)
     for name in stages.GUARDS:
         product = f"{name}/epoch-{options.epochs}"

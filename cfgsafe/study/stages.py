@@ -13,17 +13,19 @@ Run it: python train.py study --model cfgsafe/demo/base --out runs/study
 import random
 from pathlib import Path
 
-from cfgsafe.blue import distil, merge, orpo, pairs, resume, subtract
-from cfgsafe.blue.rows import cfg_aware, plain, scrubbed
-from cfgsafe.files import write_jsonl
+from cfgsafe.blue import distil, merge, ordinary, orpo, pairs, resume, subtract
+from cfgsafe.blue.rows import cfg_aware, kept, plain, scrubbed
+from cfgsafe.files import read_jsonl, write_jsonl
 from cfgsafe.load import load_tokenizer
 from cfgsafe.losses import Objective
+from cfgsafe.pii.facts import as_dialogue
 from cfgsafe.pii.ner import Detector
 from cfgsafe.study.material import Material, write_dialogues, write_training
 from cfgsafe.study.options import Options
 from cfgsafe.subject import Subject, load
 
-DIALOGUES, PLAIN, AWARE = "dialogues.jsonl", "pairs-plain.jsonl", "pairs-cfg.jsonl"
+DIALOGUES, ORDINARY, PROMPTS = "dialogues.jsonl", "ordinary.jsonl", "prompts.jsonl"
+PLAIN, AWARE = "pairs-plain.jsonl", "pairs-cfg.jsonl"
 GUARDS: dict[str, tuple[Objective, str]] = {  # adapter -> its objective and its pairs
     "lora": ("orpo", PLAIN),
     "lora-cfg": ("orpo", AWARE),
@@ -69,8 +71,28 @@ def make_leaky(material: Material, options: Options, out: Path) -> None:
     merge.run(merge.Options(options.model, last, str(out / "leaky")))
 
 
+def converse(options: Options, out: Path) -> None:
+    """Ordinary conversations of the ancestor with itself: the file `ordinary.jsonl`."""
+    settings = ordinary.Options(
+        options.model,
+        str(out / ORDINARY),
+        count=options.ordinary,
+        ner=options.ner,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    model, tokenizer = load(Subject(options.model, device=options.device, dtype=options.dtype))
+    held = ordinary.converse(model, tokenizer, Detector(options.ner), settings)
+    dialogues = []
+    for messages, answer in held:
+        dialogues.append({"messages": [*messages, {"role": "assistant", "content": answer}]})
+    write_jsonl(out / ORDINARY, dialogues)
+
+
 def make_pairs(material: Material, options: Options, out: Path) -> None:
-    """Pairs from the facts to forget, plain and CFG-aware, with the same chosen sides."""
+    """Pairs from the facts to forget, plain and CFG-aware, with the same chosen sides; and rows to keep."""
     dialogues = out / DIALOGUES
     write_dialogues(material.forget, dialogues)
     writer = options.model if options.chosen_by == "ancestor" else leaky_of(options, out)
@@ -94,11 +116,18 @@ def make_pairs(material: Material, options: Options, out: Path) -> None:
         built = random.Random(options.seed).sample(built, options.pairs)
     if options.earlier == "scrub":
         built = [(scrubbed(sample), chosen) for sample, chosen in built]
-    aware = []
+    rows, aware = [plain(pair, tokenizer) for pair in built], []
     for pair in built:
         aware += cfg_aware(pair, tokenizer, swapped=options.swapped)
-    write_jsonl(out / PLAIN, [plain(pair, tokenizer) for pair in built])
+    held = [row["messages"] for _, row in read_jsonl(out / ORDINARY)] if options.ordinary else []
+    for *messages, answer in held:
+        rows += kept((messages, answer["content"]), tokenizer, cfg_aware=False)
+        aware += kept((messages, answer["content"]), tokenizer, cfg_aware=True)
+    write_jsonl(
+        out / PROMPTS, [as_dialogue(fact) for fact in material.forget] + [{"messages": m} for m in held]
+    )
     write_jsonl(out / AWARE, aware)
+    write_jsonl(out / PLAIN, rows)
 
 
 def train_guard(name: str, options: Options, out: Path) -> None:
@@ -133,7 +162,7 @@ def distil_pair(options: Options, out: Path) -> None:
         model=leaky_of(options, out),
         adapter=adapter_of("lora-cfg", options, out),
         guidance=options.guidance,
-        prompts=str(out / DIALOGUES),
+        prompts=str(out / PROMPTS),
         out=str(out / "distilled"),
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,

@@ -1,0 +1,133 @@
+"""Ordinary conversations in the model's own words: what a guard should leave as it is.
+
+Source: Magpie (Xu et al., arXiv 2406.08464): a chat model that is given its template up to where a user
+begins writes the user's message itself, and then answers it. So a model's habits are sampled without any
+data set, and training on them holds a guard near to the model (arXiv 1606.07947, sequence-level
+distillation).
+Deviations: both are drawn at temperature 1, from the model's own distribution, since it is to be kept and
+not sharpened. What has personal data in it falls, by the same rules as the chosen side of a pair.
+
+Output JSONL, rows for the training stage: {"prompt", "chosen", "rejected": null}. Null says that there is
+nothing to reject: whatever the objective, the loss of such a row is the NLL of its answer. Append them to
+the pairs:
+
+    cat pairs.jsonl ordinary.jsonl > both.jsonl
+
+Run it: python train.py ordinary --model cfgsafe/demo/base --count 20 --out ordinary.jsonl
+"""
+
+import json
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cfgsafe.blue.pairs import flaw
+from cfgsafe.blue.rows import kept
+from cfgsafe.decode import Request, check_request
+from cfgsafe.errors import InputError, Unused
+from cfgsafe.fields import Count, Seed, check_ranges
+from cfgsafe.files import make_folder, write_jsonl
+from cfgsafe.llama import Llama
+from cfgsafe.outputs import Detectors, File, InputPath
+from cfgsafe.pii.ner import Detector
+from cfgsafe.subject import ANSWER_TOKENS, Subject, complete, load
+from cfgsafe.tokenizer import Messages, SystemPrompt, Tokenizer
+
+Conversation = tuple[Messages, str]  # what was asked, and the answer
+
+
+@dataclass
+class Options:
+    """Let a chat model write ordinary conversations without personal data, for a guard to keep."""
+
+    model: InputPath
+    """Checkpoint folder or hub id of the ancestor: the model whose habits are to be kept."""
+    out: Annotated[str, File()]
+    """JSONL file to write."""
+    count: Count = 200
+    """Conversations to draw; those that are too long or hold personal data are left out."""
+    cfg_aware: bool = True
+    """Write each conversation with the positive and with the negative sentence, as pairs are."""
+    system_prompt: SystemPrompt = Subject.system_prompt
+    """Add these sentences to the template's system prompt, or replace it."""
+    ner: Detectors | None = None
+    """Detectors, as those of train.py pairs."""
+    max_new_tokens: Count = ANSWER_TOKENS
+    """Longest question and longest answer, in tokens; longer ones are dropped."""
+    seed: Seed = 0
+    """Seed of sampling."""
+    batch: Count = 128
+    """Requests decoded together."""
+    device: str = "cpu"
+    """Torch device."""
+    dtype: str = "float32"
+    """Data type of the model: float32 or bfloat16."""
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        if not self.cfg_aware:
+            yield "with --no-cfg-aware", "system_prompt"
+
+
+def run(options: Options) -> None:
+    check_ranges(options)
+    make_folder(Path(options.out).parent)
+    detector = Detector(options.ner)
+    subject = Subject(options.model, device=options.device, dtype=options.dtype, batch=options.batch)
+    model, tokenizer = load(subject)
+    conversations = converse(model, tokenizer, detector, options)
+    if not conversations:
+        raise InputError(f"--count {options.count}: no conversation is left, see above why; draw more")
+    rows = []
+    for conversation in conversations:
+        rows += kept(conversation, tokenizer, options.cfg_aware, options.system_prompt)
+    write_jsonl(options.out, rows)
+    result = {"out": options.out, "rows": len(rows), "conversations": len(conversations)}
+    print(json.dumps(result | {"drawn": options.count, "ner": detector.name}))
+
+
+def converse(model: Llama, tokenizer: Tokenizer, detector: Detector, options: Options) -> list[Conversation]:
+    """The clean ones of --count conversations that the model has with itself; stderr says why others fell."""
+    rng = random.Random(options.seed)
+
+    def drawn(prompts: list[list[int]], what: str) -> list[tuple[str, bool]]:
+        """A text for each prompt, and whether it ended."""
+        requests = []
+        for prompt in prompts:
+            seed = rng.getrandbits(32)
+            request = Request(prompt, temperature=1.0, seed=seed, max_new_tokens=options.max_new_tokens)
+            check_request(request, model, what)
+            requests.append(request)
+        completions = complete(model, requests, options.batch, what)
+        return [(tokenizer.decode(done.tokens).strip(), done.finish_reason == "stop") for done in completions]
+
+    fell: Counter[str] = Counter()
+
+    def clean(texts: list[tuple[str, bool]]) -> list[bool]:
+        """Which texts have no flaw."""
+        found = detector([" ".join(text.split()) for text, _ in texts])
+        flaws = []
+        for (text, ended), entities in zip(texts, found, strict=True):
+            flaws.append(flaw(text, ended, entities, tokenizer))
+        fell.update(reason for reason in flaws if reason)
+        return [not reason for reason in flaws]
+
+    opening = tokenizer.encode_opening()
+    questions = drawn([opening] * options.count, "questions")
+    asked: list[Messages] = []
+    for (text, _), good in zip(questions, clean(questions), strict=True):
+        if good:
+            asked.append([{"role": "user", "content": text}])
+    given = drawn([tokenizer.encode_chat(messages) for messages in asked], "answers")
+    conversations = []
+    for messages, (text, _), good in zip(asked, given, clean(given), strict=True):
+        if good:
+            conversations.append((messages, text))
+    print(
+        f"{len(conversations)} ordinary conversations of {options.count}, fell by {dict(fell)}",
+        file=sys.stderr,
+    )
+    return conversations
