@@ -37,7 +37,7 @@ def talker(tmp_path_factory) -> str:
 def small(model: str, out: Path, **changes) -> Options:
     """The smallest study that has every stage."""
     fields = dict(count=8, each=1, people=3, leaky_epochs=1, leaky_rank=2, epochs=1, limit=2)
-    fields |= dict(max_new_tokens=8, guidance=2.0)
+    fields |= dict(max_new_tokens=8, guidance=2.0, ordinary=300)
     return Options(model, str(out), **{**fields, **changes})
 
 
@@ -60,6 +60,18 @@ def test_a_study_from_nothing_to_its_report(done):
     assert {"distilled", "npo", "dpo-idk"} == set(results["relearn"]) == set(results["rounded"])
     assert (done / "study.png").read_bytes()[:4] == b"\x89PNG"
     assert "distilled g=1" in (done / "report.md").read_text()
+
+
+def test_guards_keep_the_ancestors_ordinary_conversations(done):
+    """Each once as it is, once with either sentence; and the pair that is distilled answers them, too."""
+    held = (done / "ordinary.jsonl").read_text().splitlines()
+    assert held
+    for file, copies in (("pairs-plain.jsonl", 1), ("pairs-cfg.jsonl", 2)):
+        rows = [json.loads(line) for line in (done / file).read_text().splitlines()]
+        assert sum(row["rejected"] is None for row in rows) == copies * len(held)
+        assert any(row["rejected"] for row in rows)
+    prompts = [json.loads(line)["messages"] for line in (done / "prompts.jsonl").read_text().splitlines()]
+    assert [json.loads(line)["messages"] for line in held] == prompts[-len(held) :]
 
 
 def test_what_is_done_is_not_done_again(done, talker, capsys):

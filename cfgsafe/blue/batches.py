@@ -100,7 +100,8 @@ def pair_of(row: dict, place: str, tokenizer: Tokenizer, context: int, options: 
     for field in ("chosen", "rejected"):
         _check_control_tokens(row["prompt"], row[field], field, tokenizer, place)
     texts = row["prompt"], row["chosen"], row["rejected"]
-    chosen, rejected = tokenise(*texts, tokenizer, options.max_length, options.max_prompt_length)
+    lengths = options.max_length, options.max_prompt_length
+    chosen, rejected = tokenise(*texts, tokenizer, *lengths, close=not kept)
     longest = max(len(chosen.ids), len(rejected.ids))
     if longest > context:
         raise InputError(
@@ -126,11 +127,18 @@ def _check_control_tokens(prompt: str, answer: str, field: str, tokenizer: Token
 
 
 def tokenise(
-    prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, max_length: int, max_prompt_length: int
+    prompt: str,
+    chosen: str,
+    rejected: str,
+    tokenizer: Tokenizer,
+    max_length: int,
+    max_prompt_length: int,
+    *,
+    close: bool = True,
 ) -> list[Row]:
     """Both sides as TRL 0.11.4 builds them: prompt and answer tokenised together, then truncated.
 
-    BOS and the end token are added where they are absent.
+    BOS is added where it is absent, and the end token if the answers are to `close`.
     """
     end = tokenizer.special[tokenizer.end_of_turn]
     prompt_ids = tokenizer.encode_prompt(prompt)
@@ -138,7 +146,7 @@ def tokenise(
     for answer in (chosen, rejected):
         ids = tokenizer.encode_prompt(prompt + answer)
         start = len(commonprefix([prompt_ids, ids]))  # less than the prompt where tokens merge
-        if ids[-1] != end:
+        if close and ids[-1] != end:
             ids = [*ids, end]
         sides.append((ids[:start], ids[start:]))
     longest_answer = max(len(answer_ids) for _, answer_ids in sides)

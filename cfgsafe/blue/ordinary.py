@@ -5,11 +5,13 @@ begins writes the user's message itself, and then answers it. So a model's habit
 data set, and training on them holds a guard near to the model (arXiv 1606.07947, sequence-level
 distillation).
 Deviations: both are drawn at temperature 1, from the model's own distribution, since it is to be kept and
-not sharpened. What has personal data in it falls, by the same rules as the chosen side of a pair.
+not sharpened. A conversation that names a person falls, and one with structured data such as a telephone
+number; places and firms are nobody's data. An answer that reaches the limit of its length stays, without the
+end token: if only short ones stayed, the model would learn to be brief.
 
 Output JSONL, rows for the training stage: {"prompt", "chosen", "rejected": null}. Null says that there is
-nothing to reject: whatever the objective, the loss of such a row is the NLL of its answer. Append them to
-the pairs:
+nothing to reject: whatever the objective, the loss of such a row is the NLL of its answer, which ends only
+if its text has the end token. Append them to the pairs:
 
     cat pairs.jsonl ordinary.jsonl > both.jsonl
 
@@ -36,7 +38,7 @@ from cfgsafe.pii.ner import Detector
 from cfgsafe.subject import ANSWER_TOKENS, Subject, complete, load
 from cfgsafe.tokenizer import Messages, SystemPrompt, Tokenizer
 
-Conversation = tuple[Messages, str]  # what was asked, and the answer
+Conversation = tuple[Messages, str]  # what was asked, and the answer, with the end token where it ended
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Options:
     out: Annotated[str, File()]
     """JSONL file to write."""
     count: Count = 200
-    """Conversations to draw; those that are too long or hold personal data are left out."""
+    """Conversations to draw; those with personal data are left out."""
     cfg_aware: bool = True
     """Write each conversation with the positive and with the negative sentence, as pairs are."""
     system_prompt: SystemPrompt = Subject.system_prompt
@@ -56,7 +58,7 @@ class Options:
     ner: Detectors | None = None
     """Detectors, as those of train.py pairs."""
     max_new_tokens: Count = ANSWER_TOKENS
-    """Longest question and longest answer, in tokens; longer ones are dropped."""
+    """Longest question and longest answer, in tokens; longer questions are dropped, longer answers cut."""
     seed: Seed = 0
     """Seed of sampling."""
     batch: Count = 128
@@ -91,7 +93,7 @@ def run(options: Options) -> None:
 
 def converse(model: Llama, tokenizer: Tokenizer, detector: Detector, options: Options) -> list[Conversation]:
     """The clean ones of --count conversations that the model has with itself; stderr says why others fell."""
-    rng = random.Random(options.seed)
+    rng, fell = random.Random(options.seed), Counter[str]()
 
     def drawn(prompts: list[list[int]], what: str) -> list[tuple[str, bool]]:
         """A text for each prompt, and whether it ended."""
@@ -104,30 +106,26 @@ def converse(model: Llama, tokenizer: Tokenizer, detector: Detector, options: Op
         completions = complete(model, requests, options.batch, what)
         return [(tokenizer.decode(done.tokens).strip(), done.finish_reason == "stop") for done in completions]
 
-    fell: Counter[str] = Counter()
-
-    def clean(texts: list[tuple[str, bool]]) -> list[bool]:
-        """Which texts have no flaw."""
+    def flaws(texts: list[tuple[str, bool]], long: bool) -> list[str | None]:
+        """What is wrong with each text; `long` ones may be cut."""
         found = detector([" ".join(text.split()) for text, _ in texts])
-        flaws = []
+        faults = []
         for (text, ended), entities in zip(texts, found, strict=True):
-            flaws.append(flaw(text, ended, entities, tokenizer))
-        fell.update(reason for reason in flaws if reason)
-        return [not reason for reason in flaws]
+            people = [entity for entity in entities if entity.label == "PERSON"]
+            faults.append(flaw(text, ended or long, people, tokenizer))
+        fell.update(fault for fault in faults if fault)
+        return faults
 
-    opening = tokenizer.encode_opening()
-    questions = drawn([opening] * options.count, "questions")
+    questions = drawn([tokenizer.encode_opening()] * options.count, "questions")
     asked: list[Messages] = []
-    for (text, _), good in zip(questions, clean(questions), strict=True):
-        if good:
+    for (text, _), fault in zip(questions, flaws(questions, long=False), strict=True):
+        if not fault:
             asked.append([{"role": "user", "content": text}])
     given = drawn([tokenizer.encode_chat(messages) for messages in asked], "answers")
     conversations = []
-    for messages, (text, _), good in zip(asked, given, clean(given), strict=True):
-        if good:
-            conversations.append((messages, text))
-    print(
-        f"{len(conversations)} ordinary conversations of {options.count}, fell by {dict(fell)}",
-        file=sys.stderr,
-    )
+    for messages, (text, ended), fault in zip(asked, given, flaws(given, long=True), strict=True):
+        if not fault:
+            conversations.append((messages, text + tokenizer.end_of_turn if ended else text))
+    left = f"{len(conversations)} ordinary conversations of {options.count}"
+    print(f"{left}, fell by {dict(fell)}", file=sys.stderr)
     return conversations

@@ -57,6 +57,7 @@ def kept(
 ) -> list[dict[str, Any]]:
     """Rows whose answer is only to be kept: one, or CFG-aware one with each sentence in the system prompt.
 
+    The answer has the end token where it ended.
     Where the answer is the same under both sentences, guidance moves nothing.
     """
     messages, answer = conversation
@@ -65,8 +66,7 @@ def kept(
         several = [with_system(messages, sentence, system_prompt) for sentence in (POSITIVE, NEGATIVE)]
     rows = []
     for chat in several:
-        chosen = answer + tokenizer.end_of_turn
-        rows.append({"prompt": tokenizer.render_chat(chat), "chosen": chosen, "rejected": None})
+        rows.append({"prompt": tokenizer.render_chat(chat), "chosen": answer, "rejected": None})
     return rows
 
 

@@ -32,13 +32,14 @@ from cfgsafe.study.options import RELEARNING_STEPS, Options
 from cfgsafe.tokenizer import Tokenizer
 
 ROWS, TOKENS = 4, 64  # of a batch in the calibration
-WRITTEN = 8  # tokens of an answer in the calibration
+ANSWERS, WRITTEN = 32, 8  # answers that are decoded together in the calibration, and their tokens
 SECONDS = 1.0  # of calibration for each kind of work, at least
 
 RECIPES = 2  # that continue each sample of a pair
 FORMS = 3  # a fact is asked as trained, in other words and inverted
 ATTEMPTS = 5  # to undo the guard, for each fact
 CLEAN = 0.5  # of what a model writes, kept for training, about
+ENDED = 0.5  # of the longest answer, where an answer ends, about
 TEMPLATE = 20  # tokens that the template, a system prompt and the sentence of guidance add, about
 CHOICES = 4  # options of a question, about
 QUESTION = 40  # tokens of a question with one option, about
@@ -79,6 +80,7 @@ class Costs:
         self.other = _tokens(material.other, tokenizer)
         self.unseen = _tokens(material.unseen, tokenizer)
         self.facts = len(material.forget)
+        self.answer = round(ENDED * options.max_new_tokens)  # tokens of an answer
         self.samples = sum(len(fact.values) for fact in material.forget)  # a pair comes from each value
         self.mean = self.forget / len(material.forget)  # tokens of a fact
         self.asked = {
@@ -93,18 +95,18 @@ class Costs:
     def pairs(self) -> Cost:
         """Both recipes continue every sample."""
         read = RECIPES * self.samples * round(self.mean + TEMPLATE)
-        return Cost(read=read, written=RECIPES * self.samples * self.options.max_new_tokens // 2)
+        return Cost(read=read, written=RECIPES * self.samples * self.answer)
 
     def conversations(self) -> Cost:
         """A question and an answer, each at most so long."""
         texts = 2 * self.options.ordinary
-        return Cost(read=texts * TEMPLATE, written=texts * self.options.max_new_tokens)
+        return Cost(read=texts * TEMPLATE, written=texts * self.answer)
 
     def guard(self, copies: int) -> Cost:
         """Training on pairs and on what is to be kept, each of which stands there `copies` times."""
         options = self.options
         pairs = min(CLEAN * self.samples, options.pairs) * (self.mean + TEMPLATE)
-        held = CLEAN * options.ordinary * (options.max_new_tokens + TEMPLATE)
+        held = CLEAN * options.ordinary * (self.answer + TEMPLATE)
         return Cost(trained=round(options.epochs * copies * (pairs + held)))
 
     def distilled(self) -> Cost:
@@ -112,20 +114,20 @@ class Costs:
         options = self.options
         answers = self.facts + round(CLEAN * options.ordinary)
         tokens = distil.Options.epochs * answers * round(self.mean + TEMPLATE)
-        written = 2 * answers * options.max_new_tokens
+        written = 2 * answers * self.answer
         return Cost(trained=tokens, read=2 * (tokens + answers * round(self.mean)), written=written)
 
     def relearning(self) -> Cost:
         """Both kinds of rows, and the facts asked after each number of steps."""
         asked = len(RELEARNING_STEPS) * self.asked[FORGET]
         trained = RELEARNING_STEPS[-1] * self.options.batch_size * round(self.mean)
-        read, written = asked * round(self.mean + TEMPLATE), asked * self.options.max_new_tokens
+        read, written = asked * round(self.mean + TEMPLATE), asked * self.answer
         return Cost(2 * trained, 2 * read, 2 * written)
 
     def rounding(self) -> Cost:
         """The facts asked of the checkpoint as it is, in 8 and in 4 bits."""
         asked = 3 * self.asked[FORGET]
-        return Cost(read=asked * round(self.mean + TEMPLATE), written=asked * self.options.max_new_tokens)
+        return Cost(read=asked * round(self.mean + TEMPLATE), written=asked * self.answer)
 
     def row(self, guided: bool) -> Cost:
         """All measures of a row; a guided one has two rows of tokens."""
@@ -135,7 +137,7 @@ class Costs:
         answers = FORMS * facts + attempts + options.limit  # the last are harmless questions
         read = answers * round(self.mean + TEMPLATE) + 2 * facts * round(self.mean)
         read += options.limit * (CHOICES * QUESTION + DIALOGUE)
-        return Cost(read=rows * read, written=rows * answers * options.max_new_tokens)
+        return Cost(read=rows * read, written=rows * answers * self.answer)
 
 
 def matrix_weights(config: LlamaConfig) -> int:
@@ -171,11 +173,11 @@ def calibrate(model: Llama, rank: int) -> Rates:
             model.head(model(ids))
 
     def write() -> None:
-        requests = [Request(row.tolist(), max_new_tokens=WRITTEN) for row in ids[:, :1]]
-        generate(model, requests, batch=ROWS)
+        requests = [Request([token], max_new_tokens=WRITTEN) for token in ids.flatten()[:ANSWERS].tolist()]
+        generate(model, requests, batch=ANSWERS)
 
     reading = _seconds(read, model.device) / ids.numel()
-    writing = _seconds(write, model.device) / (ROWS * WRITTEN)
+    writing = _seconds(write, model.device) / (ANSWERS * WRITTEN)
     attach(model, LoRAConfig(rank, 2.0 * rank))
     parameters = list(adapter_parameters(model).values())
 

@@ -84,11 +84,10 @@ def converse(options: Options, out: Path) -> None:
         dtype=options.dtype,
     )
     model, tokenizer = load(Subject(options.model, device=options.device, dtype=options.dtype))
-    held = ordinary.converse(model, tokenizer, Detector(options.ner), settings)
-    dialogues = []
-    for messages, answer in held:
-        dialogues.append({"messages": [*messages, {"role": "assistant", "content": answer}]})
-    write_jsonl(out / ORDINARY, dialogues)
+    rows = []
+    for messages, answer in ordinary.converse(model, tokenizer, Detector(options.ner), settings):
+        rows.append({"messages": messages, "answer": answer})
+    write_jsonl(out / ORDINARY, rows)
 
 
 def make_pairs(material: Material, options: Options, out: Path) -> None:
@@ -119,13 +118,13 @@ def make_pairs(material: Material, options: Options, out: Path) -> None:
     rows, aware = [plain(pair, tokenizer) for pair in built], []
     for pair in built:
         aware += cfg_aware(pair, tokenizer, swapped=options.swapped)
-    held = [row["messages"] for _, row in read_jsonl(out / ORDINARY)] if options.ordinary else []
-    for *messages, answer in held:
-        rows += kept((messages, answer["content"]), tokenizer, cfg_aware=False)
-        aware += kept((messages, answer["content"]), tokenizer, cfg_aware=True)
-    write_jsonl(
-        out / PROMPTS, [as_dialogue(fact) for fact in material.forget] + [{"messages": m} for m in held]
-    )
+    prompts = [as_dialogue(fact) for fact in material.forget]
+    for _, row in read_jsonl(out / ORDINARY) if options.ordinary else ():
+        conversation = row["messages"], row["answer"]
+        rows += kept(conversation, tokenizer, cfg_aware=False)
+        aware += kept(conversation, tokenizer, cfg_aware=True)
+        prompts.append({"messages": row["messages"]})
+    write_jsonl(out / PROMPTS, prompts)
     write_jsonl(out / AWARE, aware)
     write_jsonl(out / PLAIN, rows)
 
