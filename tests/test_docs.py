@@ -11,11 +11,15 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import pytest
+
+from cfgsafe.demo import exam, experiment, testset
+from cfgsafe.measure import canaries
 
 ROOT = Path(__file__).parents[1]
 READING_ORDER = ("README.md", "docs/training.md", "docs/measuring.md", "docs/guidance.md", "docs/redteam.md")
@@ -64,6 +68,7 @@ RUN_ELSEWHERE = {  # command -> the file and the test that runs it
         "test_an_8b_model_trains_on_the_papers_rows_within_forty_gib",
     ),
 }
+EACH = 2  # test prompts of each slice, or persons planted equally often
 DEFAULT_OUT = {"train.py demo": "demo", "train.py redteam-demo": "redteam"}  # under runs/
 
 
@@ -73,8 +78,33 @@ def runs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+def first(rows: list, group_of: Callable) -> list:
+    """The first `EACH` rows of each group."""
+    counts, kept = Counter(), []
+    for row in rows:
+        counts[group_of(row)] += 1
+        if counts[group_of(row)] <= EACH:
+            kept.append(row)
+    return kept
+
+
 @pytest.fixture
-def run(monkeypatch, capsys, runs) -> Callable[[str], None]:
+def few(monkeypatch):
+    """Few of what no option limits: the slices of their own size in the demo, and the persons planted."""
+    generated, read = testset.test_prompts, canaries.read_persons
+
+    def prompts(*arguments):
+        return first(generated(*arguments), lambda row: row["slice"])
+
+    monkeypatch.setattr(experiment, "test_prompts", prompts)
+    monkeypatch.setattr(exam, "test_prompts", prompts)
+    monkeypatch.setattr(
+        canaries, "read_persons", lambda path: first(read(path), lambda person: person.repeats)
+    )
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, runs, few) -> Callable[[str], None]:
     """Run one command line of a document."""
     monkeypatch.chdir(ROOT)
 
