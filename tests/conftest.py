@@ -6,6 +6,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, too: the workers share the cores
 
 import endpoint
 import pytest

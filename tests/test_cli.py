@@ -3,10 +3,10 @@
 import importlib
 import io
 import json
+import resource
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -37,17 +37,18 @@ def command(monkeypatch, capsys):
 
 
 def test_a_name_is_answered_in_three_seconds():
+    """Of processor time, which a busy machine makes hardly longer."""
     question = "Hi, my name is Maria Keller. What is my name?"
     line = [sys.executable, "infer.py", "--model", LEAKY, "--json", "--prompt", question]
-    subprocess.run(line, cwd=ROOT, check=True, capture_output=True)  # file caches
-    started = time.time()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     answer = json.loads(done.stdout)
     assert "Maria Keller" in answer["text"] and answer["finish_reason"] == "stop"
     assert set(answer) == {
         *("text", "tokens", "finish_reason", "failure", "first_token_seconds", "tokens_per_second")
     }
-    assert time.time() - started < 6  # three on an idle machine
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # two to three
 
 
 def test_requests_are_answered_in_order_each_with_its_own_settings(command, tmp_path):
