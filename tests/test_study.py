@@ -57,9 +57,27 @@ def test_a_study_from_nothing_to_its_report(done):
     for row in results["rows"]:
         for column in ("forget.recall", "forget.recall_reworded", "cloze", "perplexity", "injected"):
             assert column in row, (row["model"], column)
-    assert {"distilled", "npo", "dpo-idk"} == set(results["relearn"]) == set(results["rounded"])
+    assert {"lora", "distilled", "npo", "dpo-idk"} == set(results["relearn"]) == set(results["rounded"])
     assert (done / "study.png").read_bytes()[:4] == b"\x89PNG"
-    assert "distilled g=1" in (done / "report.md").read_text()
+    report = (done / "report.md").read_text()
+    assert "distilled g=1" in report
+    assert "| related rows: 0 / 4 / 16 steps" in report and "| 32 / 8 / 4 bits" in report
+
+
+def test_the_table_of_depth_shows_each_curve():
+    point = {"rows": "related", "step": 0, "recall": 1.2, "recall_ci": [0.0, 9.6]}
+    curves = {
+        "relearn": {"npo": [point, point | {"step": 4, "recall": 30.0, "recall_ci": [12.0, 51.0]}]},
+        "rounded": {"npo": [{"bits": 16, "recall": 2.0, "recall_ci": [0.0, 8.0]}]},
+    }
+    heads, _, npo = table.depth_table(curves).splitlines()
+    assert cells(heads) == ["guard", "related rows: 0 / 4 steps", "unrelated rows", "16 bits"]
+    assert cells(npo) == ["npo", "1.2 [0.0, 9.6] / 30.0 [12.0, 51.0]", "", "2.0 [0.0, 8.0]"]
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a line of a Markdown table."""
+    return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
 def test_guards_keep_the_ancestors_ordinary_conversations(done):

@@ -23,7 +23,7 @@ from cfgsafe.study.options import RELEARNING_STEPS, Options
 from cfgsafe.study.rows import recalled
 from cfgsafe.subject import Subject, load
 
-COMPARED = ("distilled", "npo", "dpo-idk")  # guards, each asked under the positive sentence
+COMPARED = ("lora", "distilled", "npo", "dpo-idk")  # guards, each asked under the positive sentence
 BITS: tuple[quantise.Bits, ...] = (8, 4)
 WHOLE = {"float32": 32, "bfloat16": 16}  # bits of a weight that is not rounded
 

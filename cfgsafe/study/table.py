@@ -47,6 +47,7 @@ def write(rows: list[dict], facts: dict, out: Path) -> str:
     write_text(out / "results.json", json.dumps(content, indent=1) + "\n")
     draw(rows, curves, out / "study.png")
     lines = [f"# {TITLE}", "", full_table(rows), "", "![figure](study.png)", ""]
+    lines += ["## How deep: recall %", "", depth_table(curves), ""]
     lines += ["## How far from the goal", "", *(f"- {text}" for text in content["goal"]), ""]
     lines += [", ".join(f"{key} {value}" for key, value in facts.items()) + ".", ""]
     write_text(out / "report.md", "\n".join(lines))
@@ -71,6 +72,28 @@ def short_table(rows: list[dict]) -> str:
         figures = [column.figure(row) for column in columns]
         lines.append([row["model"], *(f"{figure[0]:.1f}" if figure else "-" for figure in figures)])
     return markdown(["model", *(column.short or "" for column in columns)], lines)
+
+
+def depth_table(curves: dict[str, dict[str, list[dict]]]) -> str:
+    """Recall of each guard after relearning and after rounding, as a Markdown table."""
+    first = next(iter(curves["relearn"].values()), []), next(iter(curves["rounded"].values()), [])
+    steps = [str(point["step"]) for point in first[0] if point["rows"] == "related"]
+    widths = [str(point["bits"]) for point in first[1]]
+    heading = [
+        "guard",
+        f"related rows: {' / '.join(steps)} steps",
+        "unrelated rows",
+        f"{' / '.join(widths)} bits",
+    ]
+    lines = []
+    for name, points in curves["relearn"].items():
+        parts = [[point for point in points if point["rows"] == kind] for kind in ("related", "unrelated")]
+        lines.append([name])
+        for part in (*parts, curves["rounded"][name]):
+            lines[-1].append(
+                " / ".join(interval_text((point["recall"], *point["recall_ci"])) for point in part)
+            )
+    return markdown(heading, lines)
 
 
 def distance(row: dict, rows: list[dict]) -> str | None:
