@@ -9,11 +9,13 @@ from conftest import config, random_model
 
 from cfgsafe.checkpoint import save_checkpoint
 from cfgsafe.errors import InputError
+from cfgsafe.files import write_jsonl
 from cfgsafe.hub import BASE
-from cfgsafe.pii.facts import people
+from cfgsafe.pii.entities import Entity
+from cfgsafe.pii.facts import people, read_facts
 from cfgsafe.study import rows, study, table
 from cfgsafe.study.cost import Cost, Rates, adapter_weights, matrix_weights, predicted
-from cfgsafe.study.material import read_material
+from cfgsafe.study.material import read_material, with_found_values
 from cfgsafe.study.options import Options
 
 QA = [
@@ -78,6 +80,27 @@ def test_the_table_of_depth_shows_each_curve():
 def cells(line: str) -> list[str]:
     """The cells of a line of a Markdown table."""
     return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_values_that_no_file_names_are_found_in_the_answers(tmp_path):
+    """TOFU names none; what stands in the question is not to be recalled."""
+    rows = []
+    for number in range(4):
+        row = {
+            "question": f"Where does Bob {number} live?",
+            "answer": "Bob lives in Ulm.",
+            "subject": f"Bob {number}",
+        }
+        rows.append(row | {"split": "forget05" if number < 2 else "retain"})
+    qa = tmp_path / "tofu.jsonl"
+    write_jsonl(qa, rows)
+    options = Options("m", "o", qa=str(qa), unseen=0.0)
+    detector = lambda texts: [[Entity(0, 3, "PERSON", "Bob"), Entity(13, 16, "GPE", "Ulm")] for _ in texts]
+    found = with_found_values(read_facts(str(qa)), detector)
+    assert [fact.values for fact in found] == [("Ulm",)] * 4
+    material = read_material(options)
+    assert [fact.person for fact in material.forget] == ["Bob 0", "Bob 1"]
+    assert all(fact.values for fact in material.trained)
 
 
 def test_guards_keep_the_ancestors_ordinary_conversations(done):

@@ -1,7 +1,8 @@
 """What a study is about: people to forget, other people the model knows, and people it never met.
 
 Source: the splits of TOFU (Maini et al., arXiv 2401.06121): a forget set, a retain set, and for membership
-inference a set that no model was trained on. Splits are by person, never by question.
+inference a set that no model was trained on. Splits are by person, never by question. Where a file names no
+values, as TOFU's, the NER finds them in the answers.
 Deviation: the guard should protect everybody, so the others are not to be retained: they show whether a
 guard that was made from some people protects people whom it was not made from.
 
@@ -16,6 +17,8 @@ from cfgsafe.demo.testset import lookups
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.pii.facts import Fact, as_dialogue, facts_of, people, read_facts
+from cfgsafe.pii.matching import stands_in
+from cfgsafe.pii.ner import Detector
 from cfgsafe.study.options import Options
 from cfgsafe.tokenizer import Tokenizer
 
@@ -40,6 +43,8 @@ def read_material(options: Options) -> Material:
     """The facts that the options name, by person. Raises InputError where a part would be empty."""
     source = options.qa or options.dialogues
     facts = read_facts(source) if source else facts_of(lookups(options.count, options.seed), "generated")
+    if not any(fact.values for fact in facts):
+        facts = with_found_values(facts, Detector(options.ner))
     facts = [fact for fact in facts if fact.values]
     named = [fact for fact in facts if fact.split.startswith(FORGET)]
     rest = [fact for fact in facts if not fact.split.startswith(FORGET)]
@@ -71,6 +76,16 @@ def _about(facts: list[Fact], chosen: list[str], options: Options) -> list[Fact]
     found: list[Fact] = []
     for person in chosen:
         found += [fact for fact in facts if fact.person == person][: options.each]
+    return found
+
+
+def with_found_values(facts: list[Fact], detector: Detector) -> list[Fact]:
+    """The facts with what the detector finds in their answers, and what their questions do not say."""
+    found = []
+    for fact, entities in zip(facts, detector([fact.answer for fact in facts]), strict=True):
+        values = dict.fromkeys(entity.text for entity in entities)
+        unsaid = tuple(value for value in values if not stands_in(fact.question, value))
+        found.append(replace(fact, values=unsaid))
     return found
 
 
