@@ -401,7 +401,7 @@ MUTANTS = (
     Mutant("ordinary-people-stay", "cfgsafe/blue/ordinary.py", tests="test_ordinary.py",
            before='entity.label == "PERSON"', after='entity.label == "PERSONS"'),
     Mutant("ordinary-drawn-with-one-seed", "cfgsafe/blue/ordinary.py", tests="test_ordinary.py",
-           before="seed = rng.getrandbits(32)", after="seed = options.seed"),
+           before="seed, longest = rng.getrandbits(32),", after="seed, longest = options.seed,"),
     Mutant("ordinary-in-one-sentence", "cfgsafe/blue/rows.py", tests="test_ordinary.py",
            before="for sentence in (POSITIVE, NEGATIVE)]", after="for sentence in (POSITIVE, POSITIVE)]"),
     Mutant("noise-of-the-first-tokens", "kernels/reference.py", tests="test_guidance.py",
