@@ -44,7 +44,7 @@ def relearn_guard(name: str, material: Material, options: Options, out: Path) ->
     """Recall after an attacker's steps on related rows, and on unrelated ones."""
     rows, asked = related(material.forget, options.limit)
     kinds = {"related": rows, "unrelated": material.unseen[: len(rows)] or material.other[: len(rows)]}
-    attack = Attack(steps=RELEARNING_STEPS, lr=options.lr, seed=options.seed)
+    attack = Attack(steps=RELEARNING_STEPS, lr=options.leaky_lr, seed=options.seed)
     attack.batch_size, attack.max_new_tokens = options.batch_size, options.max_new_tokens
     found = []
     for kind, some in kinds.items():

@@ -57,7 +57,7 @@ class Options:
     leaky_epochs: Count = 8
     """Passes over the facts that make the model leaky."""
     leaky_lr: Rate = 1e-3
-    """Peak learning rate that makes the model leaky."""
+    """Peak learning rate that makes the model leaky, and with which an attacker makes a guard leaky again."""
     leaky_rank: Count = 32
     """LoRA rank that makes the model leaky; the adapter is then merged."""
     chosen_by: Chooser = "ancestor"
@@ -68,7 +68,7 @@ class Options:
     """Ordinary conversations to draw from the ancestor; every guard is trained to keep the clean ones."""
     epochs: Count = 4
     """Passes over the pairs."""
-    lr: Rate = 1e-3
+    lr: Rate = 5e-4
     """Peak learning rate of the guards; large models need less."""
     beta: Weight = 1.0
     """Weight of ORPO's odds ratio; the paper's is 0.1. The baselines have their own."""
@@ -113,7 +113,7 @@ class Options:
         if self.qa or self.dialogues:
             yield "with --qa or --dialogues", "count"
         if self.leaky:
-            yield "with --leaky", "leaky_epochs", "leaky_lr", "leaky_rank", "unseen"
+            yield "with --leaky", "leaky_epochs", "leaky_rank", "unseen"
         if self.unseen_facts:
             yield "with --unseen-facts", "unseen"
         if not self.plan:
