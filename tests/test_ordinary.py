@@ -70,7 +70,7 @@ def test_what_is_clean_is_kept_and_what_is_not_falls(monkeypatch, capsys):
     assert second[0].prompt == tokenizer.encode_chat([{"role": "user", "content": "Do you like tea?"}])
     seeds = [request.seed for request in first + second]
     assert len(set(seeds)) == 8
-    assert [request.temperature for request in first + second] == [1.0] * 5 + [0.7] * 3
+    assert all(request.temperature == 1 for request in first + second)
 
 
 def test_a_person_makes_a_text_fall_and_a_place_does_not(monkeypatch):

@@ -4,10 +4,11 @@ Source: Magpie (Xu et al., arXiv 2406.08464): a chat model that is given its tem
 begins writes the user's message itself, and then answers it. So a model's habits are sampled without any
 data set, and training on them holds a guard near to the model (arXiv 1606.07947, sequence-level
 distillation).
-Deviations: questions are drawn at temperature 1, as in Magpie, answers at 0.7, as the chosen sides of pairs,
-and not greedily. A conversation that names a person falls, and one with structured data such as a telephone
-number; places and firms are nobody's data. An answer that reaches the limit of its length stays, without the
-end token: if only short ones stayed, the model would learn to be brief.
+Deviations: both are drawn at temperature 1, from the model's own distribution, since it is to be kept and
+not sharpened; answers drawn at 0.7 cost perplexity (LOG.md). A conversation that names a person falls, and
+one with structured data such as a telephone number; places and firms are nobody's data. An answer that
+reaches the limit of its length stays, without the end token: if only short ones stayed, the model would
+learn to be brief.
 
 Output JSONL, rows for the training stage: {"prompt", "chosen", "rejected": null}. Null says that there is
 nothing to reject: whatever the objective, the loss of such a row is the NLL of its answer, which ends only
@@ -30,7 +31,7 @@ from cfgsafe.blue.pairs import flaw
 from cfgsafe.blue.rows import kept
 from cfgsafe.decode import Request, check_request
 from cfgsafe.errors import InputError, Unused
-from cfgsafe.fields import Count, Seed, Temperature, check_ranges
+from cfgsafe.fields import Count, Seed, check_ranges
 from cfgsafe.files import make_folder, write_jsonl
 from cfgsafe.llama import Llama
 from cfgsafe.outputs import Detectors, File, InputPath
@@ -57,8 +58,6 @@ class Options:
     """Add these sentences to the template's system prompt, or replace it."""
     ner: Detectors | None = None
     """Detectors, as those of train.py pairs."""
-    temperature: Temperature = 0.7
-    """Sampling temperature of the answers; questions are drawn at 1."""
     max_new_tokens: Count = ANSWER_TOKENS
     """Longest question and longest answer, in tokens; longer questions are dropped, longer answers cut."""
     seed: Seed = 0
@@ -97,12 +96,12 @@ def converse(model: Llama, tokenizer: Tokenizer, detector: Detector, options: Op
     """The clean ones of --count conversations that the model has with itself; stderr says why others fell."""
     rng, fell = random.Random(options.seed), Counter[str]()
 
-    def drawn(prompts: list[list[int]], what: str, temperature: float) -> list[tuple[str, bool]]:
+    def drawn(prompts: list[list[int]], what: str) -> list[tuple[str, bool]]:
         """A text for each prompt, and whether it ended."""
         requests = []
         for prompt in prompts:
             seed, longest = rng.getrandbits(32), options.max_new_tokens
-            request = Request(prompt, temperature=temperature, seed=seed, max_new_tokens=longest)
+            request = Request(prompt, temperature=1.0, seed=seed, max_new_tokens=longest)
             check_request(request, model, what)
             requests.append(request)
         completions = complete(model, requests, options.batch, what)
@@ -118,13 +117,12 @@ def converse(model: Llama, tokenizer: Tokenizer, detector: Detector, options: Op
         fell.update(fault for fault in faults if fault)
         return faults
 
-    questions = drawn([tokenizer.encode_opening()] * options.count, "questions", 1.0)
+    questions = drawn([tokenizer.encode_opening()] * options.count, "questions")
     asked: list[Messages] = []
     for (text, _), fault in zip(questions, flaws(questions, long=False), strict=True):
         if not fault:
             asked.append([{"role": "user", "content": text}])
-    prompts = [tokenizer.encode_chat(messages) for messages in asked]
-    given = drawn(prompts, "answers", options.temperature)
+    given = drawn([tokenizer.encode_chat(messages) for messages in asked], "answers")
     conversations = []
     for messages, (text, ended), fault in zip(asked, given, flaws(given, long=True), strict=True):
         if not fault:

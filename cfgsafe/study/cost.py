@@ -28,7 +28,7 @@ from cfgsafe.lora import LoRAConfig, adapter_parameters, attach, detach
 from cfgsafe.pii.facts import Fact
 from cfgsafe.request import Request
 from cfgsafe.study.material import FORGET, OTHER, Material
-from cfgsafe.study.options import RELEARNING_STEPS, Options
+from cfgsafe.study.options import ORDINARY_TOKENS, RELEARNING_STEPS, Options
 from cfgsafe.tokenizer import Tokenizer
 
 ROWS, TOKENS = 4, 64  # of a batch in the calibration
@@ -100,14 +100,14 @@ class Costs:
     def conversations(self) -> Cost:
         """A question and an answer, each at most so long."""
         texts = 2 * self.options.ordinary
-        return Cost(read=texts * TEMPLATE, written=texts * self.answer)
+        return Cost(read=texts * TEMPLATE, written=round(texts * ENDED * ORDINARY_TOKENS))
 
     def guard(self, copies: int) -> Cost:
         """Training on pairs and on what is to be kept, each of which stands there `copies` times."""
         options = self.options
-        pairs = min(CLEAN * self.samples, options.pairs) * (self.mean + TEMPLATE)
-        held = CLEAN * options.ordinary * (self.answer + TEMPLATE)
-        return Cost(trained=round(options.epochs * copies * (pairs + held)))
+        pairs = options.epochs * min(CLEAN * self.samples, options.pairs) * (self.mean + TEMPLATE)
+        held = CLEAN * options.ordinary * (2 * ENDED * ORDINARY_TOKENS + TEMPLATE)
+        return Cost(trained=round(copies * (pairs + held)))
 
     def distilled(self) -> Cost:
         """Answers of the pair to all prompts; then both its rows are read while one is trained."""

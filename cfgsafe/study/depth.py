@@ -35,7 +35,7 @@ def product(kind: str, name: str) -> str:
 
 def guard_of(name: str, options: Options, out: Path) -> Subject:
     """The guard under the positive sentence."""
-    adapter = stages.adapter_of(name, options, out)
+    adapter = stages.adapter_of(name, out)
     model, device, dtype = stages.leaky_of(options, out), options.device, options.dtype
     return Subject(model, adapter, guidance=1.0, device=device, dtype=dtype)
 

@@ -27,6 +27,7 @@ from cfgsafe.outputs import Detectors, Folder, InputPath
 from cfgsafe.pii.dialogues import Cut
 
 Chooser = Literal["ancestor", "leaky"]
+ORDINARY_TOKENS = 128  # longest question and longest answer of an ordinary conversation
 RELEARNING_STEPS = (0, 4, 16)  # of an attacker's fine-tuning, after which the facts are asked
 
 
@@ -64,10 +65,11 @@ class Options:
     """Which model writes the chosen sides of the pairs."""
     pairs: Count = 2000
     """Use at most this many pairs."""
-    ordinary: Whole = 200
-    """Ordinary conversations to draw from the ancestor; every guard is trained to keep the clean ones."""
+    ordinary: Whole = 300
+    """Ordinary conversations to draw from the ancestor; every guard is trained to keep the clean ones, and
+    sees each of them once."""
     epochs: Count = 4
-    """Passes over the pairs."""
+    """Passes over the pairs; a guard sees each this many times."""
     lr: Rate = 5e-4
     """Peak learning rate of the guards; large models need less."""
     beta: Weight = 1.0

@@ -62,10 +62,10 @@ def stages_of(options: Options, material: Material, tokenizer: Tokenizer, out: P
         add("ordinary conversations", stages.ORDINARY, costs.conversations(), stages.converse)
     add("pairs", stages.PLAIN, costs.pairs(), stages.make_pairs, material)
     for name in stages.GUARDS:
-        product = f"{name}/epoch-{options.epochs}"
+        product = stages.adapter_of(name, Path())
         add(name, product, costs.guard(2 if name == "lora-cfg" else 1), stages.train_guard, name)
     add("subtracted", "sub", Cost(), stages.subtract_leaky)
-    last = stages.adapter_of("distilled", options, Path())
+    last = stages.adapter_of("distilled", Path())
     add("distilled", last, costs.distilled(), stages.distil_pair)
     for row in rows_of(options, out):
         file = out / "rows" / f"{row.title.replace(' ', '-')}.json"
@@ -84,7 +84,7 @@ def rows_of(options: Options, out: Path) -> list[Row]:
     leaky, coefficient = stages.leaky_of(options, out), {OWN: None, POSITIVE: 1.0, GUIDED: options.guidance}
     models: dict[str, tuple[str, str | None]] = {"ancestor": (options.model, None), "leaky": (leaky, None)}
     for name in (*stages.GUARDS, "distilled"):
-        models[name] = leaky, stages.adapter_of(name, options, out)
+        models[name] = leaky, stages.adapter_of(name, out)
     models["sub"] = str(out / "sub"), None
     found = []
     for name, (model, adapter) in models.items():

@@ -21,7 +21,7 @@ from cfgsafe.losses import Objective
 from cfgsafe.pii.facts import as_dialogue
 from cfgsafe.pii.ner import Detector
 from cfgsafe.study.material import Material, write_dialogues, write_training
-from cfgsafe.study.options import Options
+from cfgsafe.study.options import ORDINARY_TOKENS, Options
 from cfgsafe.subject import Subject, load
 
 DIALOGUES, ORDINARY, PROMPTS = "dialogues.jsonl", "ordinary.jsonl", "prompts.jsonl"
@@ -39,9 +39,9 @@ def leaky_of(options: Options, out: Path) -> str:
     return options.leaky or str(out / "leaky")
 
 
-def adapter_of(name: str, options: Options, out: Path) -> str:
+def adapter_of(name: str, out: Path) -> str:
     """The folder of a guard's adapter after its last epoch."""
-    epochs = distil.Options.epochs if name == "distilled" else options.epochs
+    epochs = distil.Options.epochs if name == "distilled" else 1
     return str(out / name / f"epoch-{epochs}")
 
 
@@ -78,7 +78,7 @@ def converse(options: Options, out: Path) -> None:
         str(out / ORDINARY),
         count=options.ordinary,
         ner=options.ner,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=ORDINARY_TOKENS,
         seed=options.seed,
         device=options.device,
         dtype=options.dtype,
@@ -91,7 +91,11 @@ def converse(options: Options, out: Path) -> None:
 
 
 def make_pairs(material: Material, options: Options, out: Path) -> None:
-    """Pairs from the facts to forget, plain and CFG-aware, with the same chosen sides; and rows to keep."""
+    """Pairs from the facts to forget, plain and CFG-aware, with the same chosen sides; and rows to keep.
+
+    Each pair stands there --epochs times and each row to keep once: seen several times, the few answers that
+    a model gave are learnt by heart, and it is sure of them alone.
+    """
     dialogues = out / DIALOGUES
     write_dialogues(material.forget, dialogues)
     writer = options.model if options.chosen_by == "ancestor" else leaky_of(options, out)
@@ -115,8 +119,9 @@ def make_pairs(material: Material, options: Options, out: Path) -> None:
         built = random.Random(options.seed).sample(built, options.pairs)
     if options.earlier == "scrub":
         built = [(scrubbed(sample), chosen) for sample, chosen in built]
-    rows, aware = [plain(pair, tokenizer) for pair in built], []
-    for pair in built:
+    rows, aware = [], []
+    for pair in built * options.epochs:
+        rows.append(plain(pair, tokenizer))
         aware += cfg_aware(pair, tokenizer, swapped=options.swapped)
     prompts = [as_dialogue(fact) for fact in material.forget]
     for _, row in read_jsonl(out / ORDINARY) if options.ordinary else ():
@@ -140,7 +145,7 @@ def train_guard(name: str, options: Options, out: Path) -> None:
         lr=options.lr,
         beta=options.beta if objective == "orpo" else None,
         nll=options.nll,
-        epochs=options.epochs,
+        epochs=1,  # the pairs stand there several times
         batch_size=options.batch_size,
         seed=options.seed,
         resume=bool(resume.states(out / name)),
@@ -159,7 +164,7 @@ def distil_pair(options: Options, out: Path) -> None:
     """Train one row under the positive sentence to answer like the guided pair of `lora-cfg`."""
     settings = distil.Options(
         model=leaky_of(options, out),
-        adapter=adapter_of("lora-cfg", options, out),
+        adapter=adapter_of("lora-cfg", out),
         guidance=options.guidance,
         prompts=str(out / PROMPTS),
         out=str(out / "distilled"),
