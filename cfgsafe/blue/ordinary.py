@@ -25,7 +25,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from cfgsafe.blue.pairs import flaw
 from cfgsafe.blue.rows import kept
@@ -38,6 +38,14 @@ from cfgsafe.outputs import Detectors, File, InputPath
 from cfgsafe.pii.ner import Detector
 from cfgsafe.subject import ANSWER_TOKENS, Subject, complete, load
 from cfgsafe.tokenizer import Messages, SystemPrompt, Tokenizer
+
+
+class Text(NamedTuple):
+    """What a model wrote, and whether it ended before its limit."""
+
+    text: str
+    ended: bool
+
 
 Conversation = tuple[Messages, str]  # what was asked, and the answer, with the end token where it ended
 
@@ -95,38 +103,54 @@ def run(options: Options) -> None:
 def converse(model: Llama, tokenizer: Tokenizer, detector: Detector, options: Options) -> list[Conversation]:
     """The clean ones of --count conversations that the model has with itself; stderr says why others fell."""
     rng, fell = random.Random(options.seed), Counter[str]()
-
-    def drawn(prompts: list[list[int]], what: str) -> list[tuple[str, bool]]:
-        """A text for each prompt, and whether it ended."""
-        requests = []
-        for prompt in prompts:
-            seed, longest = rng.getrandbits(32), options.max_new_tokens
-            request = Request(prompt, temperature=1.0, seed=seed, max_new_tokens=longest)
-            check_request(request, model, what)
-            requests.append(request)
-        completions = complete(model, requests, options.batch, what)
-        return [(tokenizer.decode(done.tokens).strip(), done.finish_reason == "stop") for done in completions]
-
-    def flaws(texts: list[tuple[str, bool]], long: bool) -> list[str | None]:
-        """What is wrong with each text; `long` ones may be cut."""
-        found = detector([" ".join(text.split()) for text, _ in texts])
-        faults = []
-        for (text, ended), entities in zip(texts, found, strict=True):
-            people = [entity for entity in entities if entity.label == "PERSON"]
-            faults.append(flaw(text, ended or long, people, tokenizer))
-        fell.update(fault for fault in faults if fault)
-        return faults
-
-    questions = drawn([tokenizer.encode_opening()] * options.count, "questions")
+    opening = tokenizer.encode_opening()
+    questions = drawn([opening] * options.count, model, tokenizer, options, rng, "questions")
     asked: list[Messages] = []
-    for (text, _), fault in zip(questions, flaws(questions, long=False), strict=True):
-        if not fault:
-            asked.append([{"role": "user", "content": text}])
-    given = drawn([tokenizer.encode_chat(messages) for messages in asked], "answers")
+    for question, fault in zip(questions, faults_of(questions, detector, tokenizer), strict=True):
+        if fault:
+            fell[fault] += 1
+        else:
+            asked.append([{"role": "user", "content": question.text}])
+    prompts = [tokenizer.encode_chat(messages) for messages in asked]
+    given = drawn(prompts, model, tokenizer, options, rng, "answers")
+    faults = faults_of(given, detector, tokenizer, cut=True)
     conversations = []
-    for messages, (text, ended), fault in zip(asked, given, flaws(given, long=True), strict=True):
-        if not fault:
-            conversations.append((messages, text + tokenizer.end_of_turn if ended else text))
+    for messages, answer, fault in zip(asked, given, faults, strict=True):
+        if fault:
+            fell[fault] += 1
+        else:
+            conversations.append((messages, answer.text + tokenizer.end_of_turn * answer.ended))
     left = f"{len(conversations)} ordinary conversations of {options.count}"
     print(f"{left}, fell by {dict(fell)}", file=sys.stderr)
     return conversations
+
+
+def drawn(
+    prompts: list[list[int]],
+    model: Llama,
+    tokenizer: Tokenizer,
+    options: Options,
+    rng: random.Random,
+    what: str,
+) -> list[Text]:
+    """What the model writes after each prompt, drawn from its own distribution."""
+    requests = []
+    for prompt in prompts:
+        seed, longest = rng.getrandbits(32), options.max_new_tokens
+        request = Request(prompt, temperature=1.0, seed=seed, max_new_tokens=longest)
+        check_request(request, model, what)
+        requests.append(request)
+    completions = complete(model, requests, options.batch, what)
+    return [Text(tokenizer.decode(done.tokens).strip(), done.finish_reason == "stop") for done in completions]
+
+
+def faults_of(
+    texts: list[Text], detector: Detector, tokenizer: Tokenizer, cut: bool = False
+) -> list[str | None]:
+    """Why each text cannot stay, or None; with `cut` it need not have ended."""
+    found = detector([" ".join(text.text.split()) for text in texts])
+    faults = []
+    for text, entities in zip(texts, found, strict=True):
+        people = [entity for entity in entities if entity.label == "PERSON"]
+        faults.append(flaw(text.text, text.ended or cut, people, tokenizer))
+    return faults
