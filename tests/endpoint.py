@@ -33,7 +33,7 @@ HOSTILE = {
     "strange choices": ((OK, b'\r\n{"choices": {"0": {"text": "x"}}}'), 1, 0.0),
     "not UTF-8": ((OK, b'\r\n{"choices": [{"text": "\xff\xfe"}]}'), 1, 0.0),
     "nothing": ((OK, b"\r\n"), 1, 0.0),
-    "no content": ((b"HTTP/1.1 204 No Content\r\n\r\n",), 1, 0.0),
+    "no content": ((b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n",), 1, 0.0),
     "wait for ever": ((LATER, b"99999999999999999999\r\n\r\n"), 1, 0.0),
     "wait for a strange time": ((LATER, b"Mon, 99 Xyz 99999 99:99:99\r\n\r\n"), 1, 0.0),
 }
