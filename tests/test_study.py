@@ -1,6 +1,8 @@
 """The study: every stage runs on a tiny random model, goes on where it was, and tells what it will cost."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,20 @@ def test_the_table_of_depth_shows_each_curve():
 def cells(line: str) -> list[str]:
     """The cells of a line of a Markdown table."""
     return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_stage_has_freed_goes_back_to_the_system():
+    """Of pieces between pieces that stay, which free() alone keeps."""
+
+    def held() -> int:
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) // 1024
+
+    pieces = [bytes([1]) * 100_000 for _ in range(2000)]  # too small to be mapped one by one
+    del pieces[::2], pieces[::2]
+    before = held()
+    study.give_memory_back()
+    assert before - held() > 50
 
 
 def test_values_that_no_file_names_are_found_in_the_answers(tmp_path):

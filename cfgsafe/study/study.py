@@ -12,6 +12,8 @@ cost; after each, how long it took and how much is left.
 Run it: python train.py study --model cfgsafe/demo/base --out runs/study
 """
 
+import ctypes
+import gc
 import sys
 import time
 from dataclasses import asdict
@@ -103,6 +105,7 @@ def conduct(stages: list[Stage], rates: Rates, device: str, out: Path) -> None:
             continue
         started = time.perf_counter()
         stage.run()
+        give_memory_back()
         seconds = time.perf_counter() - started
         took, expected = took + seconds, expected + rates.seconds(stage.cost)
         row = {"stage": stage.name, "seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(device)}
@@ -112,6 +115,19 @@ def conduct(stages: list[Stage], rates: Rates, device: str, out: Path) -> None:
         left = rest * took / max(expected, 1.0) / 60
         done = f"[{number}/{len(stages)}] {stage.name}: {seconds / 60:.1f} min"
         print(f"{done}, about {left:.0f} min left", file=sys.stderr, flush=True)
+
+
+def give_memory_back() -> None:
+    """Return what a stage has freed to the system.
+
+    glibc keeps it, in pieces, and each stage then takes more: seven GiB after eight stages of a model that
+    trains in two.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other C libraries have none
+        if trim:
+            trim(0)
 
 
 def minutes_of(out: Path) -> float:
