@@ -130,7 +130,9 @@ def draw(rows: list[dict], curves: dict[str, dict[str, list[dict]]], path: Path)
         recall, price = COLUMNS[1].figure(row), row.get("perplexity")
         if recall and price:
             error = reach(*recall)
-            left.errorbar(price, recall[0], yerr=error, label=row["model"], **marker(number, number))
+            left.errorbar(
+                price, recall[0], yerr=error, label=row["model"], **marker(number + number // 10, number)
+            )
     left.set(xlabel="perplexity of held-out dialogues", xscale="log", ylabel="recall in other words, %")
     left.legend(fontsize=7)
     for number, (name, points) in enumerate(curves["relearn"].items()):
@@ -145,7 +147,7 @@ def draw(rows: list[dict], curves: dict[str, dict[str, list[dict]]], path: Path)
                 label=f"{name}, {what} rows",
             )
     middle.set(xlabel="steps of the attacker's fine-tuning", ylabel="recall, %")
-    middle.legend(fontsize=7)
+    middle.legend(fontsize=7, handlelength=4)  # long enough for its dashes
     for number, (name, points) in enumerate(curves["rounded"].items()):
         places = [place + 0.2 * (number - 1) for place in range(len(points))]
         heights = [point["recall"] for point in points]
