@@ -120,8 +120,7 @@ def conduct(stages: list[Stage], rates: Rates, device: str, out: Path) -> None:
 def give_memory_back() -> None:
     """Return what a stage has freed to the system.
 
-    glibc keeps it, in pieces, and each stage then takes more: seven GiB after eight stages of a model that
-    trains in two.
+    glibc keeps it, in pieces, and a long study would hold what its largest stages once needed.
     """
     gc.collect()
     if sys.platform == "linux":
