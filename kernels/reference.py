@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 FLOOR = -1e3  # stands for log 0
+IN_CACHE = 2**16  # random numbers that a CPU computes at a time: four times as fast as 2**22 at once
 # In place of a token:
 IMPOSSIBLE = -1  # none has a probability above 0
-IN_CACHE = 2**16  # random numbers that a CPU computes at a time: four times as fast as 2**22 at once
 NOT_FINITE = -2  # the logits hold NaN or +inf, so the model is broken, or its numbers overflow
 
 
