@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 FLOOR = -1e3  # stands for log 0
-IN_CACHE = 2**16  # random numbers that a CPU computes at a time: four times as fast as 2**22 at once
+IN_CACHE = 2**16  # random numbers that a CPU computes at a time; more leave its cache, and take longer
 # In place of a token:
 IMPOSSIBLE = -1  # none has a probability above 0
 NOT_FINITE = -2  # the logits hold NaN or +inf, so the model is broken, or its numbers overflow
