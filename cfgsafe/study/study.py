@@ -14,6 +14,7 @@ Run it: python train.py study --model cfgsafe/demo/base --out runs/study
 
 import ctypes
 import gc
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -36,10 +37,13 @@ from cfgsafe.study.plan import Stage, stages_of
 from cfgsafe.subject import Subject, load
 
 FREE = ("out", "plan", "teraflops", "device")  # what a study that goes on may change
+PRODUCTS = "64"  # sizes of matrix products whose compiled code a processor keeps
 
 
 def run(options: Options) -> None:
     check(options)
+    # oneDNN compiles a product for each new size, a megabyte of code in bfloat16, and keeps 1,024 of them.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS)
     material = read_material(options)
     tokenizer, out = load_tokenizer(options.model), Path(options.out)
     stages = stages_of(options, material, tokenizer, out)
