@@ -13,6 +13,7 @@ from cfgsafe.checkpoint import save_checkpoint
 from cfgsafe.errors import InputError
 from cfgsafe.files import write_jsonl
 from cfgsafe.hub import BASE
+from cfgsafe.measure.intervals import paired_difference
 from cfgsafe.pii.entities import Entity
 from cfgsafe.pii.facts import people, read_facts
 from cfgsafe.study import rows, study, table
@@ -209,13 +210,19 @@ def test_a_cost_in_seconds():
 
 
 def test_the_distance_from_the_goal():
-    base = {"model": "ancestor", "forget.recall_reworded": 0.0, "perplexity": 10.0, "cloze": 50.0}
+    def right(count: int) -> dict[str, list[int]]:
+        return {"cloze_right": [1] * count + [0] * (100 - count)}
+
+    base = {"model": "ancestor", "forget.recall_reworded": 0.0, "perplexity": 10.0, **right(50)}
     leaky = base | {"model": "leaky", "forget.recall_reworded": 80.0}
-    near = base | {"model": "lora", "forget.recall_reworded": 8.0, "perplexity": 11.0, "cloze": 48.0}
+    near = base | {"model": "lora", "forget.recall_reworded": 8.0, "perplexity": 11.0, **right(48)}
     rows = [base, leaky, near]
     assert table.distance(leaky, rows) is None
     said = table.distance(near, rows)
     assert said.startswith("lora: keeps 10 % of the leaky model's recall in other words, perplexity +10 %,")
-    assert said.endswith("cloze -2.0 points: reached")
-    for change in ({"forget.recall_reworded": 8.1}, {"perplexity": 11.01}, {"cloze": 47.9}):
+    estimate = paired_difference([1] * 48 + [0] * 52, [1] * 50 + [0] * 50).estimate
+    interval = f"[{estimate.low:+.1f}, {estimate.high:+.1f}]"
+    assert estimate.low < -2 < 0 < estimate.high
+    assert said.endswith(f"cloze -2.0 {interval} points: reached")
+    for change in ({"forget.recall_reworded": 8.1}, {"perplexity": 11.01}, right(47)):
         assert table.distance(near | change, rows).endswith(": not reached")

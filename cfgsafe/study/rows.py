@@ -95,13 +95,14 @@ def recalled(
 
 
 def cloze(row: Row, model: Llama, tokenizer: Tokenizer, options: Options) -> dict:
-    """{"cloze", "cloze_ci"}: right options found without being shown, in percent."""
+    """Right options found without being shown, in percent; "cloze_right" says which questions."""
     subject = subject_of(row, options)
     settings = utility.Options(**vars(subject), protocol="cloze", score="loglik", questions=options.questions)
     placed = mmlu_pro.read(options.questions)[: options.limit]
     asked = utility.conversations(placed, settings)
-    figures, _ = utility.by_likelihood(settings, model, tokenizer, placed, asked)
-    return {"cloze": figures["utility"], "cloze_ci": figures["utility_ci"]}
+    figures, columns = utility.by_likelihood(settings, model, tokenizer, placed, asked)
+    right = [int(column["correct"]) for column in columns]
+    return {"cloze": figures["utility"], "cloze_ci": figures["utility_ci"], "cloze_right": right}
 
 
 def perplexity_of(subject: Subject, model: Llama, tokenizer: Tokenizer, options: Options) -> Estimate | None:

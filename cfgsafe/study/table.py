@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cfgsafe.errors import InputError
 from cfgsafe.files import read_json_value, write_text
+from cfgsafe.measure.intervals import paired_difference
 from cfgsafe.report.figures import marker, reach, save_figure, subplots
 from cfgsafe.report.results import Column, interval_text, markdown
 from cfgsafe.study import depth
@@ -103,13 +104,18 @@ def distance(row: dict, rows: list[dict]) -> str | None:
     key = "forget.recall_reworded"
     if row in (base, leaky) or not base or not leaky or not leaky.get(key) or key not in row:
         return None
+    answered = paired_difference(row["cloze_right"], base["cloze_right"])
+    if answered is None:
+        return None
+    points = answered.estimate
     kept = row[key] / leaky[key]
     worse = row["perplexity"] / base["perplexity"]
-    points = row["cloze"] - base["cloze"]
-    met = kept <= KEPT and worse <= WORSE and points >= -POINTS
+    met = kept <= KEPT and worse <= WORSE and points.value >= -POINTS
     return (
-        f"{row['model']}: keeps {100 * kept:.0f} % of the leaky model's recall in other words, perplexity "
-        f"{100 * (worse - 1):+.0f} %, cloze {points:+.1f} points: {'reached' if met else 'not reached'}"
+        f"{row['model']}: keeps {100 * kept:.0f} % of the leaky model's recall in other words, "
+        f"perplexity {100 * (worse - 1):+.0f} %, "
+        f"cloze {points.value:+.1f} [{points.low:+.1f}, {points.high:+.1f}] points: "
+        f"{'reached' if met else 'not reached'}"
     )
 
 
