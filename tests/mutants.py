@@ -414,7 +414,7 @@ MUTANTS = (
     Mutant("study-adapter-costs-nothing", "cfgsafe/study/cost.py", tests="test_study.py",
            before="(4 * P + 6 * A)", after="(4 * P)"),
     Mutant("study-goal-of-the-other-sign", "cfgsafe/study/table.py", tests="test_study.py",
-           before="points >= -POINTS", after="points <= -POINTS"),
+           before="points.value >= -POINTS", after="points.value <= -POINTS"),
     Mutant("study-does-all-again", "cfgsafe/study/study.py", tests="test_study.py",
            before="        if stage.done:", after="        if stage is None:"),
     Mutant("pairs-cut-answers-only", "cfgsafe/pii/dialogues.py", tests="test_pairs.py",
