@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -17,6 +18,7 @@ from . import guidance
 
 # Argument -> its type. Arguments that are missing here are int32 numbers.
 TYPES = dict.fromkeys(("positive", "negative", "seed", "step", "tokens"), "*i64")
+TYPES |= dict.fromkeys(("histograms", "targets"), "*i64") | {"bounds": "*u32"}
 TYPES |= dict.fromkeys(("space", "top_k"), "*i32")
 TYPES |= dict.fromkeys(
     ("guidance", "alpha", "temperature", "top_p", "records", "scores", "logprobs"), "*fp32"
@@ -25,18 +27,24 @@ VOCABULARY = 128256
 
 
 def kernels(logits: str) -> list[tuple[str, ASTSource]]:
-    """Each kernel as the launcher calls it for Llama-3.1, with and without top-k and top-p."""
+    """Each kernel as the launcher calls it for Llama-3.1, in each of its forms."""
     block = guidance.block_size(VOCABULARY)
-    parts = triton.next_power_of_2(triton.cdiv(VOCABULARY, block))
-    sources = []
+    sizes = {"BLOCK": block, "PARTS": triton.next_power_of_2(triton.cdiv(VOCABULARY, block)), "stride_v": 1}
+    forms = [("", guidance.normalise_parts, {}), ("", guidance.choose_tokens, {})]
     for truncates in (False, True):
-        values = {"BLOCK": block, "PARTS": parts, "TRUNCATES": truncates, "stride_v": 1}
-        for kernel in (guidance.normalise_parts, guidance.score_parts, guidance.choose_tokens):
-            constants = {name: values[name] for name in kernel.arg_names if name in values}
-            types = TYPES | {"logits": logits} | dict.fromkeys(constants, "constexpr")
-            signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-            name = kernel.__name__ + (" top-k, top-p" if truncates else "")
-            sources.append((name, ASTSource(kernel, signature, constants)))
+        name = " top-k, top-p" if truncates else ""
+        forms.append((name, guidance.score_parts, {"TRUNCATES": truncates}))
+    for (kind, name), level in product(enumerate((" top-k", " top-p")), range(guidance.LEVELS.value)):
+        for kernel in (guidance.count_digits, guidance.narrow):
+            forms.append((f"{name} level {level}", kernel, {"KIND": kind, "LEVEL": level}))
+    forms.append((" top-k, top-p", guidance.draw_parts, {}))
+    sources = []
+    for name, kernel, form in forms:
+        values = sizes | form
+        constants = {argument: values[argument] for argument in kernel.arg_names if argument in values}
+        types = TYPES | {"logits": logits} | dict.fromkeys(constants, "constexpr")
+        signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
+        sources.append((kernel.__name__ + name, ASTSource(kernel, signature, constants)))
     return sources
 
 
@@ -55,7 +63,7 @@ def main(capability: int) -> None:
     target = GPUTarget("cuda", capability, 32)
     for logits in ("*bf16", "*fp32"):
         for name, source in kernels(logits):
-            compiled = triton.compile(source, target=target, options={"num_warps": 8})
+            compiled = triton.compile(source, target=target, options={"num_warps": guidance.WARPS})
             used = resources(compiled.asm["cubin"])
             usage = f"{used['REG']} registers, {used['SHARED']} bytes shared"
             spills = used["STACK"] + used["LOCAL"]

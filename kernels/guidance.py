@@ -8,21 +8,25 @@ A row of V tokens is cut into S parts of BLOCK tokens; each part has a record of
     request b           part 0      part 1    ...   part S-1
     positive row     [  BLOCK  ] [  BLOCK  ]      [  BLOCK  ]     read in passes 1 and 2
     negative row     [  BLOCK  ] [  BLOCK  ]      [  BLOCK  ]     read in passes 1 and 2
+    scores           [  BLOCK  ] [  BLOCK  ]      [  BLOCK  ]     only with top-k or top-p
     records          [   10    ] [   10    ]      [   10    ]
 
-    Pass 1 of 3  normalise_parts  Program (b, s) reads part s of both rows and records maximum and
-                                  sum of exponentials of each.
-    Pass 2 of 3  score_parts      Program (b, s) joins all records of b to the normalisers of both
-                                  rows, reads part s again, and records its best guided token.
-    Pass 3 of 3  choose_tokens    Program (b,) picks the best of the parts. For top-k and top-p it
-                                  searches the V scores of its row, which pass 2 has stored.
+    1  normalise_parts  Program (b, s) reads part s of both rows and records maximum and sum of
+                        exponentials of each.
+    2  score_parts      Program (b, s) joins all records of b to the normalisers of both rows, reads
+                        part s again, and records its best guided token.
+    3  count_digits     Only with top-k or top-p, in three levels each: program (b, s) reads the scores
+       narrow           of part s, and program (b,) finds the next digit of the bound (truncation.py).
+       draw_parts       Then program (b, s) records the best token of part s that stays.
+    4  choose_tokens    Program (b,) picks the best of the parts.
 
-No pass waits for the host, so a CUDA graph can hold all three. BLOCK depends on V alone: one request
-fills a GPU, and the batch does not change a row's result. Requests go in groups whose logits fit in
-half of the L2 cache, from which pass 2 then reads.
+No pass waits for the host, so a CUDA graph can hold all. BLOCK depends on V alone: one request fills a
+GPU, and the batch does not change a row's result.
 
 Run it: python -m cfgsafe.bench guidance --device cuda
 """
+
+from itertools import product
 
 import torch
 import triton
@@ -30,12 +34,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import FLOOR, IMPOSSIBLE, NOT_FINITE, SPACES, Sampling
+from .truncation import (
+    BINS,
+    COUNT,
+    KINDS,
+    LEVELS,
+    MINUS_INF,
+    ONE,
+    add_digits,
+    float_of,
+    histogram_of,
+    least_kept,
+    narrow,
+)
 
 # Triton reads only those globals that are constexpr.
 LOG_OF_ZERO = tl.constexpr(FLOOR)
 NO_TOKEN = tl.constexpr(IMPOSSIBLE)
 BROKEN = tl.constexpr(NOT_FINITE)
-MINUS_INF = tl.constexpr(float("-inf"))
 PLUS_INF = tl.constexpr(float("inf"))
 PROB = tl.constexpr(SPACES.index("prob"))
 LOG = tl.constexpr(SPACES.index("log"))
@@ -55,6 +71,7 @@ RECORD = tl.constexpr(10)
 
 MOST_PARTS = 128
 LEAST_BLOCK = 2048
+WARPS = 8  # of a program
 
 
 @triton.jit
@@ -123,11 +140,9 @@ def guided_scores(log_pos, log_neg, g, space):
 
 
 @triton.jit
-def normalise_parts(
-    logits, positive, negative, records, first, V, stride_r, stride_v, S, BLOCK: tl.constexpr
-):
-    """Pass 1 of 3: maximum and sum of exponentials of one part of both rows."""
-    b, s = tl.program_id(0) + first, tl.program_id(1)
+def normalise_parts(logits, positive, negative, records, V, stride_r, stride_v, S, BLOCK: tl.constexpr):
+    """Pass 1: maximum and sum of exponentials of one part of both rows."""
+    b, s = tl.program_id(0), tl.program_id(1)
     token = s * BLOCK + tl.arange(0, BLOCK)
     pos, neg = tl.load(positive + b), tl.load(negative + b)
     record = records + (b * S + s) * RECORD
@@ -143,10 +158,10 @@ def normalise_parts(
 @triton.jit
 def score_parts(
     logits, positive, negative, guidance, space, alpha, temperature, seed, step, records, scores,
-    first, V, stride_r, stride_v, S, BLOCK: tl.constexpr, PARTS: tl.constexpr, TRUNCATES: tl.constexpr,
+    V, stride_r, stride_v, S, BLOCK: tl.constexpr, PARTS: tl.constexpr, TRUNCATES: tl.constexpr,
 ):  # fmt: skip
-    """Pass 2 of 3: the guided score of each token of one part, and the part's best token."""
-    b, s = tl.program_id(0) + first, tl.program_id(1)
+    """Pass 2: the guided score of each token of one part, and the part's best token."""
+    b, s = tl.program_id(0), tl.program_id(1)
     token = s * BLOCK + tl.arange(0, BLOCK)
     pos, neg = tl.load(positive + b), tl.load(negative + b)
     # Log-probabilities of the positive row.
@@ -187,39 +202,62 @@ def score_parts(
 
 
 @triton.jit
-def choose_tokens(
-    tokens, logprobs, negative, temperature, top_k, top_p, seed, step, records, scores, first, V, S,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, TRUNCATES: tl.constexpr,
+def count_digits(
+    scores, temperature, top_k, top_p, records, histograms, bounds, V, S,
+    KIND: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Pass 3 of 3: the best token of a row, after top-k and top-p if the request asks for them."""
-    b = tl.program_id(0) + first
+    """Pass 3: add one part of a row to the histogram of a kind and level."""
+    b, s = tl.program_id(0), tl.program_id(1)
+    temp, k, p = tl.load(temperature + b), tl.load(top_k + b), tl.load(top_p + b)
+    asked = (k > 0) if KIND == COUNT else (p < 1)
+    if asked & (temp > 0):
+        score = load_scores(scores, b, s, V, BLOCK)
+        if KIND == COUNT:
+            weight = tl.where(score > MINUS_INF, 1, 0).to(tl.int64)
+        else:
+            top = tl.max(load_records(records, b, S, SCORE_MAX, MINUS_INF, PARTS), 0) / temp
+            mass = tl.where(score > MINUS_INF, tl.exp(score - top), 0.0)
+            weight = (mass * ONE).to(tl.int64)
+            if k > 0:
+                weight = tl.where(score >= float_of(tl.load(bounds + b * KINDS + COUNT)), weight, 0)
+        bound = tl.load(bounds + b * KINDS + KIND)
+        add_digits(score, weight, bound, histogram_of(histograms, b, KIND, LEVEL), LEVEL)
+
+
+@triton.jit
+def draw_parts(scores, temperature, top_k, top_p, seed, step, records, bounds, V, S, BLOCK: tl.constexpr):
+    """Pass 3: record the best draw of one part among the tokens that stay."""
+    b, s = tl.program_id(0), tl.program_id(1)
+    temp, k, p = tl.load(temperature + b), tl.load(top_k + b), tl.load(top_p + b)
+    if (temp > 0) & ((k > 0) | (p < 1)):
+        score = load_scores(scores, b, s, V, BLOCK)
+        kept = (score >= least_kept(bounds, b, k, p)) & (score > MINUS_INF)
+        noise = gumbel(tl.load(seed + b), s * BLOCK + tl.arange(0, BLOCK), tl.load(step + b))
+        draw = tl.where(kept, score + noise, MINUS_INF)
+        at = tl.argmax(draw, 0)
+        record = records + (b * S + s) * RECORD
+        tl.store(record + DRAW_MAX, tl.max(draw, 0))
+        tl.store(record + DRAW_TOKEN, (s * BLOCK + at).to(tl.float32))
+        tl.store(record + DRAW_SCORE, tl.sum(tl.where(tl.arange(0, BLOCK) == at, score, 0.0), 0) * temp)
+
+
+@triton.jit
+def load_scores(scores, b, s, V, BLOCK: tl.constexpr):
+    """Guided score / temperature of each token of part s, as pass 2 has stored it; -inf from V on."""
+    token = s * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(scores + b.to(tl.int64) * V + token, mask=token < V, other=MINUS_INF)
+
+
+@triton.jit
+def choose_tokens(tokens, logprobs, negative, records, S, PARTS: tl.constexpr):
+    """Pass 4: the best token of a row."""
+    b = tl.program_id(0)
     of_row = records + b * S * RECORD
     pos_maxima = load_records(records, b, S, POS_MAX, MINUS_INF, PARTS)
-    max_score, lse = join(records, b, S, SCORE_MAX, SCORE_SUM, PARTS)
+    _, lse = join(records, b, S, SCORE_MAX, SCORE_SUM, PARTS)
     winner = tl.argmax(load_records(records, b, S, DRAW_MAX, MINUS_INF, PARTS), 0)
     token = tl.load(of_row + winner * RECORD + DRAW_TOKEN).to(tl.int64)
     score = tl.load(of_row + winner * RECORD + DRAW_SCORE)
-
-    if TRUNCATES:
-        temp, k, p = tl.load(temperature + b), tl.load(top_k + b), tl.load(top_p + b)
-        if (temp > 0) & ((k > 0) | (p < 1)) & (lse > MINUS_INF):
-            row = scores + b.to(tl.int64) * V  # guided scores / temperature
-            top = max_score / temp
-            nothing = tl.full((), float("-inf"), tl.float32)
-            count = tl.where(k > 0, k, V).to(tl.float32)
-            bound = bisect(row, V, top, nothing, count, 0, BLOCK)
-            if p < 1:
-                bound = bisect(row, V, top, bound, p * mass(row, V, top, bound, 1, BLOCK), 1, BLOCK)
-            best, token = nothing, token * 0
-            for start in range(0, V, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                kept = tl.load(row + at, mask=at < V, other=MINUS_INF)
-                noise = gumbel(tl.load(seed + b), at, tl.load(step + b))
-                draw = tl.where((kept >= bound) & (kept > MINUS_INF), kept + noise, MINUS_INF)
-                largest = tl.max(draw, 0)
-                token = tl.where(largest > best, (start + tl.argmax(draw, 0)).to(tl.int64), token)
-                best = tl.maximum(best, largest)
-            score = tl.load(row + token) * temp
 
     # Nothing left: the positive row's most likely token.
     fallback = tl.load(of_row + tl.argmax(pos_maxima, 0) * RECORD + POS_TOKEN).to(tl.int64)
@@ -235,51 +273,6 @@ def choose_tokens(
     token = tl.where(broken, BROKEN, tl.where(none, NO_TOKEN, token))
     tl.store(tokens + b, token)
     tl.store(logprobs + b, tl.where(none | broken, float("nan"), logprob))
-
-
-@triton.jit
-def mass(row, V, top, bound, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Over the scores >= bound: the sum of exp(score - top) if BY_MASS, else their number."""
-    total = 0.0
-    for start in range(0, V, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        score = tl.load(row + at, mask=at < V, other=MINUS_INF)
-        counted = tl.exp(score - top) if BY_MASS else tl.full([BLOCK], 1.0, tl.float32)
-        total += tl.sum(tl.where((score >= bound) & (score > MINUS_INF), counted, 0.0), 0)
-    return total
-
-
-@triton.jit
-def key_of(x):
-    """An int32 that orders as the float32 x does.
-
-    The bits of positive floats, read as integers, are in order. Those of negative floats are in
-    reverse order, so all but the sign are flipped; the same flip leads back, in `float_of`.
-    """
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def float_of(key):
-    """The float32 with this key."""
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def bisect(row, V, top, least, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest bound >= least for which `mass` of the scores >= bound is at least `wanted`.
-
-    It halves the range of keys, not of values: there are 2^32 keys, so 33 rounds end at one float32.
-    """
-    low, high = key_of(least).to(tl.int64), key_of(top).to(tl.int64)  # the answer is within
-    for _ in range(33):
-        middle = (low + high + 1) >> 1
-        holds = mass(row, V, top, float_of(middle.to(tl.int32)), BY_MASS, BLOCK) >= wanted
-        low = tl.where(holds, middle, low)
-        high = tl.where(holds, high, middle - 1)
-        high = tl.maximum(high, low)
-    return float_of(low.to(tl.int32))
 
 
 def block_size(vocabulary: int) -> int:
@@ -298,27 +291,38 @@ def next_tokens(logits: Tensor, sampling: Sampling, block: int | None = None) ->
     scores = torch.empty((B, V) if sampling.truncates else (1, 1), device=device, dtype=torch.float32)
     tokens = torch.empty(B, device=device, dtype=torch.int64)
     logprobs = torch.empty(B, device=device, dtype=torch.float32)
-    s, group = sampling, rows_at_once(logits)
-    for first in range(0, B, group):
-        n = min(group, B - first)
-        normalise_parts[(n, S)](
-            logits, s.positive, s.negative, records, first, V, *strides, S, BLOCK=BLOCK, num_warps=8
-        )
-        score_parts[(n, S)](
-            logits, s.positive, s.negative, s.guidance, s.space, s.alpha, s.temperature, s.seed, s.step,
-            records, scores, first, V, *strides, S,
-            BLOCK=BLOCK, PARTS=PARTS, TRUNCATES=s.truncates, num_warps=8,
+    s = sampling
+    normalise_parts[(B, S)](
+        logits, s.positive, s.negative, records, V, *strides, S, BLOCK=BLOCK, num_warps=WARPS
+    )
+    score_parts[(B, S)](
+        logits, s.positive, s.negative, s.guidance, s.space, s.alpha, s.temperature, s.seed, s.step,
+        records, scores, V, *strides, S, BLOCK=BLOCK, PARTS=PARTS, TRUNCATES=s.truncates, num_warps=WARPS,
+    )  # fmt: skip
+    if s.truncates:
+        bounds = find_bounds(scores, records, sampling, BLOCK)
+        draw_parts[(B, S)](
+            scores, s.temperature, s.top_k, s.top_p, s.seed, s.step, records, bounds, V, S,
+            BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-        choose_tokens[(n,)](
-            tokens, logprobs, s.negative, s.temperature, s.top_k, s.top_p, s.seed, s.step, records, scores,
-            first, V, S, BLOCK=BLOCK, PARTS=PARTS, TRUNCATES=s.truncates, num_warps=8,
-        )  # fmt: skip
+    choose_tokens[(B,)](tokens, logprobs, s.negative, records, S, PARTS=PARTS, num_warps=WARPS)
     return tokens, logprobs
 
 
-def rows_at_once(logits: Tensor) -> int:
-    """Number of requests whose logits fit in half of the GPU's L2 cache."""
-    if not logits.is_cuda:
-        return 1 << 30
-    cache = torch.cuda.get_device_properties(logits.device).L2_cache_size
-    return max(1, cache // 2 // (2 * logits.shape[-1] * logits.element_size()))
+def find_bounds(scores: Tensor, records: Tensor, sampling: Sampling, block: int) -> Tensor:
+    """The keys of the least scores (B, V) / temperature that top-k and top-p keep, (B, KINDS) uint32.
+
+    Rows that do not ask for one of them, and greedy ones, have no bound there.
+    """
+    (B, V), S = scores.shape, records.shape[1]
+    s, shape = sampling, (B, KINDS.value, LEVELS.value, BINS.value)
+    histograms = torch.zeros(shape, device=scores.device, dtype=torch.int64)
+    targets = torch.zeros(shape[:2], device=scores.device, dtype=torch.int64)
+    bounds = torch.zeros(shape[:2], device=scores.device, dtype=torch.uint32)
+    for kind, level in product(range(KINDS.value), range(LEVELS.value)):
+        count_digits[(B, S)](
+            scores, s.temperature, s.top_k, s.top_p, records, histograms, bounds, V, S,
+            KIND=kind, LEVEL=level, BLOCK=block, PARTS=triton.next_power_of_2(S), num_warps=WARPS,
+        )  # fmt: skip
+        narrow[(B,)](s.top_k, s.top_p, histograms, bounds, targets, KIND=kind, LEVEL=level, num_warps=WARPS)
+    return bounds
