@@ -38,6 +38,7 @@ COLUMNS = (
     Column("perplexity", "perplexity", "perplexity"),
 )
 KEPT, WORSE, POINTS = 0.1, 1.1, 2.0  # of the goal
+BELOW = {"fontsize": 7, "loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}  # a panel's legend
 
 
 def write(rows: list[dict], facts: dict, out: Path) -> str:
@@ -140,7 +141,7 @@ def draw(rows: list[dict], curves: dict[str, dict[str, list[dict]]], path: Path)
                 price, recall[0], yerr=error, label=row["model"], **marker(number + number // 10, number)
             )
     left.set(xlabel="perplexity of held-out dialogues", xscale="log", ylabel="recall in other words, %")
-    left.legend(fontsize=7)
+    left.legend(**BELOW, ncols=3)
     for number, (name, points) in enumerate(curves["relearn"].items()):
         for dashes, what in (("-", "related"), ("--", "unrelated")):
             line = [point for point in points if point["rows"] == what]
@@ -153,7 +154,7 @@ def draw(rows: list[dict], curves: dict[str, dict[str, list[dict]]], path: Path)
                 label=f"{name}, {what} rows",
             )
     middle.set(xlabel="steps of the attacker's fine-tuning", ylabel="recall, %")
-    middle.legend(fontsize=7, handlelength=4)  # long enough for its dashes
+    middle.legend(**BELOW, ncols=2, handlelength=4)  # long enough for its dashes
     for number, (name, points) in enumerate(curves["rounded"].items()):
         places = [place + 0.2 * (number - 1) for place in range(len(points))]
         heights = [point["recall"] for point in points]
@@ -163,7 +164,7 @@ def draw(rows: list[dict], curves: dict[str, dict[str, list[dict]]], path: Path)
     widths = [str(point["bits"]) for point in next(iter(curves["rounded"].values()), [])]
     right.set_xticks(range(len(widths)), widths)
     right.set(xlabel="bits of a weight", ylabel="recall, %")
-    right.legend(fontsize=7)
+    right.legend(**BELOW, ncols=4)
     for panel in (left, middle, right):
         panel.set_ylim(-3, 103)
         panel.grid(alpha=0.3)
