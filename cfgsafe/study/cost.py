@@ -24,6 +24,7 @@ from cfgsafe.blue.memory import step_bytes
 from cfgsafe.config import LlamaConfig
 from cfgsafe.decode import generate
 from cfgsafe.llama import Llama
+from cfgsafe.logprobs import LOGIT_BYTES
 from cfgsafe.lora import LoRAConfig, adapter_parameters, attach, detach
 from cfgsafe.pii.facts import Fact
 from cfgsafe.request import Request
@@ -44,6 +45,7 @@ TEMPLATE = 20  # tokens that the template, a system prompt and the sentence of g
 CHOICES = 4  # options of a question, about
 QUESTION = 40  # tokens of a question with one option, about
 DIALOGUE = 60  # tokens of a held-out dialogue, about
+CHARACTERS = 4  # of a token, about
 
 
 @dataclass(frozen=True)
@@ -197,19 +199,29 @@ def _tokens(facts: list[Fact], tokenizer: Tokenizer) -> int:
     return sum(len(tokenizer.encode_prompt(tokenizer.render_chat(f.messages) + f.answer)) for f in facts)
 
 
-def training_memory(config: LlamaConfig, rank: int, slots: int, weight_bytes: int) -> int:
-    """Peak bytes of a training step over `slots` tokens, with the weights of the model."""
+def training_memory(config: LlamaConfig, material: Material, options: Options) -> int:
+    """Peak bytes of the largest training step, and of the weights.
+
+    The formula counts tensors. What an interpreter, the libraries and freed memory in pieces take comes on
+    top: on a CPU a few GiB.
+    """
+    width = 4 if options.dtype == "float32" else 2
+    longest = max(len(fact.question) + 2 * len(fact.answer) for fact in material.trained) // CHARACTERS
+    if options.ordinary:
+        longest = max(longest, 2 * ORDINARY_TOKENS)
+    slots = options.batch_size * (longest + TEMPLATE)
     step = step_bytes(
         config,
         slots=slots,
         reads=slots,
-        adapter=adapter_weights(config, rank),
-        rank=rank,
-        activation=weight_bytes,
+        adapter=adapter_weights(config, options.leaky_rank),
+        rank=options.leaky_rank,
+        activation=width,
         recomputed=0,
+        logits=LOGIT_BYTES["cuda" if options.device.startswith("cuda") else "cpu"],
     )
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return (matrix_weights(config) + embedding) * weight_bytes + step.total
+    return (matrix_weights(config) + embedding) * width + step.total
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:

@@ -82,14 +82,12 @@ def describe(options: Options, material: Material, stages: list[Stage], rates: R
         lines.append([stage.name, str(cost.trained), str(cost.read), str(cost.written), done])
     left = sum((stage.cost for stage in stages if not stage.done), Cost())
     config = read_config(resolve(options.model, weights=False))
-    width = 4 if options.dtype == "float32" else 2
-    slots = options.batch_size * 2 * max(len(fact.answer) for fact in material.trained) // 4 + 64
-    memory = training_memory(config, options.leaky_rank, slots, width) / 2**30
+    memory = training_memory(config, material, options) / 2**30
     how = "predicted from operations" if options.teraflops else "predicted from a calibration on this machine"
     people = f"{len(material.forget)} facts to forget, {len(material.other)} about others, "
     people += f"{len(material.unseen)} never seen"
     table_of_costs = markdown(["stage", "tokens trained", "read", "written", "minutes"], lines)
-    total = f"{rates.seconds(left) / 60:.0f} minutes and {memory:.1f} GiB at the peak, {how}."
+    total = f"{rates.seconds(left) / 60:.0f} minutes and at least {memory:.1f} GiB, {how}."
     return "\n".join([people, table_of_costs, total])
 
 
