@@ -2,18 +2,19 @@
 
 Source: radix selection by histograms, as in Alabi et al., "Fast k-selection algorithms for graphics
 processing units" (JEA 2012); what top-k and top-p mean is reference.truncate.
-Deviation: masses are whole numbers, 2^44 for the best token. Whole numbers have the same sum in any order, so
-the programs of a row can add to one histogram, and a result depends neither on the batch nor on chance.
+Deviation: masses are whole numbers, 2^44 for the best token. Whole numbers have the same sum in any
+order, so the programs of a row can add to one histogram, and a result depends neither on the batch
+nor on chance.
 
-The bits of a score become a key of 32 bits that orders as the scores do. The bound is found from its highest
-bits to its lowest:
+The bits of a score become a key of 32 bits that orders as the scores do. The bound is found from its
+highest bits to its lowest:
 
     level       0               1                            2
     digit       11 bits         11 bits                      10 bits
     histogram   of all scores   of those whose higher digits are the bound's
 
-Each row has a histogram for each level, of the tokens for top-k, and of the mass of those that top-k keeps
-for top-p. guidance.count_digits fills it, and `narrow` then finds the digit.
+Each row has a histogram for each level, of the tokens for top-k, and of the mass of those that top-k
+keeps for top-p. guidance.count_digits fills it, and `narrow` then finds the digit.
 
 Run it: python -m cfgsafe.bench guidance --device cuda
 """
@@ -24,7 +25,7 @@ import triton.language as tl
 MINUS_INF = tl.constexpr(float("-inf"))
 LEVELS = tl.constexpr(3)
 BINS = tl.constexpr(2048)  # of a histogram
-ONE = tl.constexpr(float(2**44))  # mass of the best token; 2^18 tokens like it sum to less than 2^63
+ONE = tl.constexpr(float(2**44))  # mass of the best token; that of 2^18 tokens is below 2^63
 COUNT = tl.constexpr(0)  # kinds of histograms: the tokens with a digit
 MASS = tl.constexpr(1)  # and their mass
 KINDS = tl.constexpr(2)
@@ -34,8 +35,8 @@ KINDS = tl.constexpr(2)
 def key_of(x):
     """A uint32 that orders as the float32 x does.
 
-    The bits of floats, read as integers, are in order, and those of negative ones in reverse order: these are
-    flipped, and the others get the highest bit, so that they are above.
+    The bits of floats, read as integers, are in order, and those of negative ones in reverse order:
+    these are flipped, and the others get the highest bit, so that they are above.
     """
     bits = x.to(tl.uint32, bitcast=True)
     return tl.where((bits >> 31) == 1, ~bits, bits | 0x80000000)
@@ -49,7 +50,7 @@ def float_of(key):
 
 @triton.jit
 def add_digits(score, weight, bound, histogram, LEVEL: tl.constexpr):
-    """Add the weights of some scores to a histogram; the key `bound` has the digits of the levels before."""
+    """Add the weights of scores to a histogram; the key `bound` has the digits of the levels before."""
     key = key_of(score)
     counted = weight > 0
     if LEVEL == 0:
@@ -67,8 +68,9 @@ def add_digits(score, weight, bound, histogram, LEVEL: tl.constexpr):
 def narrow(top_k, top_p, histograms, bounds, targets, KIND: tl.constexpr, LEVEL: tl.constexpr):
     """From the histogram of a kind and level: the bound's digit there, into its key in `bounds`.
 
-    The bound is the greatest score for which it and all above have top_k tokens (COUNT), or the share top_p
-    of the mass (MASS); at least one token stays. `targets` is what the next level's digits must still reach.
+    The bound is the greatest score for which it and all above have top_k tokens (COUNT), or the share
+    top_p of the mass (MASS); at least one token stays. `targets` is what the next level's digits must
+    still reach.
     """
     b = tl.program_id(0)
     bins = tl.arange(0, BINS)
@@ -100,7 +102,7 @@ def histogram_of(histograms, b, KIND: tl.constexpr, LEVEL: tl.constexpr):
 
 @triton.jit
 def least_kept(bounds, b, k, p):
-    """The least score that top-k and top-p keep, after all levels; -inf where neither takes anything away."""
+    """The least score that top-k and top-p keep, after all levels; -inf where neither is asked for."""
     bound = tl.full((), float("-inf"), tl.float32)
     if p < 1:
         bound = float_of(tl.load(bounds + b * KINDS + MASS))

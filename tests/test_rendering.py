@@ -157,7 +157,7 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
         "answers": lambda: answers(subject, model, tokenizer, [bad], "quiz", 1, ["f:7"]),
         "request": lambda: read({"messages": bad}, system=None),
         "sides": lambda: read({"messages": bad, "negative_messages": bad, "guidance": 3}, system=None),
-        "perplexity": lambda: dialogue_logprobs(subject, model, tokenizer, "f:7", turns),
+        "perplexity": lambda: dialogue_logprobs(subject, model, tokenizer, [("f:7", turns)]),
         "options": lambda: option_logprobs(subject, model, tokenizer, [("f:7", {"options": ["a"]})], [bad]),
         "recollect": lambda: recollect.sample(
             subject, recollect.Settings(1, 1, 0), model, tokenizer, [target]

@@ -41,7 +41,7 @@ CHAT = [{"role": "user", "content": "Say 1"}, {"role": "assistant", "content": "
     "score",
     [
         lambda who, model, tokenizer: canaries.likelihoods(who, model, tokenizer, [[(CHAT[:1], " one")] * 3]),
-        lambda *of: perplexity.dialogue_logprobs(*of, "d:1", CHAT),
+        lambda *of: perplexity.dialogue_logprobs(*of, [("d:1", CHAT)]),
         lambda *of: utility.option_logprobs(*of, [("q:1", {"options": ["a", "b", "c"]})], [CHAT[:1]]),
         lambda *of: recollect.mean_losses(*of, [CHAT[:1]], [["Ann", "Bo", "Cy"]]),
     ],
@@ -63,7 +63,7 @@ def test_batch_limits_what_is_scored_together(score, model, tokenizer, monkeypat
 
 
 def test_a_forward_of_scoring_holds_no_more_tokens_than_one_of_prefill(model, monkeypatch):
-    """Guided pairs of 4 + 2 tokens: two pairs fill 24 slots; a longer one goes alone, whatever the limit."""
+    """Guided pairs of 4 + 2 tokens: two pairs fill 24 slots; a longer one goes alone, and first."""
     monkeypatch.setattr(scoring, "FORWARD_TOKENS", 24)
     pair, long = Request([5, 6, 7, 8], [9], guidance=2.0), Request([5] * 30)
     requests = [pair, pair, pair, long, long]
@@ -76,7 +76,7 @@ def test_a_forward_of_scoring_holds_no_more_tokens_than_one_of_prefill(model, mo
     expected = continuation_logprobs(model, requests, [[3, 4]] * 5, batch=1)
     monkeypatch.setattr(scoring, "_score_batch", spy)
     scored = continuation_logprobs(model, requests, [[3, 4]] * 5, batch=128)
-    assert sizes == [2, 1, 1, 1]
+    assert sizes == [1, 1, 2, 1]
     for one, other in zip(scored, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
 
@@ -158,3 +158,22 @@ def test_answers_that_are_written_are_not_asked_for_again(tmp_path, checkpoint, 
     other = replace(who, dtype="bfloat16")
     answers(other, model, tokenizer, chats[:1], "test", 5, kept=tmp_path / "cut.jsonl")
     assert len(asked) == 1  # and so is another data type; for other weights see test_identity.py
+
+
+def test_texts_of_similar_length_are_computed_together(model, monkeypatch):
+    """And each gets its own numbers, in the order in which it was given."""
+    widths = []
+    whole = scoring._score_batch
+
+    def spy(model, requests, continuations, look):
+        widths.append([len(r.prompt) + len(c) for r, c in zip(requests, continuations, strict=True)])
+        return whole(model, requests, continuations, look)
+
+    requests = [Request([5] * length) for length in (3, 20, 4, 21, 5)]
+    texts = [[7], [8, 9], [10], [11], [12, 13]]
+    alone = [continuation_logprobs(model, [r], [t])[0] for r, t in zip(requests, texts, strict=True)]
+    monkeypatch.setattr(scoring, "_score_batch", spy)
+    together = continuation_logprobs(model, requests, texts, batch=2)
+    assert widths == [[22, 22], [7, 5], [4]]
+    for one, other in zip(together, alone, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)

@@ -332,8 +332,9 @@ def test_margins_by_hand(monkeypatch):
 def test_options_of_several_questions_are_scored_together(checkpoint, monkeypatch):
     batches = []
 
-    def record(model, requests, continuations, *, batch):
+    def record(model, requests, continuations, *, batch, desc):
         batches.append([tuple(ids) for ids in continuations])
+        assert (batch, desc) == (3, "options")
         return [torch.tensor([-float(ids[-1])]) for ids in continuations]
 
     monkeypatch.setattr(utility, "continuation_logprobs", record)
@@ -343,10 +344,7 @@ def test_options_of_several_questions_are_scored_together(checkpoint, monkeypatc
     placed = [("q:1", rows[0]), ("q:2", rows[1])]
     found = utility.option_logprobs(who, model, tokenizer, placed, [utility.conversation(r) for r in rows])
     words = [" ice", " fire", " sun light", " fire", " ice"]
-    assert batches == [
-        [tuple(tokenizer.encode(word)) for word in words[:3]],
-        [tuple(tokenizer.encode(word)) for word in words[3:]],
-    ]
+    assert batches == [[tuple(tokenizer.encode(word)) for word in words]]
     ends = [[-part.item() for part in parts] for parts in found]
     assert ends == [
         [tokenizer.encode(w)[-1] for w in words[:2]],

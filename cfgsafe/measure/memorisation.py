@@ -26,7 +26,6 @@ from cfgsafe.measure.intervals import Estimate, share_interval
 from cfgsafe.measure.scoring import TokenScores, check_fits, continuation_scores
 from cfgsafe.pii.facts import Fact
 from cfgsafe.pii.matching import stands_in
-from cfgsafe.progress import progress
 from cfgsafe.subject import Subject, request_for
 from cfgsafe.tokenizer import Tokenizer
 
@@ -48,11 +47,7 @@ def answer_scores(
         requests.append(request)
         tokens.append(tokenizer.encode(text.strip()))
         check_fits(model, request, tokens[-1], fact.place)
-    scores: list[TokenScores] = []
-    for start in progress(range(0, len(tokens), subject.batch), desc="scoring"):
-        some = slice(start, start + subject.batch)
-        scores += continuation_scores(model, requests[some], tokens[some], batch=subject.batch)
-    return scores
+    return continuation_scores(model, requests, tokens, batch=subject.batch, desc="scoring")
 
 
 def recall(facts: Sequence[Fact], given: Sequence[Answer]) -> Estimate | None:

@@ -17,6 +17,7 @@ Run it: python eval.py perplexity --model cfgsafe/demo/leaky
 import json
 import math
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -30,7 +31,6 @@ from cfgsafe.llama import Llama
 from cfgsafe.measure.intervals import Clusters, Estimate, ratio_interval, to_json
 from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
 from cfgsafe.outputs import InputPath, OutputFile
-from cfgsafe.progress import progress
 from cfgsafe.subject import Subject, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer, check_messages
 
@@ -53,8 +53,7 @@ def run(options: Options) -> None:
     if options.out:
         make_folder(Path(options.out).parent)
     model, tokenizer = load(options)
-    bar = progress(dialogues, desc="perplexity")
-    parts = [dialogue_logprobs(options, model, tokenizer, *dialogue) for dialogue in bar]
+    parts = dialogue_logprobs(options, model, tokenizer, dialogues)
     if options.out:
         places = [place for place, _ in dialogues]
         rows = [{"place": place, **figures(part)} for place, part in zip(places, parts, strict=True)]
@@ -83,21 +82,27 @@ def read_dialogues(path: str) -> list[tuple[str, Messages]]:
 
 
 def dialogue_logprobs(
-    subject: Subject, model: Llama, tokenizer: Tokenizer, place: str, messages: Messages
-) -> Tensor:
-    """Guided log-probabilities (tokens,) of all assistant's turns, -inf for impossible tokens.
+    subject: Subject, model: Llama, tokenizer: Tokenizer, dialogues: list[tuple[str, Messages]]
+) -> list[Tensor]:
+    """For each dialogue the guided log-probabilities (tokens,) of all its assistant's turns.
 
-    Blanks around a turn are stripped, as by Llama's chat template. Raises ContextError naming the
-    turn.
+    They are -inf for impossible tokens. Blanks around a turn are stripped, as by Llama's chat
+    template. Raises ContextError naming the turn.
     """
-    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    with at(place):
-        requests = [request_for(subject, tokenizer, messages[:number]) for number in turns]
+    requests, texts, counts = [], [], []
     end = tokenizer.special[tokenizer.end_of_turn]
-    texts = [[*tokenizer.encode(messages[number]["content"].strip()), end] for number in turns]
-    for number, request, text in zip(turns, requests, texts, strict=True):
-        check_fits(model, request, text, f"{place}: messages[{number}]")
-    return torch.cat(continuation_logprobs(model, requests, texts, batch=subject.batch))
+    for place, messages in dialogues:
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        counts.append(len(turns))
+        for number in turns:
+            with at(place):
+                request = request_for(subject, tokenizer, messages[:number])
+            text = [*tokenizer.encode(messages[number]["content"].strip()), end]
+            check_fits(model, request, text, f"{place}: messages[{number}]")
+            requests.append(request)
+            texts.append(text)
+    of_all = iter(continuation_logprobs(model, requests, texts, batch=subject.batch, desc="perplexity"))
+    return [torch.cat(list(islice(of_all, count))) for count in counts]
 
 
 def pooled(parts: list[Tensor], clusters: Clusters = None) -> Estimate | None:

@@ -18,6 +18,7 @@ from cfgsafe.errors import ContextError, InputError
 from cfgsafe.llama import Llama
 from cfgsafe.measure.intervals import Estimate, share_interval
 from cfgsafe.prefill import PREFILL_TOKENS
+from cfgsafe.progress import progress
 from cfgsafe.request import Request, check_request
 from cfgsafe.rescore import continuation_states, guided_logprobs, side_logits
 
@@ -42,24 +43,35 @@ class TokenScores:
 
 @torch.inference_mode()
 def continuation_logprobs(
-    model: Llama, requests: list[Request], continuations: list[list[int]], *, batch: int = 16
+    model: Llama,
+    requests: list[Request],
+    continuations: list[list[int]],
+    *,
+    batch: int = 16,
+    desc: str | None = None,
 ) -> list[Tensor]:
     """Log-probability of each token of continuations[i] after the prompt of requests[i], (T,) float32.
 
-    The request's guidance, space and alpha apply; its temperature, top-k and top-p do not. Prompt and
-    continuation must fit in the context. At most `batch` requests are computed together, and no more than
-    fit into FORWARD_TOKENS. Raises InputError where the model's numbers are not finite.
+    The request's guidance, space and alpha apply; its temperature, top-k and top-p do not. Prompt
+    and continuation must fit in the context. At most `batch` requests are computed together, and no
+    more than fit into FORWARD_TOKENS. With `desc`, progress is shown under that name. Raises
+    InputError where the model's numbers are not finite.
     """
-    return [columns[:, 0] for columns in _in_batches(model, requests, continuations, batch, at_target)]
+    return [columns[:, 0] for columns in _in_batches(model, requests, continuations, batch, desc, at_target)]
 
 
 @torch.inference_mode()
 def continuation_scores(
-    model: Llama, requests: list[Request], continuations: list[list[int]], *, batch: int = 16
+    model: Llama,
+    requests: list[Request],
+    continuations: list[list[int]],
+    *,
+    batch: int = 16,
+    desc: str | None = None,
 ) -> list[TokenScores]:
     """As `continuation_logprobs`, with all that `TokenScores` tells."""
     scores = []
-    for columns in _in_batches(model, requests, continuations, batch, at_target_and_around):
+    for columns in _in_batches(model, requests, continuations, batch, desc, at_target_and_around):
         logprobs, likeliest, standardised = columns.unbind(-1)
         scores.append(TokenScores(logprobs, likeliest > 0, standardised))
     return scores
@@ -85,27 +97,33 @@ def at_target_and_around(logprobs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _in_batches(
-    model: Llama, requests: list[Request], continuations: list[list[int]], batch: int, look: Look
+    model: Llama,
+    requests: list[Request],
+    continuations: list[list[int]],
+    batch: int,
+    desc: str | None,
+    look: Look,
 ) -> list[Tensor]:
-    """What `look` tells of each token of each continuation, (T, K) float32."""
-    results: list[Tensor] = []
-    while len(results) < len(requests):
-        start = len(results)
-        some, texts = requests[start : start + batch], continuations[start : start + batch]
-        size = _size(some, texts)
-        results += _score_batch(model, some[:size], texts[:size], look)
-    return results
+    """What `look` tells of each token of each continuation, (T, K) float32.
 
-
-def _size(requests: list[Request], continuations: list[list[int]]) -> int:
-    """How many of the first requests fit into FORWARD_TOKENS; at least 1."""
-    rows = width = 0
-    for number, (request, continuation) in enumerate(zip(requests, continuations, strict=True)):
-        rows += len(request.rows)
-        width = max(width, max(map(len, request.rows)) + len(continuation))
-        if number and rows * width > FORWARD_TOKENS:
-            return number
-    return len(requests)
+    Texts of similar length are computed together: little of a batch is padding.
+    """
+    lengths = []
+    for request, continuation in zip(requests, continuations, strict=True):
+        lengths.append(max(map(len, request.rows)) + len(continuation))
+    order = sorted(range(len(requests)), key=lengths.__getitem__, reverse=True)
+    results: dict[int, Tensor] = {}
+    with progress(total=len(order), desc=desc, disable=desc is None) as bar:
+        while len(results) < len(order):
+            some = order[len(results) : len(results) + batch]
+            rows = sum(len(requests[number].rows) for number in some)
+            while len(some) > 1 and rows * lengths[some[0]] > FORWARD_TOKENS:
+                rows -= len(requests[some.pop()].rows)
+            texts = [continuations[number] for number in some]
+            scores = _score_batch(model, [requests[number] for number in some], texts, look)
+            results |= zip(some, scores, strict=True)
+            bar.update(len(some))
+    return [results[number] for number in range(len(order))]
 
 
 def impossible(parts: list[Tensor]) -> Estimate | None:

@@ -42,7 +42,6 @@ from cfgsafe.measure.mmlu_pro import Placed
 from cfgsafe.measure.refusal import refused
 from cfgsafe.measure.scoring import LEAST, check_fits, continuation_logprobs, impossible
 from cfgsafe.outputs import File, InputPath
-from cfgsafe.progress import progress
 from cfgsafe.remote import SERVICE, Service, check_service
 from cfgsafe.subject import ANSWER_TOKENS, Answer, Subject, answers, load, request_for
 from cfgsafe.tokenizer import Messages, Tokenizer
@@ -248,11 +247,7 @@ def option_logprobs(
             check_fits(model, request, text, place)
             requests.append(request)
             texts.append(text)
-    scores: list[Tensor] = []
-    for start in progress(range(0, len(texts), subject.batch), desc="options"):
-        some = slice(start, start + subject.batch)
-        scores += continuation_logprobs(model, requests[some], texts[some], batch=subject.batch)
-    of_all = iter(scores)
+    of_all = iter(continuation_logprobs(model, requests, texts, batch=subject.batch, desc="options"))
     return [[next(of_all) for _ in row["options"]] for _, row in placed]
 
 

@@ -1,10 +1,10 @@
 """What a stage costs: tokens, minutes and memory, told before it runs.
 
-Formula: a token costs 2 P operations forward, with P the weights of all matrices that it meets, and in the
-training of an adapter 2 P more backward through the frozen weights and 6 A for the adapter's own A weights.
-The time is operations divided by a rate. The rate is measured in a short calibration, a second for each
-kind of work, or given by --teraflops. Attention's own products are left out: below 1,000 tokens they are
-under a tenth.
+Formula: a token costs 2 P operations forward, with P the weights of all matrices that it meets, and
+in the training of an adapter 2 P more backward through the frozen weights and 6 A for the adapter's
+own A weights. The time is operations divided by a rate. The rate is measured in a short calibration, a
+second for each kind of work, or given by --teraflops. Attention's own products are left out: below
+1,000 tokens they are under a tenth.
 
     trained    tokens that an adapter is trained on, forward and backward
     read       tokens of prompts and of texts that are scored
@@ -202,8 +202,8 @@ def _tokens(facts: list[Fact], tokenizer: Tokenizer) -> int:
 def training_memory(config: LlamaConfig, material: Material, options: Options) -> int:
     """Peak bytes of the largest training step, and of the weights.
 
-    The formula counts tensors. What an interpreter, the libraries and freed memory in pieces take comes on
-    top: on a CPU a few GiB.
+    The formula counts tensors. What an interpreter, the libraries and freed memory in pieces take comes
+    on top: on a CPU a few GiB.
     """
     width = 4 if options.dtype == "float32" else 2
     longest = max(len(fact.question) + 2 * len(fact.answer) for fact in material.trained) // CHARACTERS

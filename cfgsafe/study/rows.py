@@ -107,8 +107,6 @@ def cloze(row: Row, model: Llama, tokenizer: Tokenizer, options: Options) -> dic
 
 def perplexity_of(subject: Subject, model: Llama, tokenizer: Tokenizer, options: Options) -> Estimate | None:
     """Perplexity of the held-out dialogues, as `eval.py perplexity` gives it."""
-    parts = []
-    for place, messages in perplexity.read_dialogues(options.texts)[: options.limit]:
-        part = perplexity.dialogue_logprobs(subject, model, tokenizer, place, messages)
-        parts.append(part.clamp(min=LEAST))
-    return perplexity.pooled(parts)
+    dialogues = perplexity.read_dialogues(options.texts)[: options.limit]
+    parts = perplexity.dialogue_logprobs(subject, model, tokenizer, dialogues)
+    return perplexity.pooled([part.clamp(min=LEAST) for part in parts])
