@@ -11,7 +11,7 @@ Run it: python -m cfgsafe.bench guidance --device cuda
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -40,6 +40,10 @@ class Options:
     """Space of the guidance, such as prob or log."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
+    top_k: int = 0
+    """Keep so many of the best tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the best tokens that hold this share of the probability; 1 keeps all."""
     guidance: float = 3.0
     """Guidance coefficient g."""
     calls: int = 50
@@ -81,7 +85,12 @@ def variants(logits: Tensor, options: Options) -> dict[str, Call]:
     """Name -> the call that is timed, for logits like these."""
     pos = torch.arange(len(logits) // 2, device=logits.device)
     g = options.guidance
-    sampling = Sampling.uniform(pos, pos + len(pos), g, options.space, options.temperature)
+    sampling = replace(
+        Sampling.uniform(pos, pos + len(pos), g, options.space, options.temperature),
+        top_k=torch.full_like(pos, options.top_k, dtype=torch.int32),
+        top_p=torch.full_like(pos, options.top_p, dtype=torch.float32),
+        truncates=options.top_k > 0 or options.top_p < 1,
+    )
     compiled = torch.compile(reference.next_tokens, dynamic=False)
     found: dict[str, Call] = {"copy": torch.empty_like(logits).copy_}
     if logits.is_cuda:

@@ -12,6 +12,7 @@ from cfgsafe.bench import decode, orpo_step
 from cfgsafe.bench.__main__ import main
 from cfgsafe.bench.orpo import OURS, Options, make_inputs
 from cfgsafe.bench.shapes import DECODE_SHAPES, random_model
+from cfgsafe.kernels import bench as kernel_bench
 from cfgsafe.kernels.results import spread
 
 
@@ -59,6 +60,18 @@ def test_guidance_is_measured_against_a_copy(bench):
     rows = bench("guidance", *"--pairs 2 --vocabulary 1000 --calls 3".split())["rows"]
     assert {row["variant"] for row in rows} == {"copy", "reference, eager", "reference, torch.compile"}
     assert all(row["p50"] > 0 and row["gb_per_second"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_tokens_of_top_k_and_top_p_are_measured(limit):
+    """One token that stays is the greedy one; without a limit, others are drawn."""
+    logits = torch.randn(16, 1000, generator=torch.Generator().manual_seed(0))
+
+    def tokens(**settings) -> list[int]:
+        call = kernel_bench.variants(logits, kernel_bench.Options(**settings))["reference, eager"]
+        return call(logits)[0].tolist()
+
+    assert tokens(temperature=1.0, **limit) == tokens() != tokens(temperature=1.0)
 
 
 def test_decoding_is_measured_from_two_passes_to_the_engine(bench):

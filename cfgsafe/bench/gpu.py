@@ -22,8 +22,10 @@ from cfgsafe.outputs import Folder
 ROOT = Path(__file__).parents[2]
 # The dense variant of orpo computes every prompt twice, so it fits only with 16 blocks recomputed.
 COMMANDS = {
-    "kernel": "pytest tests/test_kernel.py -m 'slow or not slow'",
+    "kernel": "pytest tests/test_kernel.py tests/test_truncation.py -m 'slow or not slow'",
     "guidance": "cfgsafe.bench guidance --device cuda",
+    "guidance-top-p": "cfgsafe.bench guidance --device cuda --temperature 1 --top-p 0.9",
+    "guidance-top-k-top-p": "cfgsafe.bench guidance --device cuda --temperature 1 --top-k 50 --top-p 0.9",
     "guidance-log": "cfgsafe.bench guidance --device cuda --space log --temperature 1",
     "decode": "cfgsafe.bench decode --device cuda --shape 8b --batches 1 8 32 --no-transformers --runs 3",
     "orpo": "cfgsafe.bench orpo --device cuda --dtype bfloat16 --shape 8b --prompt 1900 --answer 148"

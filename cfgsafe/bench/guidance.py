@@ -7,7 +7,8 @@ Run it: python -m cfgsafe.bench guidance --device cuda
 
 from dataclasses import dataclass
 
-from cfgsafe.fields import Count, Guidance, Temperature
+from cfgsafe.errors import Unused
+from cfgsafe.fields import Count, Guidance, Share, Temperature, Whole
 from cfgsafe.kernels import bench
 from cfgsafe.outputs import OutputFile
 from cfgsafe.subject import check_device
@@ -20,10 +21,17 @@ class Options(bench.Options):
     pairs: tuple[Count, ...] = bench.Options.pairs
     vocabulary: Count = bench.Options.vocabulary
     temperature: Temperature = bench.Options.temperature
+    top_k: Whole = bench.Options.top_k
+    top_p: Share = bench.Options.top_p
     guidance: Guidance = bench.Options.guidance
     calls: Count = bench.Options.calls
     sets: Count = bench.Options.sets
     csv: OutputFile | None = bench.Options.csv
+
+    def unused(self) -> Unused:
+        """See `errors.Unused`."""
+        if self.temperature == 0:
+            yield "on greedy tokens, without --temperature", "top_k", "top_p"
 
 
 def run(options: Options) -> None:
