@@ -30,7 +30,10 @@ def kernels(logits: str) -> list[tuple[str, ASTSource]]:
     """Each kernel as the launcher calls it for Llama-3.1, in each of its forms."""
     block = guidance.block_size(VOCABULARY)
     sizes = {"BLOCK": block, "PARTS": triton.next_power_of_2(triton.cdiv(VOCABULARY, block)), "stride_v": 1}
-    forms = [("", guidance.normalise_parts, {}), ("", guidance.choose_tokens, {})]
+    forms: list[tuple] = [
+        ("", guidance.normalise_parts, {}),
+        ("", guidance.choose_tokens, {}),
+    ]  # name, kernel, form
     for truncates in (False, True):
         name = " top-k, top-p" if truncates else ""
         forms.append((name, guidance.score_parts, {"TRUNCATES": truncates}))
