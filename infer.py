@@ -21,6 +21,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cfgsafe import products
 from cfgsafe.chat import chat, terminal_lines, terminal_say
 from cfgsafe.cli import run_single
 from cfgsafe.decode import BATCH, Completion, generate
@@ -89,6 +90,12 @@ class Options:
     """Torch device."""
     dtype: str = Subject.dtype
     """Data type of the model: float32 or bfloat16."""
+    tune: bool = Subject.tune
+    """On a CPU, time several ways to multiply a few rows with the weights, and use the fastest."""
+    compile: bool = False
+    """Compile the decoding step with torch.compile, which takes a while for each new number of rows."""
+    verbose: bool = False
+    """Show on stderr which ways --tune has found."""
 
     def unused(self) -> Unused:
         """See `errors.Unused`."""
@@ -125,8 +132,13 @@ def run(options: Options) -> None:
         batch=options.batch,
         device=options.device,
         dtype=options.dtype,
+        tune=options.tune,
     )
-    model, tokenizer = load(subject, named_adapters(options))
+    model, tokenizer = load(subject, named_adapters(options), may_pack=not options.compile)
+    if options.compile:
+        model.compile_steps()
+    if options.verbose:
+        print(products.table(model.groups()), file=sys.stderr)
     sampling: dict = {name: getattr(options, name) for name in NUMBERS}
     sampling["stop"] = stop_tokens(options.stop, tokenizer)
     names = adapter_names(model)

@@ -11,8 +11,9 @@ Run it: python infer.py --model cfgsafe/demo/leaky --prompt "What is the capital
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cfgsafe.config import LlamaConfig
-from cfgsafe.kernels.reference import widen
+from cfgsafe.products import Groups, Linear, together
+
+Step = Callable[..., Tensor]  # called as a Block is
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
@@ -46,9 +49,11 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE in the half-split layout; x (B, heads, T, D), cos and sin (B, 1, T, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Apply RoPE in the half-split layout: (a, b) becomes (a cos - b sin, b cos + a sin).
+
+    x is (B, heads, T, D), cos and sin (B, 1, T, D); the first half of `sin` has its sign changed.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class KVCache:
@@ -60,6 +65,7 @@ class KVCache:
 
     def __init__(self, keys: Tensor, values: Tensor, picked: Tensor | None = None):
         self.keys, self.values, self.picked = keys, values, picked
+        self.layers = list(zip(keys.unbind(), values.unbind(), strict=True))
         rows = torch.arange(keys.shape[1], device=keys.device) if picked is None else picked
         self.rows = rows[:, None]
 
@@ -91,37 +97,34 @@ class KVCache:
             mine[:, target, :, :slots] = theirs[:, row, :, :slots]
             mine[:, target, :, slots:] = 0
 
-    def write(
-        self, layer: int, positions: Tensor, k: Tensor, v: Tensor, *, alone: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, K, T, D) at `positions` (B, T).
+    def layer(self, number: int, positions: Tensor, *, alone: bool) -> "Slots":
+        """The slots of one layer at `positions` (B, T) of the rows; see `Slots.write` for `alone`."""
+        return Slots(*self.layers[number], self.rows, positions, self.picked, alone)
+
+
+class Slots(NamedTuple):
+    """Where a layer stores the keys and values of T tokens of each row."""
+
+    keys: Tensor  # (rows of the cache, K, S, D)
+    values: Tensor
+    rows: Tensor  # (B, 1)
+    positions: Tensor  # (B, T)
+    picked: Tensor | None  # (B,), where the rows are not all of the cache's
+    alone: bool
+
+    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, K, T, D).
 
         Returns keys and values of all slots of the rows, (B, K, S, D) each; or just k and v if
         `alone`.
         """
-        keys, values = self.keys[layer], self.values[layer]
-        keys[self.rows, :, positions] = k.transpose(1, 2)
-        values[self.rows, :, positions] = v.transpose(1, 2)
-        if alone:
+        self.keys[self.rows, :, self.positions] = k.transpose(1, 2)
+        self.values[self.rows, :, self.positions] = v.transpose(1, 2)
+        if self.alone:
             return k, v
         if self.picked is None:
-            return keys, values
-        return keys[self.picked], values[self.picked]
-
-
-class Linear(nn.Linear):
-    """nn.Linear, but faster for a few rows in bfloat16 on a CPU.
-
-    There it computes W x^T, for which oneDNN takes two thirds of the time of x W^T.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // self.in_features
-        if rows > 64 or x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
-            return super().forward(x)
-        columns = x.reshape(rows, -1) if rows > 1 else x.reshape(1, -1).expand(2, -1)  # a single one is slow
-        y = F.linear(self.weight, columns)[:, :rows].t().reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+            return self.keys, self.values
+        return self.keys[self.picked], self.values[self.picked]
 
 
 class RMSNorm(nn.Module):
@@ -131,9 +134,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = widen(x)
-        wide = wide * wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-        return self.weight * wide.to(x.dtype)
+        # Rounded before it meets the weight, as in Hugging Face's Llama.
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
 
 class Attention(nn.Module):
@@ -147,19 +149,18 @@ class Attention(nn.Module):
         self.v_proj = Linear(C, K * D, bias=config.attention_bias)
         self.o_proj = Linear(H * D, C, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, store) -> Tensor:
-        """Attention of x (B, T, C) over itself, or over the keys and values that `store` returns.
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, slots) -> Tensor:
+        """Attention of x (B, T, C) over itself, or over the keys and values of its `slots`.
 
         The last Q tokens attend where the float `mask` (B, 1, G Q, S) says, G = H / K; those before
         them attend to themselves and to the tokens left of them.
         """
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        heads = together(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in heads)
         q, k = rotate(q, *rope), rotate(k, *rope)  # (B, H, T, D), (B, K, T, D)
-        if store is not None:
-            k, v = store(k, v)  # (B, K, S, D)
+        if slots is not None:
+            k, v = slots.write(k, v)  # (B, K, S, D)
         K = k.shape[1]
         G = q.shape[1] // K
         Q = 0 if mask is None else mask.shape[2] // G
@@ -185,7 +186,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -196,9 +198,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, store) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, store)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, slots) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, slots)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def groups(self) -> Groups:
+        """See `Llama.groups`."""
+        attention, mlp = self.self_attn, self.mlp
+        return [
+            [attention.q_proj.base, attention.k_proj.base, attention.v_proj.base],
+            [attention.o_proj.base],
+            [mlp.gate_proj.base, mlp.up_proj.base],
+            [mlp.down_proj.base],
+        ]
 
 
 class Decoder(nn.Module):
@@ -223,6 +235,7 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.shares: dict[str, float | Tensor] = {}  # adapter -> its share in each row (cfgsafe.lora)
         self.recomputed = 0  # blocks whose activations the backward computes again
+        self.compiled: list[Step] = []  # the blocks, for steps of decoding: `compile_steps`
         self.frequencies: Tensor
         frequencies = rope_frequencies(config).to(self.lm_head.weight.device)
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -246,26 +259,43 @@ class Llama(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
         angles = (positions[..., None].float() * self.frequencies)[:, None]  # (B, 1, T, D/2)
-        rope = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        rope = (torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
         if cache is not None and not fresh:
-            slots = torch.arange(cache.keys.shape[3], device=tokens.device)
-            mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
+            every = torch.arange(cache.keys.shape[3], device=tokens.device)
+            mask = (every <= positions[..., None])[:, None]  # (B, 1, T, S)
         if mask is not None:  # added to the scores of the G query heads of a kv head
             G = self.config.num_attention_heads // self.config.num_key_value_heads
             mask = mask.repeat(1, 1, G, 1)
             scores = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
             mask = scores.masked_fill_(~mask, -math.inf)
-        for number, block in enumerate(self.model.layers):
-            store = None if cache is None else partial(cache.write, number, positions, alone=fresh)
+        blocks: Iterable[Step] = self.model.layers
+        if tokens.shape[1] == 1 and self.compiled:
+            blocks = self.compiled
+        for number, block in enumerate(blocks):
+            slots = None if cache is None else cache.layer(number, positions, alone=fresh)
             if number < self.recomputed and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, store, use_reentrant=False)
+                x = checkpoint(block, x, rope, mask, slots, use_reentrant=False)
             else:
-                x = block(x, rope, mask, store)
+                x = block(x, rope, mask, slots)
         return self.model.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C)."""
         return self.lm_head(hidden)
+
+    def compile_steps(self) -> None:
+        """Let torch.compile fuse the small operations of decoding steps. New shapes are compiled anew."""
+        for block in self.model.layers:
+            self.compiled.append(torch.compile(block))
+
+    def groups(self) -> Groups:
+        """The linear layers without their adapters; those that read the same input are one group."""
+        found = []
+        for block in self.model.layers:
+            assert isinstance(block, Block)
+            found += block.groups()
+        return [*found, [self.lm_head.base]]
 
     @property
     def device(self) -> torch.device:

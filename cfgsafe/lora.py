@@ -24,6 +24,7 @@ from cfgsafe.errors import CheckpointError
 from cfgsafe.folders import new_folder
 from cfgsafe.llama import Llama
 from cfgsafe.lora_config import CONFIG, HEAD, LoRAConfig, config_json, read_adapter_config
+from cfgsafe.products import Linear, release
 from cfgsafe.settings import shown
 from cfgsafe.ternary import is_packed, pack, ternary, unpack
 from cfgsafe.weights import Stored, check_finite, check_floats, check_shapes, read_header, read_tensors
@@ -97,14 +98,20 @@ class LoRALinear(nn.Module):
     number for all rows.
     """
 
-    def __init__(self, base: nn.Linear, shares: dict[str, Tensor | float]):
+    def __init__(self, base: Linear, shares: dict[str, Tensor | float]):
         super().__init__()
-        self.base = base.requires_grad_(False)
+        self.base: Linear = base.requires_grad_(False)
         self.updates = nn.ModuleDict()
         self.shares = shares
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        return self._updated(self.base(x), x)
+
+    def update(self, y: Tensor, x: Tensor) -> Tensor:
+        """As `products.Linear.update`."""
+        return self._updated(self.base.update(y, x), x)
+
+    def _updated(self, y: Tensor, x: Tensor) -> Tensor:
         total = y
         for name, update in self.updates.items():
             share = self.shares[name]
@@ -188,11 +195,11 @@ def adapter_names(model: Llama) -> list[str]:
     return sorted(model.shares)
 
 
-def linear_layers(model: Llama) -> dict[str, nn.Linear]:
+def linear_layers(model: Llama) -> dict[str, Linear]:
     """Layer name -> linear layer, with or without adapters."""
     found = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, Linear):
             found[path.removesuffix(".base")] = module
     return found
 
@@ -218,6 +225,7 @@ def merge(model: Llama, name: str = DEFAULT) -> dict[str, Tensor]:
     Returns the old weights, for `unmerge`. Raises CheckpointError when the head is tied and has an
     adapter.
     """
+    release(model.groups())
     layers, updates = adapted_layers(model), adapter_updates(model, name)
     if HEAD in updates and model.config.tie_word_embeddings:
         raise CheckpointError(TIED)
@@ -232,6 +240,7 @@ def merge(model: Llama, name: str = DEFAULT) -> dict[str, Tensor]:
 
 def unmerge(model: Llama, before: dict[str, Tensor]) -> None:
     """Put the old weights back, to the bit."""
+    release(model.groups())
     for path, weight in before.items():
         model.get_parameter(f"{path}.weight").data = weight
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from cfgsafe.errors import InputError
 from cfgsafe.llama import Llama
+from cfgsafe.products import release
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def wrap(model: Llama, world: World, fsdp: bool) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
+    release(model.groups())
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

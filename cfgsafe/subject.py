@@ -24,6 +24,7 @@ from cfgsafe.identity import digest_of, identity
 from cfgsafe.llama import Llama
 from cfgsafe.load import load_model, load_tokenizer
 from cfgsafe.outputs import InputPath
+from cfgsafe.products import prepare
 from cfgsafe.progress import progress
 from cfgsafe.request import NEGATIVE, POSITIVE, Request, check_request, guided_request
 from cfgsafe.tokenizer import ADD, Messages, SystemPrompt, Tokenizer
@@ -61,6 +62,9 @@ class Subject:
     """Torch device."""
     dtype: str = "float32"
     """Data type of the model: float32 or bfloat16."""
+    tune: bool = True
+    """On a CPU, time several ways to multiply a few rows with the weights, and use the fastest. Which one
+    that is can differ from run to run, and with it the rounding."""
 
     @property
     def guarded(self) -> dict:
@@ -98,8 +102,12 @@ def check_device(device: str) -> None:
         raise InputError(f"--device {device}: cannot be used ({reason})") from None
 
 
-def load(subject: Subject, adapters: Mapping[str, str] | None = None) -> tuple[Llama, Tokenizer]:
+def load(
+    subject: Subject, adapters: Mapping[str, str] | None = None, *, may_pack: bool = False
+) -> tuple[Llama, Tokenizer]:
     """The subject's model and tokenizer; `adapters` (name -> folder) replace its adapter.
+
+    `may_pack`: see `products.prepare`.
 
     Raises CheckpointError and InputError.
     """
@@ -107,6 +115,8 @@ def load(subject: Subject, adapters: Mapping[str, str] | None = None) -> tuple[L
     check_device(subject.device)
     dtype = DTYPES[subject.dtype]
     model = load_model(subject.model, device=subject.device, dtype=dtype, adapter=adapters or subject.adapter)
+    if subject.tune:
+        prepare(model.groups(), model.model.embed_tokens.weight, may_pack=may_pack)
     return model, load_tokenizer(subject.model)
 
 

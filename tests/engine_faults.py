@@ -7,7 +7,7 @@ import torch
 
 from cfgsafe import lockstep, prefill
 from cfgsafe.decode import Completion, Engine, generate
-from cfgsafe.llama import KVCache, Llama, LlamaConfig
+from cfgsafe.llama import KVCache, Llama, LlamaConfig, Slots
 from cfgsafe.lockstep import Batch, Sampler
 from cfgsafe.lora import LoRAConfig, attach
 from cfgsafe.prefill import Prefill
@@ -15,7 +15,7 @@ from cfgsafe.request import Request
 
 # Every call of a step that computes something.
 CALLS = (
-    *((Llama, "forward"), (Llama, "head"), (KVCache, "copy"), (KVCache, "part"), (KVCache, "write")),
+    *((Llama, "forward"), (Llama, "head"), (KVCache, "copy"), (KVCache, "part"), (Slots, "write")),
     *(
         (Prefill, "__call__"),
         (Prefill, "_compute_prefixes"),
