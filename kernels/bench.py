@@ -1,18 +1,26 @@
-"""The guidance kernel against eager PyTorch, torch.compile and transformers: time and bytes per second.
+"""The guidance kernel against eager PyTorch, torch.compile, transformers and FlashInfer: time and GB/s.
 
-Every variant turns B pairs of logits into B guided tokens. The ceiling is `copy`, measured in the same
-run: a device-to-device copy of as many bytes as the kernel must read. On a GPU each call is a CUDA
-graph between two events, so that launches do not count. Inputs rotate among sets that together exceed
-the cache. On a CPU there is no kernel, and the reference stands in for it.
+Every variant turns B pairs of logits into B guided tokens, drawn by one of `METHODS`. The bound is the
+time to read these logits once, at the rate at which this machine reads a large array, measured in the
+same run. 256 MiB are written before each call, so that smaller caches do not hold the logits.
+
+    GPU     Each call is the replay of a CUDA graph between two events: no launch and no allocation counts.
+            FlashInfer's calls are launched while the 1 GiB before them is still being written instead.
+    CPU     There is no kernel, and the reference stands in for it. What it allocates counts, as it does in
+            decoding; calls that are not timed have made the allocator ready.
+
+transformers has log space alone, and no mask. FlashInfer has no guidance: its variants draw from guided
+probabilities that PyTorch computes within the call, or that are ready before it ("draw alone").
 
 Run it: python -m cfgsafe.bench guidance --device cuda
 """
 
+import importlib.util
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Literal
 
 import torch
@@ -20,36 +28,55 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import reference
+from .measure import read_gb_per_second, seconds
 from .reference import Sampling
-from .results import show, spread, spread_columns
+from .table import show, spread, spread_columns
 
 Call = Callable[[Tensor], object]  # from logits (2 B, V), the positive rows first
-COLUMNS = {"pairs": "{pairs}", "variant": "{variant}", **spread_columns("us", 1)}
-COLUMNS |= {"GB/s": "{gb_per_second:.1f}", "of copy": "{share_of_copy:.0%}"}
+MethodName = Literal["greedy", "sampled", "top-k", "top-p", "both", "mask"]
+COLUMNS = {"method": "{method}", "V": "{vocabulary}", "pairs": "{pairs}", "variant": "{variant}"}
+COLUMNS |= {**spread_columns("us", 1), "one read, us": "{bound:.1f}"}
+COLUMNS |= {"GB/s": "{gb_per_second:.2f}", "of read": "{share_of_read:.1%}"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a token is drawn from the guided distribution; the fields are those of Sampling."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    alpha: float = 0.0
+
+
+METHODS: dict[MethodName, Method] = {
+    "greedy": Method(temperature=0.0),
+    "sampled": Method(),
+    "top-k": Method(top_k=50),
+    "top-p": Method(top_p=0.9),
+    "both": Method(top_k=50, top_p=0.9),
+    "mask": Method(alpha=0.1),
+}
 
 
 @dataclass
 class Options:
     """Time guided tokens from pairs of logits."""
 
-    pairs: tuple[int, ...] = (1, 8, 32, 64)
-    """Numbers of pairs of rows in a call, measured one after the other."""
-    vocabulary: int = 128256
-    """Size of the vocabulary."""
+    methods: tuple[MethodName, ...] = ("greedy", "both")
+    """How tokens are drawn: greedy, sampled, top-k (50), top-p (0.9), both of these, mask (alpha 0.1)."""
+    vocabularies: tuple[int, ...] = (128256,)
+    """Sizes of the vocabulary."""
+    pairs: tuple[int, ...] = (1, 8)
+    """Numbers of pairs of rows in a call."""
     space: str = "prob"
     """Space of the guidance, such as prob or log."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy."""
-    top_k: int = 0
-    """Keep so many of the best tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the best tokens that hold this share of the probability; 1 keeps all."""
     guidance: float = 3.0
     """Guidance coefficient g."""
-    calls: int = 50
+    compiled: bool = True
+    """Also time torch.compile, which compiles for seconds in each case."""
+    calls: int = 20
     """Calls to time."""
-    sets: int = 4
-    """Sets of inputs to rotate among."""
     device: str = "cpu"
     """Torch device."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -58,81 +85,130 @@ class Options:
     """CSV file to append the rows to."""
 
 
-def run(options: Options) -> None:
+def run(options: Options) -> list[dict]:
+    """Measure each method, vocabulary and number of pairs; returns the rows of the table."""
     if options.space not in reference.SPACES:
         known = ", ".join(reference.SPACES)
         print(f"error: --space {options.space}: must be one of {known}", file=sys.stderr)
         sys.exit(2)
+    read = 1e9 * read_gb_per_second(options.device)  # bytes a second
+    cases = list(product(options.methods, options.vocabularies, options.pairs))
     rows = []
-    for pairs in tqdm(options.pairs, leave=False, disable=None):  # None: no bar in a log
+    for method, vocabulary, pairs in tqdm(cases, leave=False, disable=None):  # None: no bar in a log
         torch.manual_seed(0)
-        noise = partial(torch.randn, 2 * pairs, options.vocabulary, device=options.device)
-        sets = [(3 * noise()).to(getattr(torch, options.dtype)) for _ in range(options.sets)]
-        times = {}
-        for name, call in variants(sets[0], options).items():
-            times[name] = spread(time_calls(call, sets, options))
-        ceiling = 2 * sets[0].nbytes / times["copy"]["p50"]  # bytes a second, read and written
-        for name, seconds in times.items():
-            moved = sets[0].nbytes * (2 if name == "copy" else 1)
-            rate = moved / seconds["p50"]
-            row = {"pairs": pairs, "variant": name}
-            row |= {percentile: 1e6 * value for percentile, value in seconds.items()}
-            rows.append(row | {"gb_per_second": rate / 1e9, "share_of_copy": rate / ceiling})
+        logits = 3 * torch.randn(2 * pairs, vocabulary, device=options.device)
+        logits = logits.to(getattr(torch, options.dtype))
+        for name, call in variants(logits, METHODS[method], options).items():
+            if not options.device.startswith("cuda"):
+                times = time_calls(call, logits, options)
+            else:
+                times = time_on_gpu(call, logits, options.calls, graph="FlashInfer" not in name)
+            taken = spread(times)
+            rate = logits.nbytes / taken["p50"]
+            row = {"space": options.space, "dtype": options.dtype, "method": method}
+            row |= {"vocabulary": vocabulary, "pairs": pairs, "variant": name}
+            row |= {percentile: 1e6 * value for percentile, value in taken.items()}
+            row |= {"bound": 1e6 * logits.nbytes / read, "gb_per_second": rate / 1e9}
+            rows.append(row | {"share_of_read": rate / read, "read_gb_per_second": read / 1e9})
     show(rows, COLUMNS, options.device, options.csv)
+    return rows
 
 
-def variants(logits: Tensor, options: Options) -> dict[str, Call]:
+def variants(logits: Tensor, method: Method, options: Options) -> dict[str, Call]:
     """Name -> the call that is timed, for logits like these."""
-    pos = torch.arange(len(logits) // 2, device=logits.device)
-    g = options.guidance
+    pos, g = torch.arange(len(logits) // 2, device=logits.device), options.guidance
     sampling = replace(
-        Sampling.uniform(pos, pos + len(pos), g, options.space, options.temperature),
-        top_k=torch.full_like(pos, options.top_k, dtype=torch.int32),
-        top_p=torch.full_like(pos, options.top_p, dtype=torch.float32),
-        truncates=options.top_k > 0 or options.top_p < 1,
+        Sampling.uniform(pos, pos + len(pos), g, options.space, method.temperature),
+        alpha=torch.full_like(pos, method.alpha, dtype=torch.float32),
+        top_k=torch.full_like(pos, method.top_k, dtype=torch.int32),
+        top_p=torch.full_like(pos, method.top_p, dtype=torch.float32),
+        truncates=method.top_k > 0 or method.top_p < 1,
+        masks=method.alpha > 0,
     )
-    compiled = torch.compile(reference.next_tokens, dynamic=False)
-    found: dict[str, Call] = {"copy": torch.empty_like(logits).copy_}
+    found: dict[str, Call] = {}
     if logits.is_cuda:
         from .guidance import next_tokens
 
         found["kernel"] = lambda z: next_tokens(z, sampling)
     found["reference, eager"] = lambda z: reference.next_tokens(z, sampling)
-    found["reference, torch.compile"] = lambda z: compiled(z, sampling)
-    if options.space == "log":
-        found["transformers' formula"] = lambda z: transformers_tokens(z, g)
+    if options.compiled:
+        torch.compiler.reset()  # it silently stops to compile after eight shapes
+        compiled = torch.compile(reference.next_tokens, dynamic=False)
+        found["reference, torch.compile"] = lambda z: compiled(z, sampling)
+    if options.space == "log" and method.alpha == 0:
+        found["transformers' formula"] = lambda z: transformers_tokens(z, g, method)
+    if logits.is_cuda and method.temperature > 0 and importlib.util.find_spec("flashinfer"):
+        ready = reference.guided_logprobs(logits, sampling).exp()
+        try:
+            draw = flashinfer_draw(method)
+            draw(ready)
+        except (ImportError, OSError, RuntimeError) as error:  # it compiles its kernels when first used
+            print(f"FlashInfer is left out: {error}", file=sys.stderr)
+            return found
+        found["guided, then FlashInfer"] = lambda z: draw(reference.guided_logprobs(z, sampling).exp())
+        found["FlashInfer, draw alone"] = lambda z: draw(ready)
     return found
 
 
-def transformers_tokens(logits: Tensor, g: float) -> Tensor:
-    """What UnbatchedClassifierFreeGuidanceLogitsProcessor of transformers computes after both forwards."""
+def transformers_tokens(logits: Tensor, g: float, method: Method) -> Tensor:
+    """What transformers computes of the logits of both forwards: guidance, warpers and draw.
+
+    They are UnbatchedClassifierFreeGuidanceLogitsProcessor, TopKLogitsWarper and TopPLogitsWarper. The draw
+    is that of torch.multinomial, without its checks, which make the host wait.
+    """
     scores, unconditional = (rows.log_softmax(-1) for rows in logits.chunk(2))
-    return (g * (scores - unconditional) + unconditional).argmax(-1)
+    scores = g * (scores - unconditional) + unconditional
+    if method.temperature == 0:
+        return scores.argmax(-1)
+    scores = scores / method.temperature
+    if method.top_k:
+        scores = scores.masked_fill(scores < scores.topk(method.top_k).values[:, -1:], -torch.inf)
+    if method.top_p < 1:
+        ascending, order = scores.sort(-1)
+        removed = ascending.softmax(-1).cumsum(-1) <= 1 - method.top_p
+        removed[:, -1] = False
+        scores = scores.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+    probs = scores.softmax(-1)
+    return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
 
 
-def time_calls(call: Call, sets: list[Tensor], options: Options) -> list[float]:
-    """Seconds of each call, after one that is not timed for each set."""
-    for logits in sets:
+def flashinfer_draw(method: Method) -> Call:
+    """FlashInfer's draw from probabilities (B, V) float32."""
+    from flashinfer import sampling
+
+    if method.top_k and method.top_p < 1:
+        return partial(sampling.top_k_top_p_sampling_from_probs, top_k=method.top_k, top_p=method.top_p)
+    if method.top_k:
+        return partial(sampling.top_k_sampling_from_probs, top_k=method.top_k)
+    if method.top_p < 1:
+        return partial(sampling.top_p_sampling_from_probs, top_p=method.top_p)
+    return sampling.sampling_from_probs
+
+
+def time_calls(call: Call, logits: Tensor, options: Options) -> list[float]:
+    """Seconds of each call on a CPU, after two that are not timed."""
+    cache = torch.empty(2**28, dtype=torch.uint8)
+    found = []
+    for _ in range(options.calls + 2):
+        cache.zero_()
+        found.append(seconds(lambda: call(logits), options.device))
+    return found[2:]
+
+
+def time_on_gpu(call: Call, logits: Tensor, calls: int, *, graph: bool) -> list[float]:
+    """Seconds of each call by events on the GPU, after two that are not timed; `graph`: replay it as one."""
+    for _ in range(2):
         call(logits)
-    if options.device.startswith("cuda"):
-        return time_graphs([graphed(call, logits) for logits in sets], options.calls)
-    seconds = []
-    for number in range(options.calls):
-        started = time.perf_counter()
-        call(sets[number % len(sets)])
-        seconds.append(time.perf_counter() - started)
-    return seconds
-
-
-def time_graphs(graphs: list[torch.cuda.CUDAGraph], calls: int) -> list[float]:
-    """Seconds of each replay, by events on the GPU."""
+    cache = torch.empty(2**28 if graph else 2**30, dtype=torch.uint8, device=logits.device)
+    repeat = graphed(call, logits).replay if graph else partial(call, logits)
     begins = [torch.cuda.Event(enable_timing=True) for _ in range(calls)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(calls)]
-    torch.cuda.synchronize()
-    for number in range(calls):
-        begins[number].record()
-        graphs[number % len(graphs)].replay()
-        ends[number].record()
+    for begin, end in zip(begins, ends, strict=True):
+        torch.cuda.synchronize()
+        cache.zero_()
+        begin.record()
+        repeat()
+        end.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) / 1e3 for begin, end in zip(begins, ends, strict=True)]
 

@@ -4,6 +4,8 @@ Run it: python -m cfgsafe.bench --help
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,16 +24,45 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def seconds(call: Callable[[], object], device: str) -> float:
+    """Seconds that a call takes."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def read_gb_per_second(device: str) -> float:
+    """The rate in GB/s at which this machine reads a large array: 2 GiB of a GPU, or 1 GiB.
+
+    It is the best of three ways, because none is the fastest everywhere: on CPUs a sum reads slower than a
+    product of a matrix and a vector. Three reads are timed together, so that launches hardly count.
+    """
+    side, dtype = (2**15, torch.bfloat16) if device.startswith("cuda") else (2**14, torch.float32)
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
+    flat, vector = matrix.flatten(), matrix[0].clone()
+    ways = (matrix.sum, lambda: torch.dot(flat, flat), lambda: matrix @ vector)
+    best = float("inf")
+    for read in ways:
+        for _ in range(5):
+            best = min(best, seconds(partial(repeat, read, 3), device))
+    return 3 * matrix.nbytes / best / 1e9
+
+
+def repeat(call: Callable[[], object], times: int) -> None:
+    """Call several times."""
+    for _ in range(times):
+        call()
+
+
 def matmul_tflops(device: str, dtype: torch.dtype) -> float:
     """The rate of a large matrix product on this machine in TFLOP/s: the most that can be reached."""
     size = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
-        synchronize(device)
-        started = time.perf_counter()
-        (a @ b)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
+        best = min(best, seconds(lambda: a @ b, device))
     return 2 * size**3 / best / 1e12
 
 

@@ -9,7 +9,6 @@ import pytest
 import eval as measuring
 import infer
 import train
-from cfgsafe.bench import gpu
 from cfgsafe.bench.__main__ import BENCHES
 from cfgsafe.errors import InputError
 from cfgsafe.fields import (
@@ -28,7 +27,7 @@ from cfgsafe.fields import (
 
 COMMANDS = {**train.STAGES, **measuring.COMMANDS, **BENCHES}
 OPTIONS = {name: options for name, (options, _) in COMMANDS.items()}
-OPTIONS |= {"train demo-models": train.STAGES["demo-models"][0], "infer": infer.Options, "gpu": gpu.Options}
+OPTIONS |= {"train demo-models": train.STAGES["demo-models"][0], "infer": infer.Options}
 OPTIONS |= {"bench orpo": BENCHES["orpo"][0], "train orpo": train.STAGES["orpo"][0]}
 
 

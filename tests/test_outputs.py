@@ -11,14 +11,13 @@ import pytest
 import eval as measuring
 import train
 from cfgsafe import cli
-from cfgsafe.bench import gpu
 from cfgsafe.bench.__main__ import BENCHES
 from cfgsafe.errors import InputError
 from cfgsafe.fields import declared
 from cfgsafe.outputs import File, Folder, Input, Output, guard
 
 SCRIPTS = {"train": train.STAGES, "eval": measuring.COMMANDS, "bench": BENCHES}
-OPTIONS = {"gpu": gpu.Options}
+OPTIONS = {}
 for script, commands in SCRIPTS.items():
     OPTIONS |= {f"{script} {name}": options for name, (options, _) in commands.items()}
 NO_OUTPUT = {"eval canaries", "eval detectors", "eval demo-models"}

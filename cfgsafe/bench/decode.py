@@ -1,9 +1,16 @@
-"""Guided decoding from two passes a token to the engine, against transformers: tokens a second.
+"""Guided decoding from two passes a token to the engine, against transformers: seconds and tokens a second.
 
 All variants decode the same checkpoint of random weights from random prompts, greedily and without an
-end token. The space is log, the only one that transformers has, unless a variant names another. A run is
-the prefill and all new tokens; the table has the median of several. GB/s counts the weights once for each
-step, because no decoder can avoid that; `copy`, the ceiling, is measured in the same run.
+end token. The space is log, the only one that transformers has, unless a variant names another. The
+variants take turns, so that a slow minute of the machine hits all of them.
+
+    s               prefill and all new tokens, the time that the ratios compare
+    first token     until each request has its first token: both prompts' forward, the head and the draw
+    prefill         tokens of the prompts, of both sides of a pair, by that time
+    tokens/s        new tokens after the first, by the time after it
+    GB/s            of weights, in that time; each step reads them once (two passes: twice), and no decoder
+                    can avoid that. The keys and values that attention reads as well are not counted.
+    of read         GB/s by the rate at which a large array is read, measured in the same run
 
 Run it: python -m cfgsafe.bench decode                                      (CPU, against transformers)
         python -m cfgsafe.bench decode --device cuda --shape 8b --batches 1 8 32 --no-transformers
@@ -14,21 +21,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cfgsafe.bench import plots
 from cfgsafe.bench.shapes import DECODE_SHAPES, random_model
 from cfgsafe.checkpoint import DTYPES, read_model, save_checkpoint
 from cfgsafe.decode import Engine
 from cfgsafe.errors import InputError, Unused
-from cfgsafe.fields import Count, Positive
+from cfgsafe.fields import Count, Positive, Several
 from cfgsafe.guidance import next_tokens
 from cfgsafe.hub import BASE
-from cfgsafe.kernels.measure import cap, synchronize
+from cfgsafe.kernels.measure import cap, read_gb_per_second, synchronize
 from cfgsafe.kernels.reference import Sampling
-from cfgsafe.kernels.results import show, spread, spread_columns
+from cfgsafe.kernels.table import show, spread, spread_columns
 from cfgsafe.llama import KVCache, Llama
 from cfgsafe.outputs import OutputFile
 from cfgsafe.progress import progress
@@ -36,26 +45,31 @@ from cfgsafe.request import Request
 from cfgsafe.subject import check_device
 
 G = 3.0
-TWO_PASSES = ("ours, two passes", "transformers, guidance_scale")  # two reads of the weights a step
+THEIR_GUIDED, THEIR_UNGUIDED = "transformers, guidance_scale", "transformers, unguided"
+OUR_UNGUIDED, CUDA_GRAPH, PROBABILITY_SPACE = "ours, unguided", "ours, CUDA graph", "ours, probability space"
+TWO_PASSES = ("ours, two passes", THEIR_GUIDED)  # two reads of the weights a step
 COLUMNS = {"requests": "{requests}", "variant": "{variant}", **spread_columns("s", 3)}
-COLUMNS |= {"tokens/s": "{tokens_per_second:.1f}", "GB/s": "{gb_per_second:.1f}", "of copy": "{share:.0%}"}
-COLUMNS |= {"/ our unguided": "{of_unguided:.2f}", "/ transformers guided": "{of_transformers:.2f}"}
+COLUMNS |= {"first token, s": "{first_token:.3f}", "prefill, tokens/s": "{prefill_per_second:.0f}"}
+COLUMNS |= {"tokens/s": "{tokens_per_second:.1f}", "GB/s": "{gb_per_second:.1f}"}
+COLUMNS |= {"of read": "{share_of_read:.0%}", "x our unguided": "{of_unguided:.2f}"}
+COLUMNS |= {"x their guided": "{of_their_guided:.2f}", "x their unguided": "{of_their_unguided:.2f}"}
 
 Prompts = list[list[int]]
-Decoder = Callable[[], Prompts]  # decodes all requests and returns the tokens of each
+FirstToken = Callable[[], None]  # what a decoder calls when each request has its first token
+Decoder = Callable[[FirstToken], Prompts]  # decodes all requests and returns the tokens of each
 
 
 @dataclass
 class Options:
     """Time guided decoding on random weights."""
 
-    shape: Literal["tiny", "small", "8b"] = "small"
-    """tiny (2 layers of width 64), small (224M parameters, 128,256 words) or 8b (Llama-3.1-8B)."""
+    shape: Literal["tiny", "224m", "221m", "smollm2-135m", "llama-3.2-1b", "8b"] = "221m"
+    """That of a model, or 224m (20 layers of width 768), 221m (8 of 1024), tiny (2 of 64)."""
     batches: tuple[Count, ...] = (1,)
     """Numbers of requests at a time, measured one after the other."""
     prompt: Count = 64
     """Tokens of each prompt."""
-    new: Count = 48
+    new: Several = 48
     """Tokens of each answer."""
     runs: Count = 5
     """Runs to time, after one that is not timed."""
@@ -69,6 +83,8 @@ class Options:
     """Data type of the model: float32 or bfloat16."""
     csv: OutputFile | None = None
     """CSV file to append the rows to."""
+    plot: OutputFile | None = None
+    """PNG file for a figure: tokens a second and GB/s against the requests at a time."""
 
     def unused(self) -> Unused:
         """See `errors.Unused`."""
@@ -84,7 +100,7 @@ def run(options: Options) -> None:
     weights = sum(p.nbytes for p in model.parameters())
     if not model.config.tie_word_embeddings:
         weights -= model.model.embed_tokens.weight.nbytes  # a step reads only a few of its rows
-    copy = copy_gb_per_second(options.device)
+    read = read_gb_per_second(options.device)
     rows = []
     for size in options.batches:
         random = torch.Generator().manual_seed(size)
@@ -95,17 +111,57 @@ def run(options: Options) -> None:
         if theirs is not None:
             decoders |= their_decoders(theirs, prompts, negatives, options)
         of_size = []
-        for name, decoder in progress(decoders.items(), desc="variants"):
-            times = [timed(decoder, options.device) for _ in range(options.runs + 1)]
-            seconds = spread(times[1:])
-            passes = 2 if name in TWO_PASSES else 1
-            read = passes * weights * options.new / seconds["p50"] / 1e9
-            row = {"requests": size, "variant": name, **seconds}
-            row |= {"tokens_per_second": size * options.new / seconds["p50"]}
-            of_size.append(row | {"gb_per_second": read, "share": read / copy})
+        for name, times in time_in_turns(decoders, options).items():
+            of_size.append(row_of(name, times, size, weights, read, options))
         add_ratios(of_size)
         rows += of_size
     show(rows, COLUMNS, options.device, options.csv)
+    if options.plot:
+        plots.decoding(Path(options.plot), rows)
+
+
+def time_in_turns(decoders: dict[str, Decoder], options: Options) -> dict[str, list[tuple[float, float]]]:
+    """Name -> (seconds to the first tokens, seconds in all) of each run, after one that is not timed."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
+    for _ in progress(range(options.runs + 1), desc="runs"):
+        for name, decoder in decoders.items():
+            times[name].append(timed(decoder, options.device))
+    return {name: found[1:] for name, found in times.items()}
+
+
+def timed(decoder: Decoder, device: str) -> tuple[float, float]:
+    """Seconds until each request has its first token, and seconds in all."""
+    firsts: list[float] = []
+    synchronize(device)
+    started = time.perf_counter()
+    decoder(lambda: firsts.append(time.perf_counter() - started))
+    synchronize(device)
+    return firsts[0], time.perf_counter() - started
+
+
+def row_of(
+    name: str, times: list[tuple[float, float]], size: int, weights: int, read: float, options: Options
+) -> dict:
+    """The row of a variant; a pass reads `weights` bytes, and the machine reads `read` GB/s."""
+    first = median(first for first, _ in times)
+    after = median(total - first for first, total in times)
+    steps, sides = options.new - 1, 1 if "unguided" in name else 2
+    rate = (2 if name in TWO_PASSES else 1) * weights * steps / after / 1e9
+    return {
+        "shape": options.shape,
+        "dtype": options.dtype,
+        "prompt": options.prompt,
+        "new": options.new,
+        "requests": size,
+        "variant": name,
+        **spread([total for _, total in times]),
+        "first_token": first,
+        "prefill_per_second": sides * size * options.prompt / first,
+        "tokens_per_second": size * steps / after,
+        "gb_per_second": rate,
+        "read_gb_per_second": read,
+        "share_of_read": rate / read,
+    }
 
 
 def load_models(options: Options) -> tuple[Llama, torch.nn.Module | None]:
@@ -129,12 +185,16 @@ def load_models(options: Options) -> tuple[Llama, torch.nn.Module | None]:
 
 
 def add_ratios(rows: list[dict]) -> None:
-    """Compare the rates of variants with each other, at one number of requests."""
-    rates = {row["variant"]: row["tokens_per_second"] for row in rows}
+    """How many times as fast as others a variant is, prefill included, at one number of requests."""
+    seconds = {row["variant"]: row["p50"] for row in rows}
+    others = {
+        "of_unguided": OUR_UNGUIDED,
+        "of_their_guided": THEIR_GUIDED,
+        "of_their_unguided": THEIR_UNGUIDED,
+    }
     for row in rows:
-        rate = row["tokens_per_second"]
-        row["of_unguided"] = rate / rates["ours, unguided"]
-        row["of_transformers"] = rate / rates.get("transformers, guidance_scale", float("nan"))
+        for key, other in others.items():
+            row[key] = seconds.get(other, float("nan")) / row["p50"]
 
 
 def our_decoders(model: Llama, prompts: Prompts, negatives: Prompts, options: Options) -> dict[str, Decoder]:
@@ -144,33 +204,39 @@ def our_decoders(model: Llama, prompts: Prompts, negatives: Prompts, options: Op
         pairs.append(Request(prompt, negative, guidance=G, space="log", max_new_tokens=options.new))
         mixed.append(Request(prompt, negative, guidance=G, max_new_tokens=options.new))
         plain.append(Request(prompt, max_new_tokens=options.new))
-    found = {
-        "ours, two passes": lambda: two_passes(model, prompts, negatives, options.new),
-        "ours, pairs in one batch": lambda: serve(model, pairs, log_path="logits", graphs=False),
-        "ours, combined before the head": lambda: serve(model, pairs, graphs=False),
+    found: dict[str, Decoder] = {
+        "ours, two passes": lambda first: two_passes(model, prompts, negatives, options.new, first),
+        "ours, pairs in one batch": lambda first: serve(model, pairs, first, log_path="logits", graphs=False),
+        "ours, combined before the head": lambda first: serve(model, pairs, first, graphs=False),
     }
     if options.device.startswith("cuda"):
-        found["ours, CUDA graph"] = lambda: serve(model, pairs)
-    found["ours, probability space"] = lambda: serve(model, mixed)
-    found["ours, unguided"] = lambda: serve(model, plain)
+        found[CUDA_GRAPH] = lambda first: serve(model, pairs, first)
+    found[PROBABILITY_SPACE] = lambda first: serve(model, mixed, first)
+    found[OUR_UNGUIDED] = lambda first: serve(model, plain, first)
     return found
 
 
-def serve(model: Llama, requests: list[Request], **settings) -> Prompts:
-    """The tokens of each request, by the engine."""
+def serve(model: Llama, requests: list[Request], first: FirstToken, **settings) -> Prompts:
+    """The tokens of each request, by the engine; all must join in the first step, and none may fail."""
     rows = sum(len(request.rows) for request in requests)
     slots = len(requests[0].prompt) + requests[0].max_new_tokens
     engine = Engine(model, rows=rows, slots=slots, **settings)
     request_ids = [engine.submit(request) for request in requests]
+    engine.step()
+    first()
+    if engine.waiting:
+        raise InputError(f"the KV cache of {len(requests)} requests does not fit; lower --batches")
     tokens = {}
     while engine.busy:
         for event in engine.step():
             if event.completion:
+                if event.completion.finish_reason != "length":
+                    raise InputError(f"a request has failed: {event.completion.failure}")
                 tokens[event.request_id] = event.completion.tokens
     return [tokens[request_id] for request_id in request_ids]
 
 
-def two_passes(model: Llama, prompts: Prompts, negatives: Prompts, new: int) -> Prompts:
+def two_passes(model: Llama, prompts: Prompts, negatives: Prompts, new: int, first: FirstToken) -> Prompts:
     """A forward for the positive rows and another for the negative ones, for each token."""
     size, length, device = len(prompts), len(prompts[0]), model.device
     rows = torch.arange(size, device=device)
@@ -185,6 +251,8 @@ def two_passes(model: Llama, prompts: Prompts, negatives: Prompts, new: int) -> 
         hidden = [model(tokens, at, cache)[:, -1] for tokens, cache in zip(fed, caches, strict=True)]
         tokens, _ = next_tokens(torch.cat([model.head(h) for h in hidden]), sampling)
         found.append(tokens.tolist())
+        if step == 0:
+            first()
         fed = [tokens[:, None], tokens[:, None]]
         at = torch.full((size, 1), length + step, device=device)
     return [list(answer) for answer in zip(*found, strict=True)]
@@ -198,42 +266,42 @@ def their_decoders(theirs, prompts: Prompts, negatives: Prompts, options: Option
     ids, others = (torch.tensor(rows, device=options.device) for rows in (prompts, negatives))
     new = {"max_new_tokens": options.new, "min_new_tokens": options.new}
 
-    def generate(**more) -> Prompts:
-        mask = torch.ones_like(ids)
-        out = theirs.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, **new, **more)
+    def generate(first: FirstToken, **more) -> Prompts:
+        mask, streamer = torch.ones_like(ids), Streamer(first)
+        settings = {"do_sample": False, "pad_token_id": 0, "streamer": streamer, **new, **more}
+        out = theirs.generate(ids, attention_mask=mask, **settings)
         return out[:, ids.shape[1] :].tolist()
 
-    def hand_batched() -> Prompts:
+    def hand_batched(first: FirstToken) -> Prompts:
         fed, cache, found = torch.cat((ids, others)), None, []
-        for _ in range(options.new):
+        for step in range(options.new):
             out = theirs(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             positive, negative = out.logits[:, -1].float().log_softmax(-1).chunk(2)
             tokens = (negative + G * (positive - negative)).argmax(-1)
             found.append(tokens.tolist())
+            if step == 0:
+                first()
             fed = torch.cat((tokens, tokens))[:, None]
         return [list(answer) for answer in zip(*found, strict=True)]
 
     return {
-        "transformers, guidance_scale": lambda: generate(guidance_scale=G, negative_prompt_ids=others),
+        THEIR_GUIDED: lambda first: generate(first, guidance_scale=G, negative_prompt_ids=others),
         "transformers, pairs in one batch by hand": hand_batched,
-        "transformers, unguided": generate,
+        THEIR_UNGUIDED: generate,
     }
 
 
-def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds of a call."""
-    synchronize(device)
-    started = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - started
+class Streamer:
+    """What `generate` of transformers gives its tokens to: the prompts, then those of each step."""
 
+    def __init__(self, first: FirstToken):
+        self.first, self.calls = first, 0
 
-def copy_gb_per_second(device: str) -> float:
-    """Bytes that a large copy reads and writes in a second, in GB."""
-    size = (256 if device == "cpu" else 2048) * 2**20
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = min(timed(lambda: target.copy_(source), device) for _ in range(5))
-    return 2 * source.numel() / best / 1e9
+    def put(self, tokens: Tensor) -> None:
+        self.calls += 1
+        if self.calls == 2:
+            self.first()
+
+    def end(self) -> None:
+        pass

@@ -1,10 +1,13 @@
-"""Everything that needs a GPU, in one command: tests of the kernel, then all benchmarks. Under 8 minutes.
+"""Everything that needs a GPU, in one command: the kernel's tests, all benchmarks, and a table of goals.
 
-The rows go to runs/gpu/*.csv. With --memory-gib 48 a larger GPU simulates an A40.
+The tables go to runs/gpu/*.csv, the figures to runs/gpu/*.png. It is planned for less than 8 minutes, and
+says how long it took. With --memory-gib 48 a larger GPU simulates an A40. FlashInfer and transformers take
+part where they are installed.
 
-Run it: python -m cfgsafe.bench.gpu
+Run it: python -m cfgsafe.bench gpu
 """
 
+import importlib.util
 import shlex
 import subprocess
 import sys
@@ -13,53 +16,86 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from cfgsafe.cli import run_single
+import torch
+
+from cfgsafe.bench import goals
 from cfgsafe.errors import InputError
 from cfgsafe.fields import Positive
 from cfgsafe.files import make_folder
+from cfgsafe.kernels.table import show
 from cfgsafe.outputs import Folder
 
 ROOT = Path(__file__).parents[2]
-# The dense variant of orpo computes every prompt twice, so it fits only with 16 blocks recomputed.
+MINUTES = 8  # that all may take
+BENCH, PLOT = "cfgsafe.bench", ("guidance", "decode-8b", "decode-1b")
+ALL_METHODS = "--methods greedy sampled top-k top-p both mask"
+DECODE = "decode --device cuda --prompt 128 --new 96 --runs 3"
+# Name of the files -> arguments of `python -m`. torch.compile takes seconds for each case, so it is timed in
+# four. The dense variant of orpo computes every prompt twice: it fits only with 16 blocks recomputed.
 COMMANDS = {
     "kernel": "pytest tests/test_kernel.py tests/test_truncation.py -m 'slow or not slow'",
-    "guidance": "cfgsafe.bench guidance --device cuda",
-    "guidance-top-p": "cfgsafe.bench guidance --device cuda --temperature 1 --top-p 0.9",
-    "guidance-top-k-top-p": "cfgsafe.bench guidance --device cuda --temperature 1 --top-k 50 --top-p 0.9",
-    "guidance-log": "cfgsafe.bench guidance --device cuda --space log --temperature 1",
-    "decode": "cfgsafe.bench decode --device cuda --shape 8b --batches 1 8 32 --no-transformers --runs 3",
-    "orpo": "cfgsafe.bench orpo --device cuda --dtype bfloat16 --shape 8b --prompt 1900 --answer 148"
+    "guidance": f"{BENCH} guidance --device cuda --no-compiled {ALL_METHODS} --pairs 1 2 4 8 16 32 64 128"
+    " --vocabularies 32000 49152 128256 151936",
+    "guidance-compiled": f"{BENCH} guidance --device cuda --methods greedy sampled top-p both --pairs 128"
+    " --vocabularies 131072",
+    "guidance-log": f"{BENCH} guidance --device cuda --space log --no-compiled --methods greedy sampled both"
+    " --pairs 1 8 32 128",
+    "decode-8b": f"{BENCH} {DECODE} --shape 8b --batches 1 8 32 --no-transformers",
+    "decode-1b": f"{BENCH} {DECODE} --shape llama-3.2-1b --batches 1 8",
+    "orpo": f"{BENCH} orpo --device cuda --dtype bfloat16 --shape 8b --prompt 1900 --answer 148"
     " --recompute 16 --steps 3",
 }
+LIMITED = ("decode-8b", "decode-1b", "orpo")  # those that take --memory-gib
 
 
 @dataclass
 class Options:
-    """Run everything that needs a GPU."""
+    """Run everything that needs a GPU, and compare the figures with the goals."""
 
-    out: Annotated[str, Folder()] = "runs/gpu"
-    """Folder for the CSV files."""
+    out: Annotated[str, Folder(writes=("*.csv", "*.png"))] = "runs/gpu"
+    """Folder for the tables and figures."""
     memory_gib: Positive | None = None
-    """Share of the GPU to use in the 8B benchmarks, in GiB."""
+    """Share of the GPU to use for decoding and training, in GiB."""
 
 
 def run(options: Options) -> None:
-    import torch
-
     if not torch.cuda.is_available():
-        raise InputError("no CUDA device is there; python -m cfgsafe.bench measures what a CPU can")
+        raise InputError("no CUDA device is there; the other benchmarks measure what a CPU can")
     out = make_folder(options.out).absolute()
-    for name, command in COMMANDS.items():
-        arguments = shlex.split(command)
-        if name != "kernel":
-            arguments += ["--csv", str(out / f"{name}.csv")]
-        if options.memory_gib and name in ("decode", "orpo"):
-            arguments += ["--memory-gib", str(options.memory_gib)]
+    started = time.time()
+    failed = run_commands(out, options.memory_gib)
+    print(f"all: {time.time() - started:.0f} s, of {60 * MINUTES} planned")
+    show(goals.compare(out), goals.COLUMNS, "cuda", str(out / "goals.csv"))
+    if failed:
+        print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def run_commands(out: Path, memory_gib: float | None) -> list[str]:
+    """Run all commands; returns the names of those that failed."""
+    for name in (*COMMANDS, "goals"):  # or earlier figures would stand in for those of a command that fails
+        for suffix in ("csv", "png"):
+            (out / f"{name}.{suffix}").unlink(missing_ok=True)
+    failed = []
+    for name in COMMANDS:
         started = time.time()
-        done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT)
-        outcome = "FAILED" if done.returncode else "done"
+        command = [sys.executable, "-m", *arguments(name, out, memory_gib)]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            failed.append(name)
+        outcome = "FAILED" if name in failed else "done"
         print(f"{name}: {outcome} in {time.time() - started:.0f} s", flush=True)
+    return failed
 
 
-if __name__ == "__main__":
-    run_single(Options, run, __doc__)
+def arguments(name: str, out: Path, memory_gib: float | None) -> list[str]:
+    """What follows `python -m` in a command."""
+    words = shlex.split(COMMANDS[name])
+    if words[0] == BENCH:
+        words += ["--csv", str(out / f"{name}.csv")]
+    if name in PLOT:
+        words += ["--plot", str(out / f"{name}.png")]
+    if name in LIMITED and memory_gib:
+        words += ["--memory-gib", str(memory_gib)]
+    if name == "decode-1b" and importlib.util.find_spec("transformers") is None:
+        words.append("--no-transformers")
+    return words

@@ -1,14 +1,15 @@
 """The benchmark of the guidance kernel, kernels/bench.py, with the ranges and outputs of its options.
 
-Deviation: kernels/ imports nothing of the rest, so these stand here and the defaults there.
+Deviation: kernels/ imports nothing of the rest, so these and the figure stand here, the defaults there.
 
 Run it: python -m cfgsafe.bench guidance --device cuda
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from cfgsafe.errors import Unused
-from cfgsafe.fields import Count, Guidance, Share, Temperature, Whole
+from cfgsafe.bench import plots
+from cfgsafe.fields import Count, Guidance
 from cfgsafe.kernels import bench
 from cfgsafe.outputs import OutputFile
 from cfgsafe.subject import check_device
@@ -18,22 +19,17 @@ from cfgsafe.subject import check_device
 class Options(bench.Options):
     """Time guided tokens from pairs of logits."""
 
+    vocabularies: tuple[Count, ...] = bench.Options.vocabularies
     pairs: tuple[Count, ...] = bench.Options.pairs
-    vocabulary: Count = bench.Options.vocabulary
-    temperature: Temperature = bench.Options.temperature
-    top_k: Whole = bench.Options.top_k
-    top_p: Share = bench.Options.top_p
     guidance: Guidance = bench.Options.guidance
     calls: Count = bench.Options.calls
-    sets: Count = bench.Options.sets
     csv: OutputFile | None = bench.Options.csv
-
-    def unused(self) -> Unused:
-        """See `errors.Unused`."""
-        if self.temperature == 0:
-            yield "on greedy tokens, without --temperature", "top_k", "top_p"
+    plot: OutputFile | None = None
+    """PNG file for a figure: time against pairs with the bound, and GB/s against the vocabulary."""
 
 
 def run(options: Options) -> None:
     check_device(options.device)
-    bench.run(options)
+    rows = bench.run(options)
+    if options.plot:
+        plots.guided_tokens(Path(options.plot), rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cfgsafe.bench.shapes import base_parameters, llama_8b
 from cfgsafe.blue.memory import step_bytes
 from cfgsafe.fields import Count
-from cfgsafe.kernels.results import show
+from cfgsafe.kernels.table import show
 from cfgsafe.llama import LlamaConfig
 from cfgsafe.outputs import OutputFile
 

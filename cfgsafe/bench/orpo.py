@@ -27,7 +27,7 @@ from cfgsafe.errors import InputError, Unused
 from cfgsafe.fields import Count, Positive, Whole
 from cfgsafe.files import read_jsonl, write_jsonl
 from cfgsafe.hub import BASE, PROMPTS
-from cfgsafe.kernels.results import show, spread, spread_columns
+from cfgsafe.kernels.table import show, spread, spread_columns
 from cfgsafe.llama import LlamaConfig
 from cfgsafe.outputs import InputPath, OutputFile
 from cfgsafe.progress import progress
@@ -35,7 +35,8 @@ from cfgsafe.subject import check_device
 from cfgsafe.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
-OURS = ("dense", "chunked", "chunked + shared")
+SHARED = "chunked + shared"
+OURS = ("dense", "chunked", SHARED)
 
 
 @dataclass
@@ -99,7 +100,12 @@ def run(options: Options) -> None:
         line["memory_ratio"] = line["peak_gib"] / last["peak_gib"]
     columns = {"variant": "{variant}", **spread_columns("s/step", 3)}
     columns |= {"real tokens/s": "{tokens_per_second:.0f}", "TFLOP/s": "{tflops:.2f}"}
-    columns |= {"of matmul": "{share:.0%}", "GiB above model": "{peak_gib:.2f}", "first loss": "{loss:.5f}"}
+    columns |= {
+        "of matmul": "{share:.0%}",
+        "GiB above model": "{peak_gib:.2f}",
+        "with it": "{total_gib:.2f}",
+        "first loss": "{loss:.5f}",
+    }
     columns |= {f"time / {last['variant']}": "{time_ratio:.2f}", "memory /": "{memory_ratio:.2f}"}
     show(rows, columns, options.device, options.csv)
 
@@ -109,12 +115,15 @@ def row(figures: dict, config: LlamaConfig, options: Options) -> dict:
     times = spread(figures["seconds"])
     tokens = options.pairs * 2 * (options.prompt + options.answer)
     tflops = step_flops(config, options) / times["p50"] / 1e12
+    model_gib = base_parameters(config) * DTYPES[options.dtype].itemsize / 2**30
+    peak_gib = figures["peak_bytes"] / 2**30
     return {
         **times,
         "tokens_per_second": tokens / times["p50"],
         "tflops": tflops,
         "share": tflops / figures["ceiling"],
-        "peak_gib": figures["peak_bytes"] / 2**30,
+        "peak_gib": peak_gib,
+        "total_gib": model_gib + peak_gib,
         "loss": figures["loss"],
     }
 
