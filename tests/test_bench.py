@@ -185,6 +185,16 @@ def test_all_guided_decoders_say_the_same_and_when_the_first_tokens_are_there():
     assert [len(answer) for answer in mixed] == [8, 8]
 
 
+def test_the_first_token_of_transformers_is_what_follows_the_prompts():
+    said = []
+    streamer = decode.Streamer(lambda: said.append("first"))
+    streamer.put(torch.tensor([[5, 6, 7]]))
+    assert not said
+    streamer.put(torch.tensor([8]))
+    streamer.put(torch.tensor([9]))
+    assert said == ["first"]
+
+
 def test_a_request_that_cannot_join_is_not_measured(monkeypatch):
     model = random_model(DECODE_SHAPES["tiny"], torch.float32, "cpu")
     engine = decode.Engine
@@ -216,7 +226,9 @@ def test_an_unknown_space_is_one_line(bench, capsys):
 
 def test_the_processor_is_named_with_what_it_can(tmp_path):
     known = tmp_path / "cpuinfo"
-    known.write_text("processor\t: 0\nmodel name\t: Fast CPU @ 2 GHz\nflags\t\t: fpu avx2 avx512_bf16\n")
+    known.write_text(
+        "processor\t: 0\nmodel name\t: Fast CPU @ 2 GHz\nflags\t\t: fpu avx2 avx512_bf16\nbugs: avx512f\n"
+    )
     assert table.processor(known) == "Fast CPU @ 2 GHz avx512_bf16 avx2"
     assert table.processor(tmp_path / "none").endswith(" CPU")
 
