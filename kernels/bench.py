@@ -1,15 +1,16 @@
-"""The guidance kernel against eager PyTorch, torch.compile, transformers and FlashInfer: time and GB/s.
+"""The guidance kernel against eager PyTorch, torch.compile, transformers and FlashInfer.
 
-Every variant turns B pairs of logits into B guided tokens, drawn by one of `METHODS`. The bound is the
-time to read these logits once, at the rate at which this machine reads a large array, measured in the
-same run. 256 MiB are written before each call, so that smaller caches do not hold the logits.
+Every variant turns B pairs of logits into B guided tokens, drawn by one of `METHODS`. The bound is
+the time to read these logits once, at the rate at which this machine reads a large array, measured
+in the same run. 256 MiB are written before each call, so that smaller caches do not hold the logits.
 
-    GPU     Each call is the replay of a CUDA graph between two events: no launch and no allocation counts.
-            FlashInfer's calls are launched while the 1 GiB before them is still being written instead.
-    CPU     There is no kernel, and the reference stands in for it. What it allocates counts, as it does in
-            decoding; calls that are not timed have made the allocator ready.
+    GPU     Each call is the replay of a CUDA graph between two events, so neither launches nor
+            allocations count. FlashInfer's calls are no graphs, but launched while 1 GiB is still
+            being written before them.
+    CPU     There is no kernel, and the reference stands in for it. What it allocates counts, as it
+            does in decoding; calls that are not timed have made the allocator ready.
 
-transformers has log space alone, and no mask. FlashInfer has no guidance: its variants draw from guided
+transformers has log space alone, and no mask. FlashInfer has no guidance: its variants draw from
 probabilities that PyTorch computes within the call, or that are ready before it ("draw alone").
 
 Run it: python -m cfgsafe.bench guidance --device cuda
@@ -64,7 +65,7 @@ class Options:
     """Time guided tokens from pairs of logits."""
 
     methods: tuple[MethodName, ...] = ("greedy", "both")
-    """How tokens are drawn: greedy, sampled, top-k (50), top-p (0.9), both of these, mask (alpha 0.1)."""
+    """How tokens are drawn: greedy, sampled, top-k (50), top-p (0.9), both, mask (alpha 0.1)."""
     vocabularies: tuple[int, ...] = (128256,)
     """Sizes of the vocabulary."""
     pairs: tuple[int, ...] = (1, 8)
@@ -94,7 +95,8 @@ def run(options: Options) -> list[dict]:
     read = 1e9 * read_gb_per_second(options.device)  # bytes a second
     cases = list(product(options.methods, options.vocabularies, options.pairs))
     rows = []
-    for method, vocabulary, pairs in tqdm(cases, leave=False, disable=None):  # None: no bar in a log
+    # disable=None: no bar in a log.
+    for method, vocabulary, pairs in tqdm(cases, leave=False, disable=None):
         torch.manual_seed(0)
         logits = 3 * torch.randn(2 * pairs, vocabulary, device=options.device)
         logits = logits.to(getattr(torch, options.dtype))
@@ -132,20 +134,21 @@ def variants(logits: Tensor, method: Method, options: Options) -> dict[str, Call
         found["kernel"] = lambda z: next_tokens(z, sampling)
     found["reference, eager"] = lambda z: reference.next_tokens(z, sampling)
     if options.compiled:
-        torch.compiler.reset()  # it silently stops to compile after eight shapes
+        torch.compiler.reset()  # or it gives up after eight shapes, and runs eagerly
         compiled = torch.compile(reference.next_tokens, dynamic=False)
         found["reference, torch.compile"] = lambda z: compiled(z, sampling)
     if options.space == "log" and method.alpha == 0:
         found["transformers' formula"] = lambda z: transformers_tokens(z, g, method)
     if logits.is_cuda and method.temperature > 0 and importlib.util.find_spec("flashinfer"):
-        ready = reference.guided_logprobs(logits, sampling).exp()
+        guided = partial(reference.guided_logprobs, sampling=sampling)
+        ready = guided(logits).exp()
         try:
             draw = flashinfer_draw(method)
             draw(ready)
-        except (ImportError, OSError, RuntimeError) as error:  # it compiles its kernels when first used
+        except (ImportError, OSError, RuntimeError) as error:  # its kernels are compiled now
             print(f"FlashInfer is left out: {error}", file=sys.stderr)
             return found
-        found["guided, then FlashInfer"] = lambda z: draw(reference.guided_logprobs(z, sampling).exp())
+        found["guided, then FlashInfer"] = lambda z: draw(guided(z).exp())
         found["FlashInfer, draw alone"] = lambda z: draw(ready)
     return found
 
@@ -153,8 +156,8 @@ def variants(logits: Tensor, method: Method, options: Options) -> dict[str, Call
 def transformers_tokens(logits: Tensor, g: float, method: Method) -> Tensor:
     """What transformers computes of the logits of both forwards: guidance, warpers and draw.
 
-    They are UnbatchedClassifierFreeGuidanceLogitsProcessor, TopKLogitsWarper and TopPLogitsWarper. The draw
-    is that of torch.multinomial, without its checks, which make the host wait.
+    See UnbatchedClassifierFreeGuidanceLogitsProcessor, TopKLogitsWarper and TopPLogitsWarper there.
+    The draw is that of torch.multinomial, without its checks, which make the host wait.
     """
     scores, unconditional = (rows.log_softmax(-1) for rows in logits.chunk(2))
     scores = g * (scores - unconditional) + unconditional
@@ -176,12 +179,13 @@ def flashinfer_draw(method: Method) -> Call:
     """FlashInfer's draw from probabilities (B, V) float32."""
     from flashinfer import sampling
 
-    if method.top_k and method.top_p < 1:
-        return partial(sampling.top_k_top_p_sampling_from_probs, top_k=method.top_k, top_p=method.top_p)
-    if method.top_k:
-        return partial(sampling.top_k_sampling_from_probs, top_k=method.top_k)
-    if method.top_p < 1:
-        return partial(sampling.top_p_sampling_from_probs, top_p=method.top_p)
+    k, p = method.top_k, method.top_p
+    if k and p < 1:
+        return partial(sampling.top_k_top_p_sampling_from_probs, top_k=k, top_p=p)
+    if k:
+        return partial(sampling.top_k_sampling_from_probs, top_k=k)
+    if p < 1:
+        return partial(sampling.top_p_sampling_from_probs, top_p=p)
     return sampling.sampling_from_probs
 
 
@@ -196,7 +200,7 @@ def time_calls(call: Call, logits: Tensor, options: Options) -> list[float]:
 
 
 def time_on_gpu(call: Call, logits: Tensor, calls: int, *, graph: bool) -> list[float]:
-    """Seconds of each call by events on the GPU, after two that are not timed; `graph`: replay it as one."""
+    """Seconds of each call on a GPU, after two that are not timed; `graph`: as a CUDA graph."""
     for _ in range(2):
         call(logits)
     cache = torch.empty(2**28 if graph else 2**30, dtype=torch.uint8, device=logits.device)

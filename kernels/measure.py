@@ -36,8 +36,9 @@ def seconds(call: Callable[[], object], device: str) -> float:
 def read_gb_per_second(device: str) -> float:
     """The rate in GB/s at which this machine reads a large array: 2 GiB of a GPU, or 1 GiB.
 
-    It is the best of three ways, because none is the fastest everywhere: on CPUs a sum reads slower than a
-    product of a matrix and a vector. Three reads are timed together, so that launches hardly count.
+    It is the best of three ways, because none is the fastest everywhere: on CPUs a sum reads slower
+    than a product of a matrix and a vector. Three reads are timed together, so that launches hardly
+    count.
     """
     side, dtype = (2**15, torch.bfloat16) if device.startswith("cuda") else (2**14, torch.float32)
     matrix = torch.ones(side, side, device=device, dtype=dtype)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # on which the speed of products depends
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # they decide the speed of products
 
 
 def where(device: str) -> dict[str, str]:
@@ -102,7 +102,8 @@ def append(csv_file: str, rows: list[dict]) -> None:
         file.seek(0)
         header = next(csv.reader(file), None)
         if header not in (None, columns):
-            print(f"error: {csv_file}: has other columns than these rows; name another file", file=sys.stderr)
+            line = f"error: {csv_file}: has other columns than these rows; name another file"
+            print(line, file=sys.stderr)
             sys.exit(2)
         writer = csv.DictWriter(file, columns)
         if header is None:

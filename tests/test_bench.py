@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,9 +67,9 @@ def test_an_8b_model_trains_on_the_papers_rows_within_forty_gib(bench):
 
 
 def test_guided_tokens_are_measured_against_one_read_of_the_logits(tmp_path, bench):
-    plot = tmp_path / "g.png"
+    path = tmp_path / "g.csv"
     settings = (
-        f"--no-compiled --methods greedy both --vocabularies 1000 500 --pairs 2 --calls 3 --plot {plot}"
+        f"--no-compiled --methods greedy both --vocabularies 1000 500 --pairs 2 --calls 3 --plot --csv {path}"
     )
     rows = bench("guidance", *settings.split())["rows"]
     cases = [(row["method"], row["vocabulary"]) for row in rows]
@@ -78,7 +79,7 @@ def test_guided_tokens_are_measured_against_one_read_of_the_logits(tmp_path, ben
         assert row["bound"] == pytest.approx(size / READ / 1e3)  # in us
         assert row["share_of_read"] == pytest.approx(row["bound"] / row["p50"])
         assert row["gb_per_second"] == pytest.approx(size / row["p50"] / 1e3)
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / f"{path.name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_torch_compile_is_measured_too(bench):
@@ -118,6 +119,25 @@ def test_a_mask_leaves_plausible_tokens_only():
     assert (probs.gather(-1, tokens[:, None]) >= 0.1 * probs.amax(-1, keepdim=True)).all()
 
 
+@pytest.mark.parametrize(
+    ("method", "drawn"),
+    [
+        ("sampled", ("sampling_from_probs", {})),
+        ("mask", ("sampling_from_probs", {})),
+        ("top-k", ("top_k_sampling_from_probs", {"top_k": 50})),
+        ("top-p", ("top_p_sampling_from_probs", {"top_p": 0.9})),
+        ("both", ("top_k_top_p_sampling_from_probs", {"top_k": 50, "top_p": 0.9})),
+    ],
+)
+def test_flashinfer_draws_as_the_method_says(method, drawn, monkeypatch):
+    class Sampling:
+        def __getattr__(self, name):
+            return lambda probs, **settings: (name, settings)
+
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(sampling=Sampling()))
+    assert kernel_bench.flashinfer_draw(METHODS[method])(torch.ones(1, 1)) == drawn
+
+
 def test_the_rate_of_reading_is_that_of_the_fastest_way(monkeypatch):
     times = iter([*[0.9] * 5, 0.8, 0.7, 0.5, 0.7, 0.8, *[0.6] * 5])  # the second way, in its third try
     monkeypatch.setattr(measure, "seconds", lambda call, device: next(times))
@@ -125,12 +145,12 @@ def test_the_rate_of_reading_is_that_of_the_fastest_way(monkeypatch):
 
 
 def test_decoding_is_measured_from_two_passes_to_the_engine(tmp_path, bench):
-    plot = tmp_path / "d.png"
-    settings = f"--shape tiny --runs 1 --new 4 --prompt 8 --batches 1 2 --no-transformers --plot {plot}"
+    path = tmp_path / "d.csv"
+    settings = f"--shape tiny --runs 1 --new 4 --prompt 8 --batches 1 2 --no-transformers --plot --csv {path}"
     rows = bench("decode", *settings.split())["rows"]
     assert [row["variant"] for row in rows[:2]] == ["ours, two passes", "ours, pairs in one batch"]
     assert len(rows) == 10 and all(0 < row["first_token"] < row["p50"] for row in rows)
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / f"{path.name}.png").read_bytes().startswith(b"\x89PNG")
     assert {"variant", "requests", "of_unguided", "share_of_read"} <= rows[0].keys()
 
 
@@ -270,11 +290,8 @@ def test_goals_are_compared_with_the_tables(tmp_path):
             decoded(mixed, 32, 0.94, 0.3),
             decoded("ours, two passes", 1, 0.5, 0.9),
         ],
-        "guidance": [guided("greedy", 128256, 128, 50.0, 0.49), guided("greedy", 128256, 64, 20.0, 0.9)],
-        "guidance-compiled": [
-            guided("top-p", 131072, 128, 139.0, 0.1),
-            guided("both", 131072, 128, 268, 0.1),
-        ],
+        "guidance": [guided("greedy", 128256, 32, 50.0, 0.49), guided("greedy", 128256, 64, 20.0, 0.1)],
+        "guidance-131072": [guided("top-p", 131072, 128, 139.0, 0.1), guided("both", 131072, 128, 268, 0.1)],
         "orpo": [{"variant": "dense", "total_gib": 60.0}, {"variant": "chunked + shared", "total_gib": 40.5}],
     }
     for name, rows in tables.items():
@@ -285,7 +302,7 @@ def test_goals_are_compared_with_the_tables(tmp_path):
         "8B, guided in probability space / unguided": ("at least 0.95", "0.94", "missed"),
         "1B, guided / unguided": ("at least 0.95", "not measured", ""),
         "8B, guided, 1 request: share of the read bandwidth": ("at least 0.69", "0.69", "met"),
-        "kernel, greedy, V 128,256, 128 pairs: one read / time": ("at least 0.5", "0.49", "missed"),
+        "kernel, greedy, V 128,256, 32 pairs: one read / time": ("at least 0.5", "0.49", "missed"),
         "kernel, top-p, V 131,072, 128 pairs: us": ("at most 139", "139", "met"),
         "kernel, top-k and top-p, V 131,072, 128 pairs: us": ("at most 267", "268", "missed"),
         "ORPO step, 8B: GiB": ("at most 48", "40.5", "met"),
@@ -315,7 +332,7 @@ def test_a_command_that_fails_is_said_and_leaves_no_earlier_figures(tmp_path, mo
     monkeypatch.setattr(
         gpu, "COMMANDS", {"decode-8b": f"{gpu.BENCH} nothing", "orpo": f"{gpu.BENCH} memory --pairs 1"}
     )
-    for name in ("decode-8b.csv", "decode-8b.png", "mine.csv"):
+    for name in ("decode-8b.csv", "decode-8b.csv.png", "mine.csv"):
         (tmp_path / name).write_text("of another run")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(table, "where", lambda device: {"machine": device})

@@ -196,6 +196,8 @@ RULES = (
     ("train.py dialogues --split sets --out O", "--count 5 --seed 1", "with --split sets"),
     ("cfgsafe/bench/__main__.py orpo", "--memory-gib 8", "on a CPU"),
     ("cfgsafe/bench/__main__.py decode", "--memory-gib 8", "on a CPU"),
+    ("cfgsafe/bench/__main__.py decode", "--plot", "without --csv"),
+    ("cfgsafe/bench/__main__.py guidance", "--plot", "without --csv"),
     ("train.py pairs --dialogues D --model M --out O", f"--remote-model J {SERVICE}", "without a remote"),
     (
         "train.py pairs --dialogues D --model M --out O --recipes remote remote+begin --remote-model J",

@@ -1,6 +1,6 @@
 """Benchmarks: each prints a table and a JSON line, and can append rows to a CSV file.
 
-    python -m cfgsafe.bench guidance    guided tokens from pairs of logits: kernel, PyTorch, FlashInfer
+    python -m cfgsafe.bench guidance    guided tokens from pairs of logits: kernel and others
     python -m cfgsafe.bench decode      guided decoding, from two passes to the engine, and transformers
     python -m cfgsafe.bench orpo        a training step: dense, chunked, shared prefixes; TRL + PEFT
     python -m cfgsafe.bench memory      what a training step of an 8B model takes, by formula

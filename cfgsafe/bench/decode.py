@@ -1,15 +1,15 @@
-"""Guided decoding from two passes a token to the engine, against transformers: seconds and tokens a second.
+"""Guided decoding from two passes a token to the engine, against transformers: tokens a second.
 
-All variants decode the same checkpoint of random weights from random prompts, greedily and without an
-end token. The space is log, the only one that transformers has, unless a variant names another. The
-variants take turns, so that a slow minute of the machine hits all of them.
+All variants decode the same checkpoint of random weights from random prompts, greedily and without
+an end token. The space is log, the only one that transformers has, unless a variant names another.
+The variants take turns, so that a slow minute of the machine hits all of them.
 
     s               prefill and all new tokens, the time that the ratios compare
-    first token     until each request has its first token: both prompts' forward, the head and the draw
+    first token     until each request has its first token: prefill, head and draw
     prefill         tokens of the prompts, of both sides of a pair, by that time
     tokens/s        new tokens after the first, by the time after it
-    GB/s            of weights, in that time; each step reads them once (two passes: twice), and no decoder
-                    can avoid that. The keys and values that attention reads as well are not counted.
+    GB/s            of weights, in that time; each step reads them once (two passes: twice), and no
+                    decoder can avoid that. Keys and values, which attention reads, are not counted.
     of read         GB/s by the rate at which a large array is read, measured in the same run
 
 Run it: python -m cfgsafe.bench decode                                      (CPU, against transformers)
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from cfgsafe.bench import plots
+from cfgsafe.bench.plots import TableFile
 from cfgsafe.bench.shapes import DECODE_SHAPES, random_model
 from cfgsafe.checkpoint import DTYPES, read_model, save_checkpoint
 from cfgsafe.decode import Engine
@@ -39,24 +40,26 @@ from cfgsafe.kernels.measure import cap, read_gb_per_second, synchronize
 from cfgsafe.kernels.reference import Sampling
 from cfgsafe.kernels.table import show, spread, spread_columns
 from cfgsafe.llama import KVCache, Llama
-from cfgsafe.outputs import OutputFile
 from cfgsafe.progress import progress
 from cfgsafe.request import Request
 from cfgsafe.subject import check_device
 
 G = 3.0
 THEIR_GUIDED, THEIR_UNGUIDED = "transformers, guidance_scale", "transformers, unguided"
-OUR_UNGUIDED, CUDA_GRAPH, PROBABILITY_SPACE = "ours, unguided", "ours, CUDA graph", "ours, probability space"
+OUR_UNGUIDED, CUDA_GRAPH = "ours, unguided", "ours, CUDA graph"
+PROBABILITY_SPACE = "ours, probability space"
 TWO_PASSES = ("ours, two passes", THEIR_GUIDED)  # two reads of the weights a step
 COLUMNS = {"requests": "{requests}", "variant": "{variant}", **spread_columns("s", 3)}
 COLUMNS |= {"first token, s": "{first_token:.3f}", "prefill, tokens/s": "{prefill_per_second:.0f}"}
 COLUMNS |= {"tokens/s": "{tokens_per_second:.1f}", "GB/s": "{gb_per_second:.1f}"}
 COLUMNS |= {"of read": "{share_of_read:.0%}", "x our unguided": "{of_unguided:.2f}"}
-COLUMNS |= {"x their guided": "{of_their_guided:.2f}", "x their unguided": "{of_their_unguided:.2f}"}
+COLUMNS |= {"x their guided": "{of_their_guided:.2f}"}
+COLUMNS |= {"x their unguided": "{of_their_unguided:.2f}"}
 
 Prompts = list[list[int]]
-FirstToken = Callable[[], None]  # what a decoder calls when each request has its first token
-Decoder = Callable[[FirstToken], Prompts]  # decodes all requests and returns the tokens of each
+Times = list[tuple[float, float]]  # of each run: seconds to the first tokens, and seconds in all
+Call = Callable[[], None]  # what a decoder calls when each request has its first token
+Decoder = Callable[[Call], Prompts]  # decodes all requests and returns the tokens of each
 
 
 @dataclass
@@ -81,15 +84,17 @@ class Options:
     """Torch device."""
     dtype: str = "bfloat16"
     """Data type of the model: float32 or bfloat16."""
-    csv: OutputFile | None = None
+    csv: TableFile | None = None
     """CSV file to append the rows to."""
-    plot: OutputFile | None = None
-    """PNG file for a figure: tokens a second and GB/s against the requests at a time."""
+    plot: bool = False
+    """Draw tokens a second and GB/s against the requests at a time: a PNG beside the CSV file."""
 
     def unused(self) -> Unused:
         """See `errors.Unused`."""
         if not self.device.startswith("cuda"):
             yield "on a CPU", "memory_gib"
+        if self.csv is None:
+            yield "without --csv", "plot"
 
 
 @torch.inference_mode()
@@ -116,13 +121,13 @@ def run(options: Options) -> None:
         add_ratios(of_size)
         rows += of_size
     show(rows, COLUMNS, options.device, options.csv)
-    if options.plot:
-        plots.decoding(Path(options.plot), rows)
+    if options.plot and options.csv:
+        plots.decoding(plots.beside(options.csv), rows)
 
 
-def time_in_turns(decoders: dict[str, Decoder], options: Options) -> dict[str, list[tuple[float, float]]]:
-    """Name -> (seconds to the first tokens, seconds in all) of each run, after one that is not timed."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
+def time_in_turns(decoders: dict[str, Decoder], options: Options) -> dict[str, Times]:
+    """Name -> the times of its runs, after one that is not timed."""
+    times: dict[str, Times] = {name: [] for name in decoders}
     for _ in progress(range(options.runs + 1), desc="runs"):
         for name, decoder in decoders.items():
             times[name].append(timed(decoder, options.device))
@@ -139,9 +144,7 @@ def timed(decoder: Decoder, device: str) -> tuple[float, float]:
     return firsts[0], time.perf_counter() - started
 
 
-def row_of(
-    name: str, times: list[tuple[float, float]], size: int, weights: int, read: float, options: Options
-) -> dict:
+def row_of(name: str, times: Times, size: int, weights: int, read: float, options: Options) -> dict:
     """The row of a variant; a pass reads `weights` bytes, and the machine reads `read` GB/s."""
     first = median(first for first, _ in times)
     after = median(total - first for first, total in times)
@@ -185,7 +188,7 @@ def load_models(options: Options) -> tuple[Llama, torch.nn.Module | None]:
 
 
 def add_ratios(rows: list[dict]) -> None:
-    """How many times as fast as others a variant is, prefill included, at one number of requests."""
+    """How many times as fast as others each variant is, prefill included."""
     seconds = {row["variant"]: row["p50"] for row in rows}
     others = {
         "of_unguided": OUR_UNGUIDED,
@@ -204,10 +207,12 @@ def our_decoders(model: Llama, prompts: Prompts, negatives: Prompts, options: Op
         pairs.append(Request(prompt, negative, guidance=G, space="log", max_new_tokens=options.new))
         mixed.append(Request(prompt, negative, guidance=G, max_new_tokens=options.new))
         plain.append(Request(prompt, max_new_tokens=options.new))
+    hidden = {"graphs": False}
+    logits = {"graphs": False, "log_path": "logits"}
     found: dict[str, Decoder] = {
         "ours, two passes": lambda first: two_passes(model, prompts, negatives, options.new, first),
-        "ours, pairs in one batch": lambda first: serve(model, pairs, first, log_path="logits", graphs=False),
-        "ours, combined before the head": lambda first: serve(model, pairs, first, graphs=False),
+        "ours, pairs in one batch": lambda first: serve(model, pairs, first, **logits),
+        "ours, combined before the head": lambda first: serve(model, pairs, first, **hidden),
     }
     if options.device.startswith("cuda"):
         found[CUDA_GRAPH] = lambda first: serve(model, pairs, first)
@@ -216,8 +221,8 @@ def our_decoders(model: Llama, prompts: Prompts, negatives: Prompts, options: Op
     return found
 
 
-def serve(model: Llama, requests: list[Request], first: FirstToken, **settings) -> Prompts:
-    """The tokens of each request, by the engine; all must join in the first step, and none may fail."""
+def serve(model: Llama, requests: list[Request], first: Call, **settings) -> Prompts:
+    """The tokens of each request, by the engine; all must join in the first step, none may fail."""
     rows = sum(len(request.rows) for request in requests)
     slots = len(requests[0].prompt) + requests[0].max_new_tokens
     engine = Engine(model, rows=rows, slots=slots, **settings)
@@ -236,12 +241,12 @@ def serve(model: Llama, requests: list[Request], first: FirstToken, **settings) 
     return [tokens[request_id] for request_id in request_ids]
 
 
-def two_passes(model: Llama, prompts: Prompts, negatives: Prompts, new: int, first: FirstToken) -> Prompts:
+def two_passes(model: Llama, prompts: Prompts, others: Prompts, new: int, first: Call) -> Prompts:
     """A forward for the positive rows and another for the negative ones, for each token."""
     size, length, device = len(prompts), len(prompts[0]), model.device
     rows = torch.arange(size, device=device)
     sampling = Sampling.uniform(rows, rows + size, G, "log", temperature=0.0)
-    fed = [torch.tensor(ids, device=device) for ids in (prompts, negatives)]
+    fed = [torch.tensor(ids, device=device) for ids in (prompts, others)]
     caches = []
     for _ in fed:
         caches.append(KVCache.empty(model.config, size, length + new, device=device, dtype=model.dtype))
@@ -266,13 +271,13 @@ def their_decoders(theirs, prompts: Prompts, negatives: Prompts, options: Option
     ids, others = (torch.tensor(rows, device=options.device) for rows in (prompts, negatives))
     new = {"max_new_tokens": options.new, "min_new_tokens": options.new}
 
-    def generate(first: FirstToken, **more) -> Prompts:
+    def generate(first: Call, **more) -> Prompts:
         mask, streamer = torch.ones_like(ids), Streamer(first)
         settings = {"do_sample": False, "pad_token_id": 0, "streamer": streamer, **new, **more}
         out = theirs.generate(ids, attention_mask=mask, **settings)
         return out[:, ids.shape[1] :].tolist()
 
-    def hand_batched(first: FirstToken) -> Prompts:
+    def hand_batched(first: Call) -> Prompts:
         fed, cache, found = torch.cat((ids, others)), None, []
         for step in range(options.new):
             out = theirs(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -295,7 +300,7 @@ def their_decoders(theirs, prompts: Prompts, negatives: Prompts, options: Option
 class Streamer:
     """What `generate` of transformers gives its tokens to: the prompts, then those of each step."""
 
-    def __init__(self, first: FirstToken):
+    def __init__(self, first: Call):
         self.first, self.calls = first, 0
 
     def put(self, tokens: Tensor) -> None:

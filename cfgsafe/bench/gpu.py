@@ -1,8 +1,8 @@
-"""Everything that needs a GPU, in one command: the kernel's tests, all benchmarks, and a table of goals.
+"""All that needs a GPU, in one command: the kernel's tests, all benchmarks, and a table of goals.
 
-The tables go to runs/gpu/*.csv, the figures to runs/gpu/*.png. It is planned for less than 8 minutes, and
-says how long it took. With --memory-gib 48 a larger GPU simulates an A40. FlashInfer and transformers take
-part where they are installed.
+The tables go to runs/gpu/*.csv, the figures beside them. It is planned for less than 8 minutes, and
+says how long it took. With --memory-gib 48 a larger GPU simulates an A40. FlashInfer and
+transformers take part where they are installed.
 
 Run it: python -m cfgsafe.bench gpu
 """
@@ -28,22 +28,20 @@ from cfgsafe.outputs import Folder
 ROOT = Path(__file__).parents[2]
 MINUTES = 8  # that all may take
 BENCH, PLOT = "cfgsafe.bench", ("guidance", "decode-8b", "decode-1b")
-ALL_METHODS = "--methods greedy sampled top-k top-p both mask"
-DECODE = "decode --device cuda --prompt 128 --new 96 --runs 3"
-# Name of the files -> arguments of `python -m`. torch.compile takes seconds for each case, so it is timed in
-# four. The dense variant of orpo computes every prompt twice: it fits only with 16 blocks recomputed.
+GUIDANCE = f"{BENCH} guidance --device cuda"
+DECODE = f"{BENCH} decode --device cuda --prompt 128 --new 96 --runs 3"
+# Name of the files -> arguments of `python -m`. torch.compile takes seconds for each case, so few
+# have it. The dense variant of orpo computes every prompt twice: it fits with 16 blocks recomputed.
 COMMANDS = {
     "kernel": "pytest tests/test_kernel.py tests/test_truncation.py -m 'slow or not slow'",
-    "guidance": f"{BENCH} guidance --device cuda --no-compiled {ALL_METHODS} --pairs 1 2 4 8 16 32 64 128"
-    " --vocabularies 32000 49152 128256 151936",
-    "guidance-compiled": f"{BENCH} guidance --device cuda --methods greedy sampled top-p both --pairs 128"
-    " --vocabularies 131072",
-    "guidance-log": f"{BENCH} guidance --device cuda --space log --no-compiled --methods greedy sampled both"
-    " --pairs 1 8 32 128",
-    "decode-8b": f"{BENCH} {DECODE} --shape 8b --batches 1 8 32 --no-transformers",
-    "decode-1b": f"{BENCH} {DECODE} --shape llama-3.2-1b --batches 1 8",
-    "orpo": f"{BENCH} orpo --device cuda --dtype bfloat16 --shape 8b --prompt 1900 --answer 148"
-    " --recompute 16 --steps 3",
+    "guidance": f"{GUIDANCE} --no-compiled --methods greedy sampled top-k top-p both mask"
+    " --vocabularies 32000 49152 128256 151936 --pairs 1 2 4 8 16 32 64 128",
+    "guidance-131072": f"{GUIDANCE} --methods sampled top-p both --vocabularies 131072 --pairs 128",
+    "guidance-log": f"{GUIDANCE} --no-compiled --space log --methods greedy both --pairs 1 8 32 128",
+    "decode-8b": f"{DECODE} --shape 8b --batches 1 8 32 --no-transformers",
+    "decode-1b": f"{DECODE} --shape llama-3.2-1b --batches 1 8",
+    "orpo": f"{BENCH} orpo --device cuda --dtype bfloat16 --shape 8b --recompute 16"
+    " --prompt 1900 --answer 148 --steps 3",
 }
 LIMITED = ("decode-8b", "decode-1b", "orpo")  # those that take --memory-gib
 
@@ -73,8 +71,8 @@ def run(options: Options) -> None:
 
 def run_commands(out: Path, memory_gib: float | None) -> list[str]:
     """Run all commands; returns the names of those that failed."""
-    for name in (*COMMANDS, "goals"):  # or earlier figures would stand in for those of a command that fails
-        for suffix in ("csv", "png"):
+    for name in (*COMMANDS, "goals"):  # or a command that fails would leave those of an earlier run
+        for suffix in ("csv", "csv.png"):
             (out / f"{name}.{suffix}").unlink(missing_ok=True)
     failed = []
     for name in COMMANDS:
@@ -93,7 +91,7 @@ def arguments(name: str, out: Path, memory_gib: float | None) -> list[str]:
     if words[0] == BENCH:
         words += ["--csv", str(out / f"{name}.csv")]
     if name in PLOT:
-        words += ["--plot", str(out / f"{name}.png")]
+        words.append("--plot")
     if name in LIMITED and memory_gib:
         words += ["--memory-gib", str(memory_gib)]
     if name == "decode-1b" and importlib.util.find_spec("transformers") is None:

@@ -1,19 +1,27 @@
 """The figures of the benchmarks, from the rows of their tables.
 
-Run it: python -m cfgsafe.bench guidance --plot guidance.png
+Run it: python -m cfgsafe.bench guidance --csv guidance.csv --plot     (draws guidance.csv.png)
 """
 
 from pathlib import Path
+from typing import Annotated
 
+from cfgsafe.outputs import File
 from cfgsafe.report.figures import marker, save_figure, subplots
 
+TableFile = Annotated[str, File(also=("{name}.png",))]  # a CSV file, and its figure
 READ = "read_gb_per_second"  # the rate of a large array
 
 
-def guided_tokens(path: Path, rows: list[dict]) -> None:
-    """Two panels for each method: time against pairs, and GB/s against the vocabulary, with their bounds.
+def beside(csv_file: str) -> Path:
+    """The figure of a CSV file."""
+    return Path(f"{csv_file}.png")
 
-    The first is of the largest vocabulary, the second of the most pairs.
+
+def guided_tokens(path: Path, rows: list[dict]) -> None:
+    """Two panels for each method: time against pairs, and GB/s against the vocabulary.
+
+    The first is of the largest vocabulary, the second of the most pairs; the bound is dashed.
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     shape = {"nrows": len(methods), "ncols": 2, "figsize": (11, 3.4 * len(methods))}
@@ -34,7 +42,7 @@ def guided_tokens(path: Path, rows: list[dict]) -> None:
 
 
 def decoding(path: Path, rows: list[dict]) -> None:
-    """Two panels: tokens a second, and the rate at which weights are read, against requests at a time."""
+    """Two panels: tokens a second, and GB/s of weights, against requests at a time."""
     fig, (left, right) = subplots(ncols=2, figsize=(12, 4.5))
     draw(left, rows, "requests", "tokens_per_second")
     left.set(ylabel="tokens/s after the first", title=f"{rows[0]['shape']}, {rows[0]['dtype']}")

@@ -14,14 +14,14 @@ def llama_8b() -> LlamaConfig:
 
 
 TINY = LlamaConfig(4096, 64, 128, 2, 4, 2, 16, 8192)
-# Decoding reads many weights for each token, and training computes many logits for each token, so their
-# small shapes differ. The fields are those of LlamaConfig: V, C, intermediate, layers, H, K, D, context.
+# Decoding reads many weights for each token, and training computes many logits for each token, so
+# their small shapes differ. The fields: V, C, intermediate, layers, H, K, D, context.
 DECODE_SHAPES = {
     "tiny": TINY,
     "224m": LlamaConfig(128256, 768, 2048, 20, 12, 4, 64, 8192, tie_word_embeddings=True),
     "221m": LlamaConfig(128256, 1024, 2816, 8, 16, 4, 64, 8192, tie_word_embeddings=True),
     "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, tie_word_embeddings=True),
-    "llama-3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 131072, tie_word_embeddings=True),
+    "llama-3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 2**17, tie_word_embeddings=True),
     "8b": llama_8b(),
 }
 ORPO_SHAPES = {"tiny": TINY, "small": LlamaConfig(128256, 512, 1408, 8, 8, 8, 64, 8192), "8b": llama_8b()}
