@@ -144,11 +144,14 @@ def test_the_rate_of_reading_is_that_of_the_fastest_way(monkeypatch):
     assert measure.read_gb_per_second("cpu") == pytest.approx(3 * 2**30 / 0.5 / 1e9)
 
 
-def test_decoding_is_measured_from_two_passes_to_the_engine(tmp_path, bench):
+def test_decoding_is_measured_from_two_passes_to_the_engine(tmp_path, bench, monkeypatch):
+    rates = iter([1.0, 8.0])  # before, while others are at work, and after
+    monkeypatch.setattr(decode, "read_gb_per_second", lambda device: next(rates))
     path = tmp_path / "d.csv"
     settings = f"--shape tiny --runs 1 --new 4 --prompt 8 --batches 1 2 --no-transformers --plot --csv {path}"
     rows = bench("decode", *settings.split())["rows"]
     assert [row["variant"] for row in rows[:2]] == ["ours, two passes", "ours, pairs in one batch"]
+    assert all(row["read_gb_per_second"] == 8 for row in rows)
     assert len(rows) == 10 and all(0 < row["first_token"] < row["p50"] for row in rows)
     assert (tmp_path / f"{path.name}.png").read_bytes().startswith(b"\x89PNG")
     assert {"variant", "requests", "of_unguided", "share_of_read"} <= rows[0].keys()

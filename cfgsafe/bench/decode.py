@@ -10,7 +10,7 @@ The variants take turns, so that a slow minute of the machine hits all of them.
     tokens/s        new tokens after the first, by the time after it
     GB/s            of weights, in that time; each step reads them once (two passes: twice), and no
                     decoder can avoid that. Keys and values, which attention reads, are not counted.
-    of read         GB/s by the rate at which a large array is read, measured in the same run
+    of read         GB/s by the rate at which a large array is read, measured before and after
 
 Run it: python -m cfgsafe.bench decode                                      (CPU, against transformers)
         python -m cfgsafe.bench decode --device cuda --shape 8b --batches 1 8 32 --no-transformers
@@ -106,7 +106,7 @@ def run(options: Options) -> None:
     if not model.config.tie_word_embeddings:
         weights -= model.model.embed_tokens.weight.nbytes  # a step reads only a few of its rows
     read = read_gb_per_second(options.device)
-    rows = []
+    times_of = {}
     for size in options.batches:
         random = torch.Generator().manual_seed(size)
         shape = (size, options.prompt)
@@ -115,8 +115,12 @@ def run(options: Options) -> None:
         decoders = our_decoders(model, prompts, negatives, options)
         if theirs is not None:
             decoders |= their_decoders(theirs, prompts, negatives, options)
+        times_of[size] = time_in_turns(decoders, options)
+    read = max(read, read_gb_per_second(options.device))  # others may have been at work before
+    rows = []
+    for size, found in times_of.items():
         of_size = []
-        for name, times in time_in_turns(decoders, options).items():
+        for name, times in found.items():
             of_size.append(row_of(name, times, size, weights, read, options))
         add_ratios(of_size)
         rows += of_size
