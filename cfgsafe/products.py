@@ -9,8 +9,8 @@ packed   x W^T with the weight in a layout of oneDNN, which takes the place of t
 
 `prepare` times them on parts of the weights, for each shape, and keeps what it has found for the process.
 It also lays weights side by side that read the same input (query, key and value; gate and up), so that one
-product serves them. Results stay within rounding. Without `prepare`, with gradients, on a GPU, and for
-weights below LEAST_BYTES a layer is nn.Linear.
+product serves them. Results stay within rounding. Without `prepare`, with gradients, on a GPU, and in
+a model of less than LEAST_BYTES a layer is nn.Linear.
 
 Run it: python infer.py --model M --prompt "Hello!" --verbose      (or --no-tune)
 """
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST_BYTES = 2**20  # of a weight; smaller ones stay in the cache, where no way is much faster
+LEAST_BYTES = 2**25  # of all weights; those of a smaller model stay in the cache
 TIMED_BYTES = 4 * 2**20  # of the part of a weight that is timed
 PARTS = 12  # of weights, which take turns, so that each is read from memory and not from a cache
 ROWS = (1, 2, 4, 8, 16, 64)  # numbers of rows that are timed; others go the way of the next larger one
@@ -129,15 +129,17 @@ def prepare(groups: Groups, embedding: Tensor, *, may_pack: bool) -> None:
     packed only beside the embedding's, where the two are tied.
     """
     release(groups)
+    every = [layer.weight for group in groups for layer in group]
+    if every[0].device.type != "cpu" or sum(weight.nbytes for weight in every) < LEAST_BYTES:
+        return
     head = groups[-1]
     alike: dict[tuple, Groups] = {}  # the groups of one shape
     for group in groups:
         first = group[0].weight
         shape = (sum(layer.out_features for layer in group), group[0].in_features)
-        if first.device.type == "cpu" and shape[0] * shape[1] * first.itemsize >= LEAST_BYTES:
-            packs = may_pack and packs_here(first.dtype) and (group is not head or first is embedding)
-            key = (first.dtype, shape, packs, torch.get_num_threads())
-            alike.setdefault(key, []).append(group)
+        packs = may_pack and packs_here(first.dtype) and (group is not head or first is embedding)
+        key = (first.dtype, shape, packs, torch.get_num_threads())
+        alike.setdefault(key, []).append(group)
     for key, same in alike.items():
         weights = [side_by_side(group) for group in same]
         if key not in FOUND:
