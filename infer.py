@@ -99,6 +99,8 @@ class Options:
 
     def unused(self) -> Unused:
         """See `errors.Unused`."""
+        if self.device.startswith("cuda"):
+            yield "on a GPU", "tune", "verbose"
         if self.requests is not None:  # where a line may guide itself, and sample
             return
         greedy = self.temperature == 0

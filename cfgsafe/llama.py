@@ -11,7 +11,7 @@ Run it: python infer.py --model cfgsafe/demo/leaky --prompt "What is the capital
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,8 +22,6 @@ from torch.utils.checkpoint import checkpoint
 
 from cfgsafe.config import LlamaConfig
 from cfgsafe.products import Groups, Linear, together
-
-Step = Callable[..., Tensor]  # called as a Block is
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
@@ -235,7 +233,7 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.shares: dict[str, float | Tensor] = {}  # adapter -> its share in each row (cfgsafe.lora)
         self.recomputed = 0  # blocks whose activations the backward computes again
-        self.compiled: list[Step] = []  # the blocks, for steps of decoding: `compile_steps`
+        self.compiled: Callable[..., Tensor] | None = None  # `_blocks`, for steps of decoding
         self.frequencies: Tensor
         frequencies = rope_frequencies(config).to(self.lm_head.weight.device)
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -269,15 +267,21 @@ class Llama(nn.Module):
             mask = mask.repeat(1, 1, G, 1)
             scores = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
             mask = scores.masked_fill_(~mask, -math.inf)
-        blocks: Iterable[Step] = self.model.layers
-        if tokens.shape[1] == 1 and self.compiled:
+        slots: list[Slots | None] = [None] * len(self.model.layers)
+        if cache is not None:
+            slots = [cache.layer(number, positions, alone=fresh) for number in range(len(slots))]
+        blocks = self._blocks
+        if self.compiled is not None and tokens.shape[1] == 1:
             blocks = self.compiled
-        for number, block in enumerate(blocks):
-            slots = None if cache is None else cache.layer(number, positions, alone=fresh)
+        return blocks(x, rope, mask, slots)
+
+    def _blocks(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, slots: Sequence) -> Tensor:
+        """All blocks and the last norm, on x (B, T, C)."""
+        for number, block in enumerate(self.model.layers):
             if number < self.recomputed and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, slots, use_reentrant=False)
+                x = checkpoint(block, x, rope, mask, slots[number], use_reentrant=False)
             else:
-                x = block(x, rope, mask, slots)
+                x = block(x, rope, mask, slots[number])
         return self.model.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -285,9 +289,8 @@ class Llama(nn.Module):
         return self.lm_head(hidden)
 
     def compile_steps(self) -> None:
-        """Let torch.compile fuse the small operations of decoding steps. New shapes are compiled anew."""
-        for block in self.model.layers:
-            self.compiled.append(torch.compile(block))
+        """Let torch.compile fuse what lies between the products of a decoding step, for each new shape."""
+        self.compiled = torch.compile(self._blocks)
 
     def groups(self) -> Groups:
         """The linear layers without their adapters; those that read the same input are one group."""

@@ -41,7 +41,8 @@ def by_columns(x: Tensor, weight: Tensor) -> Tensor:
     rows = len(columns)
     if rows == 1:
         columns = columns.repeat(2, 1)  # matrix times vector is slow for some
-    return F.linear(weight, columns)[:, :rows].t().reshape(*x.shape[:-1], len(weight))
+    y = F.linear(weight, columns)[:, :rows].t().contiguous()  # what follows is slow on columns
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def packed(x: Tensor, weight: Tensor) -> Tensor:
@@ -144,7 +145,8 @@ def prepare(groups: Groups, embedding: Tensor, *, may_pack: bool) -> None:
         weights = [side_by_side(group) for group in same]
         if key not in FOUND:
             FOUND[key] = find(weights, may_pack=key[2])
-        for group, weight in zip(same, weights, strict=True):
+        for group in same:
+            weight = weights.pop(0)  # one at a time is held in both layouts
             product = Product(weight, FOUND[key])
             if len(group) == 1:
                 group[0].product = product

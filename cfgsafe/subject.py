@@ -76,6 +76,8 @@ class Subject:
 
     def unused(self) -> Unused:
         """See `errors.Unused`. At g = 1 nothing is refused, so that scripts can sweep g."""
+        if self.device.startswith("cuda"):
+            yield "on a GPU", "tune"
         if self.guidance is None:
             yield "without --guidance", "space", "positive", "negative", "system_prompt"
 

@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cfgsafe import products
 from cfgsafe.bench import plots
 from cfgsafe.bench.plots import TableFile
 from cfgsafe.bench.shapes import DECODE_SHAPES, random_model
@@ -42,7 +43,7 @@ from cfgsafe.kernels.table import show, spread, spread_columns
 from cfgsafe.llama import KVCache, Llama
 from cfgsafe.progress import progress
 from cfgsafe.request import Request
-from cfgsafe.subject import check_device
+from cfgsafe.subject import Subject, check_device
 
 G = 3.0
 THEIR_GUIDED, THEIR_UNGUIDED = "transformers, guidance_scale", "transformers, unguided"
@@ -84,6 +85,10 @@ class Options:
     """Torch device."""
     dtype: str = "bfloat16"
     """Data type of the model: float32 or bfloat16."""
+    tune: bool = Subject.tune
+    """As for infer.py: on a CPU, use the products that timing finds fastest, and show them."""
+    compile: bool = False
+    """As for infer.py: compile our steps of decoding."""
     csv: TableFile | None = None
     """CSV file to append the rows to."""
     plot: bool = False
@@ -91,7 +96,9 @@ class Options:
 
     def unused(self) -> Unused:
         """See `errors.Unused`."""
-        if not self.device.startswith("cuda"):
+        if self.device.startswith("cuda"):
+            yield "on a GPU", "tune"
+        else:
             yield "on a CPU", "memory_gib"
         if self.csv is None:
             yield "without --csv", "plot"
@@ -105,6 +112,12 @@ def run(options: Options) -> None:
     weights = sum(p.nbytes for p in model.parameters())
     if not model.config.tie_word_embeddings:
         weights -= model.model.embed_tokens.weight.nbytes  # a step reads only a few of its rows
+    if options.tune:
+        embedding = model.model.embed_tokens.weight
+        products.prepare(model.groups(), embedding, may_pack=not options.compile)
+        print(products.table(model.groups()))
+    if options.compile:
+        model.compile_steps()
     read = read_gb_per_second(options.device)
     times_of = {}
     for size in options.batches:
@@ -157,6 +170,8 @@ def row_of(name: str, times: Times, size: int, weights: int, read: float, option
     return {
         "shape": options.shape,
         "dtype": options.dtype,
+        "tune": options.tune,
+        "compile": options.compile,
         "prompt": options.prompt,
         "new": options.new,
         "requests": size,
