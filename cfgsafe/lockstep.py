@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfgsafe.guidance import SPACES, combine, next_tokens
+from cfgsafe.guidance import SPACES, combine, head_tokens
 from cfgsafe.kernels.reference import Sampling, widen
 from cfgsafe.llama import KVCache, Llama
 from cfgsafe.lora import set_adapters
@@ -102,14 +102,14 @@ class Sampler:
         self.shares = dict(model.shares)
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """From hidden states (n, C): tokens and log-probabilities (B,), as `next_tokens` gives them."""
+        """From hidden states (n, C): tokens and log-probabilities (B,), as `head_tokens` gives them."""
         states = hidden[self.positive]  # (B, C)
         if self.partner is not None:
             states = combine(states, hidden[self.partner], self.coefficient)
         if len(self.paired):
             states = torch.cat((states, hidden[self.paired]))
         self.model.shares.update(self.shares)
-        return next_tokens(self.model.head(states), self.sampling)
+        return head_tokens(self.model, states, self.sampling)
 
 
 def _combines(request: Request, settings: Settings) -> bool:

@@ -123,6 +123,15 @@ class LoRALinear(nn.Module):
         return total.to(y.dtype)
 
 
+def bare_weight(layer: nn.Module) -> Tensor | None:
+    """W of a layer that now computes W x and nothing else; None if it has a bias or an adapter in use."""
+    if isinstance(layer, LoRALinear):
+        shares = [layer.shares[name] for name in layer.updates]
+        in_use = any(isinstance(share, Tensor) or share for share in shares)
+        return None if in_use else bare_weight(layer.base)
+    return layer.weight if isinstance(layer, nn.Linear) and layer.bias is None else None
+
+
 def attach(
     model: Llama, config: LoRAConfig, name: str = DEFAULT, *, device: str | None = None
 ) -> list[nn.Parameter]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import reference
-from .measure import read_gb_per_second, seconds
+from .measure import graphed, read_gb_per_second, seconds
 from .reference import Sampling
 from .table import show, spread, spread_columns
 
@@ -204,7 +204,7 @@ def time_on_gpu(call: Call, logits: Tensor, calls: int, *, graph: bool) -> list[
     for _ in range(2):
         call(logits)
     cache = torch.empty(2**28 if graph else 2**30, dtype=torch.uint8, device=logits.device)
-    repeat = graphed(call, logits).replay if graph else partial(call, logits)
+    repeat = graphed(partial(call, logits)).replay if graph else partial(call, logits)
     begins = [torch.cuda.Event(enable_timing=True) for _ in range(calls)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(calls)]
     for begin, end in zip(begins, ends, strict=True):
@@ -215,11 +215,3 @@ def time_on_gpu(call: Call, logits: Tensor, calls: int, *, graph: bool) -> list[
         end.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) / 1e3 for begin, end in zip(begins, ends, strict=True)]
-
-
-def graphed(call: Call, logits: Tensor) -> torch.cuda.CUDAGraph:
-    """The call on these logits as a CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call(logits)
-    return graph

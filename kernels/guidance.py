@@ -123,6 +123,16 @@ def gumbel(seed, token, step):
 
 
 @triton.jit
+def store_best(record, first, token, draw, score, mask=None):
+    """Record the largest draw of a part, which begins at token `first`: the draw, its token, its score."""
+    draw = tl.where(draw == draw, draw, MINUS_INF)  # argmax of NaN could be anything
+    best = first + tl.argmax(draw, 0)
+    tl.store(record + DRAW_MAX, tl.max(draw, 0), mask=mask)
+    tl.store(record + DRAW_TOKEN, best.to(tl.float32), mask=mask)
+    tl.store(record + DRAW_SCORE, tl.sum(tl.where(token == best, score, 0.0), 0), mask=mask)
+
+
+@triton.jit
 def guided_scores(log_pos, log_neg, g, space):
     """The formulas of reference.FORMULAS, one branch for each space; NaN for any other number."""
     if space == LOG:
@@ -188,15 +198,11 @@ def score_parts(
             tl.store(scores + b.to(tl.int64) * V + token, draw, mask=token < V)
         noise = gumbel(tl.load(seed + b), token, tl.load(step + b))
         draw = tl.where(draw == MINUS_INF, MINUS_INF, draw + noise)
-    draw = tl.where(draw == draw, draw, MINUS_INF)  # argmax of NaN could be anything
     record = records + (b * S + s) * RECORD
     top, total = max_and_sum(score)
     tl.store(record + SCORE_MAX, top)
     tl.store(record + SCORE_SUM, total)
-    best = s * BLOCK + tl.argmax(draw, 0)
-    tl.store(record + DRAW_MAX, tl.max(draw, 0))
-    tl.store(record + DRAW_TOKEN, best.to(tl.float32))
-    tl.store(record + DRAW_SCORE, tl.sum(tl.where(token == best, score, 0.0), 0))
+    store_best(record, s * BLOCK, token, draw, score)
     best_pos = s * BLOCK + tl.argmax(tl.where(token < V, z, MINUS_INF), 0)
     tl.store(record + POS_TOKEN, best_pos.to(tl.float32))
 
@@ -230,15 +236,12 @@ def draw_parts(scores, temperature, top_k, top_p, seed, step, records, bounds, V
     b, s = tl.program_id(0), tl.program_id(1)
     temp, k, p = tl.load(temperature + b), tl.load(top_k + b), tl.load(top_p + b)
     if (temp > 0) & ((k > 0) | (p < 1)):
+        token = s * BLOCK + tl.arange(0, BLOCK)
         score = load_scores(scores, b, s, V, BLOCK)
         kept = (score >= least_kept(bounds, b, k, p)) & (score > MINUS_INF)
-        noise = gumbel(tl.load(seed + b), s * BLOCK + tl.arange(0, BLOCK), tl.load(step + b))
+        noise = gumbel(tl.load(seed + b), token, tl.load(step + b))
         draw = tl.where(kept, score + noise, MINUS_INF)
-        at = tl.argmax(draw, 0)
-        record = records + (b * S + s) * RECORD
-        tl.store(record + DRAW_MAX, tl.max(draw, 0))
-        tl.store(record + DRAW_TOKEN, (s * BLOCK + at).to(tl.float32))
-        tl.store(record + DRAW_SCORE, tl.sum(tl.where(tl.arange(0, BLOCK) == at, score, 0.0), 0) * temp)
+        store_best(records + (b * S + s) * RECORD, s * BLOCK, token, draw, score * temp)
 
 
 @triton.jit

@@ -33,6 +33,26 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
+def graphed(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """The call as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def seconds_as_graph(call: Callable[[], object], calls: int = 20) -> float:
+    """Seconds of a call as a CUDA graph, after one that compiles what it needs."""
+    call()
+    graph = graphed(call)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    repeat(graph.replay, calls)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
 def read_gb_per_second(device: str) -> float:
     """The rate in GB/s at which this machine reads a large array: 2 GiB of a GPU, or 1 GiB.
 

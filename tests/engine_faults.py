@@ -29,7 +29,7 @@ CALLS = (
         (Batch, "_make_room"),
         (Batch, "step"),
     ),
-    *((Batch, "_advance"), (Batch, "_feed"), (Engine, "_close_gaps"), (lockstep, "next_tokens")),
+    *((Batch, "_advance"), (Batch, "_feed"), (Engine, "_close_gaps"), (lockstep, "head_tokens")),
     *((lockstep, "combine"), (lockstep, "certified"), (lockstep, "set_adapters"), (prefill, "set_adapters")),
 )
 
