@@ -6,21 +6,47 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import random_model
 
 from cfgsafe import guidance
 from cfgsafe.kernels import reference
 from cfgsafe.kernels.reference import IMPOSSIBLE, NOT_FINITE, Sampling
+from cfgsafe.lora import LoRAConfig, attach, set_adapters
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
 from cfgsafe.kernels import head  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = float("inf")
-# The interpreter of Triton 3.9 multiplies the bits of bfloat16 as whole numbers.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MODES = {"greedy": [0.0], "drawn": [1.0], "both": [0.0, 0.7, 3.0]}
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_as_on_a_gpu(monkeypatch):
+    """Triton's interpreter holds bfloat16 as its bits: it multiplies these, and cuts where a GPU rounds."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
+    dot, truncate = interpreter_builder.create_dot, interpreter_builder.create_fp_trunc
+
+    def widen(handle):
+        is_bfloat16 = handle.dtype.scalar == tl.bfloat16
+        return interpreter_builder.create_fp_ext(handle, tl.float32) if is_bfloat16 else handle
+
+    def rounding(handle, dtype):
+        if dtype.scalar != tl.bfloat16:
+            return truncate(handle, dtype)
+        bits = torch.from_numpy(handle.data).bfloat16().view(torch.uint16)
+        return TensorHandle(bits.numpy(), tl.bfloat16)
+
+    monkeypatch.setattr(interpreter_builder, "create_dot", lambda a, b, *more: dot(widen(a), widen(b), *more))
+    monkeypatch.setattr(interpreter_builder, "create_fp_trunc", rounding)
 
 
 def sampling(rows: int, temperatures: list[float], seed: int = 0) -> Sampling:
@@ -79,12 +105,15 @@ def test_equal_logits_give_the_first_token_and_the_last_token_can_win():
     assert token.item() == 384 and logprob.item() == pytest.approx(0, abs=1e-5)
 
 
-def test_logits_are_rounded_as_those_of_the_head_are():
-    hidden, weight = torch.ones(1, 32, device=DEVICE), torch.zeros(4, 32, device=DEVICE)
-    weight[:2, 0] = 2048
-    weight[1, 1] = 1  # 2049 is 2048 in float16
-    token, _ = head.next_tokens(hidden.half(), weight.half(), sampling(1, [0.0]))
-    assert token.item() == 0
+@pytest.mark.parametrize(
+    ("dtype", "wanted"), [(torch.float32, [1, 1]), (torch.float16, [1, 0]), (torch.bfloat16, [0, 0])]
+)
+def test_logits_are_rounded_as_those_of_the_head_are(dtype, wanted):
+    """257 is 256 in bfloat16, and 2049 is 2048 in both: the first token wins."""
+    hidden = torch.tensor([[256.0, 1.0], [2048.0, 1.0]], device=DEVICE, dtype=dtype)
+    weight = torch.tensor([[1.0, 0.0], [1.0, 1.0]], device=DEVICE, dtype=dtype)
+    settings = replace(sampling(2, [0.0]), positive=torch.arange(2, device=DEVICE))
+    assert head.next_tokens(hidden, weight, settings)[0].tolist() == wanted
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -101,9 +130,39 @@ def test_numbers_that_are_not_finite(temperature):
     assert tokens.tolist() == [IMPOSSIBLE] * 4
 
 
-def test_a_row_does_not_depend_on_the_batch():
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_can_be_left_or_spoil_the_row(dtype, temperature):
+    """In the first, a middle or the last part; all other logits are -inf, or ordinary."""
+    hidden, settings = torch.ones(1, 16, device=DEVICE, dtype=dtype), sampling(1, [temperature])
+    for token in (0, 130, 299):
+        for others, value, wanted in (
+            (-INF, 0.0, token),
+            (0.0, float("nan"), NOT_FINITE),
+            (0.0, INF, NOT_FINITE),
+            (-INF, float("nan"), NOT_FINITE),
+        ):
+            weight = torch.zeros(300, 16, device=DEVICE, dtype=dtype)
+            weight[:, 0] = others
+            weight[token, 0] = value
+            found, logprob = head.next_tokens(hidden, weight, settings)
+            assert found.item() == wanted
+            assert logprob.isnan() if wanted == NOT_FINITE else logprob.item() == 0
+
+
+def test_half_precision_overflows_as_the_heads_does():
+    hidden = torch.tensor([[200.0], [-200.0]], device=DEVICE, dtype=torch.float16)
+    weight = torch.tensor([[1.0], [2.0], [400.0]], device=DEVICE, dtype=torch.float16)
+    settings = replace(sampling(2, [0.0]), positive=torch.arange(2, device=DEVICE))
+    tokens, _ = head.next_tokens(hidden, weight, settings)
+    assert tokens.tolist() == [NOT_FINITE, 0]  # inf, and -inf
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_the_batch(dtype):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(16, 48, device=DEVICE), torch.randn(300, 48, device=DEVICE)
+    hidden = torch.randn(16, 48, device=DEVICE).to(dtype)
+    weight = torch.randn(300, 48, device=DEVICE).to(dtype)
     settings = sampling(16, MODES["both"])
     tokens, logprobs = head.next_tokens(hidden, weight, settings)
     for number in (0, 7, 15):
@@ -177,13 +236,41 @@ def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch):
     assert guidance.FASTEST == {}
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="stands for a GPU")
+def test_a_gpu_chooses_between_two_ways_to_the_same_tokens(monkeypatch):
+    model = random_model(vocab_size=300)
+    hidden = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    settings, offered = sampling(4, MODES["both"]), []
+
+    def fastest(key, ways):
+        offered.append((key, len(ways)))
+        return ways[len(offered) - 1]
+
+    monkeypatch.setattr(guidance, "fastest", fastest)
+    guidance.head_tokens(model, hidden, settings)
+    assert offered == []  # on a CPU there is nothing to choose
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    two_steps, one_kernel = (guidance.head_tokens(model, hidden, settings) for _ in range(2))
+    assert offered == [((hidden.device, torch.float32, 300, 4, 32), 2)] * 2
+    assert torch.equal(two_steps[0], one_kernel[0])
+    torch.testing.assert_close(two_steps[1], one_kernel[1], atol=2e-5, rtol=2e-5)
+    guidance.head_tokens(model, hidden, replace(settings, masks=True))
+    assert len(offered) == 2
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_the_engine_times_both_ways():
+    from cfgsafe.decode import Request, generate
+
+    model = random_model().cuda()
+    request = Request([5, 6], [7], guidance=2.0, space="log", max_new_tokens=12)
+    generate(model, [request] * 3)
+    assert guidance.FASTEST[(model.device, torch.float32, 2048, 3, 32)] in (0, 1)
+
+
 def test_only_a_head_that_is_a_product_alone_has_one_kernel():
-    from conftest import random_model
-
-    from cfgsafe.lora import LoRAConfig, attach, set_adapters
-
-    model = random_model()
-    hidden, settings = torch.randn(2, 32), sampling(2, [1.0])
+    model = random_model().to(DEVICE)
+    hidden, settings = torch.randn(2, 32, device=DEVICE), sampling(2, [1.0])
     weight = model.lm_head.weight
     tokens, _ = guidance.in_one_kernel(model, hidden, settings)()
     assert tokens.tolist() == reference.next_tokens(hidden @ weight.T, settings)[0].tolist()

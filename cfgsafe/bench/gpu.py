@@ -33,7 +33,7 @@ DECODE = f"{BENCH} decode --device cuda --prompt 128 --new 96 --runs 3"
 # Name of the files -> arguments of `python -m`. torch.compile takes seconds for each case, so few
 # have it. The dense variant of orpo computes every prompt twice: it fits with 16 blocks recomputed.
 COMMANDS = {
-    "kernel": "pytest tests/test_kernel.py tests/test_truncation.py -m 'slow or not slow'",
+    "kernel": "pytest tests/test_kernel.py tests/test_truncation.py tests/test_head.py -m 'slow or not slow'",
     "guidance": f"{GUIDANCE} --no-compiled --methods greedy sampled top-k top-p both mask"
     " --vocabularies 32000 49152 128256 151936 --pairs 1 2 4 8 16 32 64 128",
     "guidance-131072": f"{GUIDANCE} --methods sampled top-p both --vocabularies 131072 --pairs 128",
