@@ -54,16 +54,19 @@ def pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
-PLAIN: dict[str, Way] = {"rows": by_rows, "columns": by_columns}  # on the weight as it is
+WAYS: dict[str, Way] = {"rows": by_rows, "columns": by_columns, "packed": packed}
 
 
 @dataclass(frozen=True)
 class Found:
     """The fastest ways for weights of one shape and data type."""
 
-    packs: bool
-    ways: tuple[str, ...]  # for each of ROWS
+    ways: tuple[str, ...]  # for each of ROWS: all "packed", or none
     gb_per_second: tuple[float, ...]  # of weights, for each of ROWS
+
+    @property
+    def packs(self) -> bool:
+        return "packed" in self.ways
 
 
 FOUND: dict[tuple, Found] = {}  # (data type, threads, shape, whether it may be packed) -> what was found
@@ -78,14 +81,14 @@ class Product:
         self.way_of: list[Way] = []  # by number of rows
         for rows in range(ROWS[-1] + 1):
             name = found.ways[next(place for place, most in enumerate(ROWS) if most >= rows)]
-            self.way_of.append(packed if found.packs else PLAIN[name])
+            self.way_of.append(WAYS[name])
+        self.beyond = packed if found.packs else by_rows  # for more rows than were timed
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         rows = x.numel() // self.shape[1]
-        if rows < len(self.way_of):
-            return self.way_of[rows](x, self.weight)
-        return packed(x, self.weight) if self.found.packs else by_rows(x, self.weight)
+        way = self.way_of[rows] if rows < len(self.way_of) else self.beyond
+        return way(x, self.weight)
 
 
 class Linear(nn.Linear):
@@ -197,7 +200,7 @@ def find(weights: list[Tensor], *, may_pack: bool) -> Found:
         weight = weights[number * len(weights) // PARTS]
         begin = max(0, len(weight) - rows) * number // PARTS  # differs within one weight, too
         parts.append(weight[begin : begin + rows])
-    ways: dict[str, tuple[Way, list[Tensor]]] = {name: (way, parts) for name, way in PLAIN.items()}
+    ways = {name: (WAYS[name], parts) for name in ("rows", "columns")}
     if may_pack:
         ways["packed"] = (packed, [pack(part) for part in parts])
     names, best, ratios = [], [], []  # for each of ROWS: the best plain way, its seconds, packed to them
@@ -211,7 +214,7 @@ def find(weights: list[Tensor], *, may_pack: bool) -> Found:
     if packs:
         names = ["packed"] * len(ROWS)
         best = [time * ratio for time, ratio in zip(best, ratios, strict=True)]
-    return Found(packs, tuple(names), tuple(parts[0].nbytes / time / 1e9 for time in best))
+    return Found(tuple(names), tuple(parts[0].nbytes / time / 1e9 for time in best))
 
 
 def seconds(ways: dict[str, tuple[Way, list[Tensor]]]) -> Iterator[dict[str, float]]:

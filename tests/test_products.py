@@ -22,7 +22,7 @@ def prepare_model(model, *, may_pack: bool) -> None:
 
 
 def found(way: str) -> Found:
-    return Found(way == "packed", (way,) * len(ROWS), (1.0,) * len(ROWS))
+    return Found((way,) * len(ROWS), (1.0,) * len(ROWS))
 
 
 @pytest.fixture(params=WAYS)
@@ -56,7 +56,7 @@ def test_each_way_is_the_product(way, rows, dtype):
 
 def test_numbers_of_rows_go_the_way_of_the_next_larger_one_timed():
     ways = tuple("columns" if rows in (2, 16) else "rows" for rows in ROWS)
-    product = Product(torch.randn(4, 4), Found(False, ways, (1.0,) * len(ROWS)))
+    product = Product(torch.randn(4, 4), Found(ways, (1.0,) * len(ROWS)))
     assert [rows for rows in range(1, 65) if product.way_of[rows] is products.by_columns] == [
         2,
         *range(9, 17),
@@ -199,7 +199,7 @@ def test_the_clock_decides(monkeypatch):
 
             return call
 
-        monkeypatch.setattr(products, "PLAIN", {name: timed(name) for name in ("rows", "columns")})
+        monkeypatch.setattr(products, "WAYS", {name: timed(name) for name in ("rows", "columns")})
         chosen = products.find([torch.randn(8, 8)], may_pack=False)
         assert set(chosen.ways) == {"rows", "columns"} - {slow}
         assert chosen.gb_per_second == pytest.approx((8 * 8 * 4 / 1e9,) * len(ROWS))
